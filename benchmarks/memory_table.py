@@ -69,10 +69,15 @@ def words(found: Fit) -> str:
     Args:
         found: Whether a model fits a device.
     """
-    how = found.plan.arrangement.words("packed weights")
-    short = how.replace("text encoder before the transformer", "text first")
-    short = short.replace("text encoder in 8 bits", "text int8").replace("text encoder in 4 bits", "text 4 bits")
-    short = short.replace("VAE in tiles", "tiles").replace("parts offloaded", "offload")
+    how = found.plan.arrangement
+    named = [
+        how.transformer if how.transformer != "packed weights" else "",
+        "tiles" if how.vae_tiling else "",
+        "offload" if how.offload else "",
+        "text first" if how.alternate else "",
+        {16: "", 8: "text int8", 4: "text 4 bits"}[how.text_bits],
+    ]
+    short = ", ".join(word for word in named if word)
     return f"{short or 'yes'} ({amount(found.plan.peak)})" if found.fits else f"**no** ({amount(found.plan.peak)})"
 
 

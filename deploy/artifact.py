@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvdquant.artifact.manifest import EngineEntry, GraphEntry, Manifest, load_manifest, read_verified
+from dvdquant.artifact.entries import EngineEntry, GraphEntry
+from dvdquant.artifact.manifest import Manifest, load_manifest
+from dvdquant.artifact.verify_files import read_verified
 from dvdquant.checkpoint.formats.blocks import FEW_BITS
 from dvdquant.errors import DvdquantError, EngineError, OutputError, UnsupportedError
 from dvdquant.model.families import Family, Sizes, get_family

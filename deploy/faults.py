@@ -8,21 +8,15 @@ the causes of an error are asked, too. Nothing here imports torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Literal
 
 from dvdquant.errors import Cancelled, RecipeError, ShapeError, UnsupportedError
+from dvdquant.system.out_of_memory import causes, is_out_of_memory
 
 __all__ = ["Fault", "fault_of"]
 
 Fault = Literal["request", "once", "process"]
 
-# What CUDA, cuBLAS and TensorRT say where memory ran out. The process goes on, with a smaller clip or later.
-_OUT_OF_MEMORY = re.compile(
-    r"out of memory|cudaErrorMemoryAllocation|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|failed to allocate"
-    r"|can't allocate memory|allocate memory:",
-    re.IGNORECASE,
-)
 # Errors of one call, by the text of cudaGetErrorString: the call did nothing, and the context is sound.
 _OF_ONE_CALL = (
     "invalid argument",
@@ -67,35 +61,18 @@ def fault_of(error: BaseException) -> Fault:
         A cancelled request belongs here. ``"once"``: this clip failed, and may succeed later or elsewhere (out of
         memory, NaN, a file that is missing). ``"process"``: this process is broken, and no clip can succeed in it.
     """
-    causes = list(_causes(error))
-    if any(_breaks_process(cause) for cause in causes):
+    if any(_breaks_process(cause) for cause in causes(error)):
         return "process"
     return "request" if isinstance(error, (Cancelled, RecipeError, ShapeError, UnsupportedError)) else "once"
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from, or while handling; each once."""
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        one = waiting.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        yield one
-        waiting.append(one.__cause__)
-        if not one.__suppress_context__:
-            waiting.append(one.__context__)
 
 
 def _breaks_process(error: BaseException) -> bool:
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return True
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    # After a failed allocation the process goes on, with a smaller clip or later.
+    if not isinstance(error, Exception) or is_out_of_memory(error):
         return False
     text = str(error)
-    if not isinstance(error, Exception) or _OUT_OF_MEMORY.search(text):
-        return False
     # torch.AcceleratorError carries the number of the error.
     code = getattr(error, "error_code", None)
     if type(error).__name__ == "AcceleratorError" and isinstance(code, int) and code:

@@ -213,7 +213,8 @@ def inspect_export(out: str | Path, *, check: bool = False) -> Manifest:
     Raises:
         OutputError: The folder is no export, or with ``check`` a file is missing or changed.
     """
-    from dvdquant.artifact.manifest import load_manifest, verify_files
+    from dvdquant.artifact.manifest import load_manifest
+    from dvdquant.artifact.verify_files import verify_files
 
     manifest = load_manifest(_path("out", out))
     if check:

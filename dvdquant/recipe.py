@@ -220,7 +220,7 @@ class Recipe:
             recipe: Recipe = _adapter().validate_json(text)
         except ValidationError as error:
             problem = first_problem(error, known)  # raises the RecipeError if _check found the problem
-            if problem.state == "is unknown":
+            if problem.is_unknown:
                 raise RecipeError(
                     f"the recipe has an unknown field '{problem.field}'",
                     fix="remove the field, or correct its name: docs/recipes.md lists them all",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dvdquant.artifact.manifest import BuildEntry
+from dvdquant.artifact.entries import BuildEntry
 from dvdquant.export.engines.precision import EnginePlan
 from dvdquant.export.engines.report import Shapes
 from dvdquant.export.engines.stage import engine_path

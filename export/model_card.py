@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from dvdquant.artifact.manifest import Manifest, model_name
-from dvdquant.artifact.provenance import lora_room, sampling_sentence, source_words
+from dvdquant.artifact.manifest import Manifest
+from dvdquant.artifact.provenance import lora_room, model_name, sampling_sentence, source_words
 from dvdquant.artifact.verified import verified_text
 from dvdquant.recipe import fitted_text, looks_at_inputs
 from dvdquant.text import markdown, shown

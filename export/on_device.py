@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from dvdquant.artifact.entries import BuildEntry, EngineEntry, Measured
 from dvdquant.artifact.layout import MANIFEST
-from dvdquant.artifact.manifest import BuildEntry, EngineEntry, Manifest, Measured, verify_files
+from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
+from dvdquant.artifact.verify_files import verify_files
 from dvdquant.backends import Backend, load_backend
 from dvdquant.errors import EngineError, OutputError, ResourceError, UnsupportedError
 from dvdquant.export.engines.report import BuildReport

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dvdquant.artifact.manifest import MAX_GUIDANCE, MAX_LORA_RANK, MAX_STEPS, Sampling
+from dvdquant.artifact.entries import MAX_GUIDANCE, MAX_STEPS, Sampling
+from dvdquant.artifact.manifest import MAX_LORA_RANK
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.errors import UnsupportedError
 from dvdquant.recipe import RECIPES, Recipe

@@ -17,19 +17,10 @@ import torch
 from torch import Tensor
 
 from dvdquant import __version__
-from dvdquant.artifact.manifest import (
-    BuildEntry,
-    EngineEntry,
-    FileEntry,
-    GraphEntry,
-    LayerEntry,
-    LoraEntry,
-    Manifest,
-    Verified,
-    hash_file,
-    verify_files,
-)
+from dvdquant.artifact.entries import BuildEntry, EngineEntry, GraphEntry, LayerEntry, LoraEntry, Verified
+from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
+from dvdquant.artifact.verify_files import verify_files
 from dvdquant.checkpoint.lora.fuse import lora_lines
 from dvdquant.checkpoint.read_once import ReadOnce
 from dvdquant.errors import CheckpointError, ExportError, OutputError, ResourceError, UnsupportedError
@@ -61,6 +52,7 @@ from dvdquant.quantize.checkpoint import (
     rotated_weight,
 )
 from dvdquant.system.copies import copy_file, link_file
+from dvdquant.system.files import FileEntry, hash_file
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_io import read_tensor
 
@@ -563,9 +555,9 @@ class _Run:
         """
         plans = dict(zip(self.plan.components, self.plan.plans))
         tree, sizes = self.transaction.tree, self.plan.sizes
-        fp8 = any(engine.attention == "fp8" for engine in self.plan.engines)
-        fused = any(fuses(engine, self.plan.options) for engine in (*self.plan.engines, *self.plan.later))
-        return verify_export(tree, plans, self.graphs, self._tensors, self._layers(), sizes, self.progress, fp8, fused)
+        engines = (*self.plan.engines, *self.plan.later)
+        changes = {(engine.attention == "fp8", fuses(engine, self.plan.options)) for engine in engines}
+        return verify_export(tree, plans, self.graphs, self._tensors, self._layers(), sizes, self.progress, changes)
 
     def _layers(self) -> tuple[LayerEntry, ...]:
         """Return the table of weight errors: that of the previous export if its weights are used, else this run's."""

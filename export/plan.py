@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dvdquant import __version__
-from dvdquant.artifact.manifest import Manifest, Source
+from dvdquant.artifact.entries import Source
+from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.output_folder import check_output
 from dvdquant.checkpoint.formats.files import check_order
 from dvdquant.checkpoint.formats.translate import few_bits

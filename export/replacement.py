@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dvdquant.artifact.manifest import Manifest, Source
+from dvdquant.artifact.entries import Source
+from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.unfinished import differences
 from dvdquant.checkpoint.reader import fingerprint_hint
 from dvdquant.errors import OutputError, RecipeError

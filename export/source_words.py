@@ -77,6 +77,7 @@ def source_lines(component: str, checkpoint: Checkpoint, family: Family) -> list
     scale = "×".join(map(str, facts["vae_scale"]))
     file = f" {shown(facts['file'])}" if facts["file"] else ""
     first = f"{component}: {facts['format']}{file}, {facts['precision']}; {facts['variant']}, VAE {scale}"
-    if family.images().first != "none":
-        first += f"; takes a {family.images()}".replace("a first image (required), last", "a first and a last")
+    images = family.images()
+    if images.first != "none":
+        first += f"; takes {images}"
     return [first, *(f"{component}: {shown(note, 400)}" for note in facts["notes"])]

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
-from dvdquant.artifact.manifest import EngineEntry, LayerEntry
+from dvdquant.artifact.entries import EngineEntry, LayerEntry
 from dvdquant.export.engines import BuildReport
 
 __all__ = ["is_step"]

@@ -38,6 +38,8 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUM
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Most objects of a test process come from imports and traces, and live; pytest's own collection makes a million more.
 collect_rarely()
+# A process that a test forks lives for moments; one look for garbage there would copy every page of what was imported.
+os.register_at_fork(after_in_child=gc.disable)
 # No test may depend on the network; a hub id that is not cached fails at once instead of retrying.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

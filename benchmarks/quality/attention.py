@@ -34,7 +34,7 @@ Job = tuple[str, str, int]  # linear layers, attention, chunk of clips (−1: st
 
 
 class _Format:
-    """One format as the operation calls it. Under autocast q and k may be wider than v; kernels get 16 bit."""
+    """Computes one format as the operation calls it. Under autocast q and k may be wider than v; kernels get 16 bit."""
 
     def __init__(self, kind: str) -> None:
         from dvdquant.ops.attention.definition import FORMATS
@@ -52,9 +52,18 @@ class _Format:
 
 
 class Runner:
-    """One process: the toy model with one kind of linear layers at a time."""
+    """Draws clips in one process: the toy model with one kind of linear layers at a time."""
 
     def __init__(self, model: Path, work: Path, steps: int, every: int, clips: int) -> None:
+        """Prepare the toy model.
+
+        Args:
+            model: The folder of the toy model.
+            work: The folder of what processes share.
+            steps: The denoising steps of a clip.
+            every: Every how many steps the error is measured.
+            clips: The number of clips.
+        """
         from benchmarks.quality.work import Worker, plan
 
         self.name = model.name
@@ -66,7 +75,12 @@ class Runner:
         self.states: dict[str, tuple[Any, int]] = {}
 
     def model(self, linears: str, kind: str) -> Any:
-        """The model with these linear layers and this attention."""
+        """Return the model with some linear layers and some attention.
+
+        Args:
+            linears: The linear layers, a key of ``LINEARS``.
+            kind: The attention, one of ``KINDS``.
+        """
         from benchmarks.quality.compared.methods import METHODS
         from dvdquant.deploy.sessions.attention import install_attention
         from dvdquant.ops.attention.ladder import Attention
@@ -89,7 +103,11 @@ class Runner:
         return self.built
 
     def do(self, job: Job) -> list[dict[str, Any]]:
-        """The rows of one job."""
+        """Return the rows of one job.
+
+        Args:
+            job: (linear layers, attention, number of the chunk), the latter below 0 for step errors.
+        """
         linears, kind, chunk = job
         model = self.model(linears, kind)
         base = {"linears": linears, "attention": kind}
@@ -108,7 +126,15 @@ _runner: Any = None
 
 
 def start(model: Path, work: Path, steps: int, every: int, clips: int) -> None:
-    """In a new process: one thread."""
+    """Prepare a new process, which computes on one thread.
+
+    Args:
+        model: The folder of the toy model.
+        work: The folder of what processes share.
+        steps: The denoising steps of a clip.
+        every: Every how many steps the error is measured.
+        clips: The number of clips.
+    """
     global _runner
     import torch
 
@@ -192,9 +218,8 @@ def main() -> int:
     options = parser.parse_args()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
-    from run import commit, hardware
-
     from benchmarks.quality.report import replace_blocks
+    from benchmarks.quality.run import commit, hardware
     from benchmarks.quality.toy.clips import Bench
 
     started = time.time()

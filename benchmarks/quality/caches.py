@@ -60,7 +60,12 @@ Job = tuple[str, str, int]  # model, setting, chunk of clips
 
 
 def controller_of(setting: str) -> Any:
-    """The controller of a setting, by its words."""
+    """Return the controller of a setting.
+
+    Args:
+        setting: Mode, policy, threshold, what is reused, the longest run of skipped steps and the warm-up, apart by spaces; or
+            the mode alone.
+    """
     from dvdquant.deploy.switching.defaults import DEFAULT_DELTA
     from dvdquant.deploy.switching.factory import make_controller
     from dvdquant.deploy.switching.step_cache import StepCachePolicy
@@ -76,9 +81,17 @@ def controller_of(setting: str) -> Any:
 
 
 class Runner:
-    """One process: the toy models with the layers of one method."""
+    """Draws clips in one process: the toy models with the layers of one method."""
 
     def __init__(self, folders: dict[str, Path], work: Path, clips: int, eager: bool) -> None:
+        """Prepare the toy models.
+
+        Args:
+            folders: The folder of every model by its name.
+            work: The folder of what processes share.
+            clips: The number of clips.
+            eager: Whether the models are not compiled.
+        """
         from benchmarks.quality.toy.clips import Bench
         from benchmarks.quality.work import Worker, find_method, plan
 
@@ -89,7 +102,11 @@ class Runner:
         self.plan = plan(bench, 64, 2)[:clips]
 
     def do(self, job: Job) -> list[dict[str, Any]]:
-        """The rows of one job."""
+        """Return the rows of one job.
+
+        Args:
+            job: (model, setting, number of the chunk).
+        """
         import torch
 
         from benchmarks.quality.toy.clips import Clips
@@ -116,7 +133,11 @@ _runner: Any = None
 
 
 def start(*given: Any) -> None:
-    """In a new process: one thread."""
+    """Prepare a new process, which computes on one thread.
+
+    Args:
+        given: The arguments of :class:`Runner`.
+    """
     global _runner
     import torch
 
@@ -125,12 +146,21 @@ def start(*given: Any) -> None:
 
 
 def do(job: Job) -> tuple[Job, list[dict[str, Any]]]:
-    """In a worker process."""
+    """Run a job in a worker process; return it with its rows.
+
+    Args:
+        job: (model, setting, number of the chunk).
+    """
     return job, _runner.do(job)
 
 
 def kept_a8(model: str, clips: Sequence[tuple[Any, int]]) -> list[dict[str, Any]]:
-    """The rows of a8 without a cache in the rows that `run` keeps here, for some clips."""
+    """Return the rows of a8 without a cache among those that `run` keeps here, for some clips.
+
+    Args:
+        model: The name of the model.
+        clips: (prompt, seed) of every clip.
+    """
     from benchmarks.quality.results.results_file import read_lines
 
     wanted = {(" ".join(prompt), seed) for prompt, seed in clips}
@@ -144,7 +174,12 @@ def kept_a8(model: str, clips: Sequence[tuple[Any, int]]) -> list[dict[str, Any]
 
 
 def table_of(rows: Sequence[dict[str, Any]], settings: Sequence[str]) -> str:
-    """A line for every model and setting: what is left out, PSNR, and its loss to a8 without a cache on the same clips."""
+    """Write a line for every model and setting: what is left out, PSNR, and its loss to a8 without a cache on the same clips.
+
+    Args:
+        rows: The rows of all jobs.
+        settings: The settings, in the order of the lines.
+    """
     from benchmarks.quality.report import difference, difference_text, interval, table
 
     lines = []

@@ -28,7 +28,12 @@ SHIFT, SCALE = (0, 3), (1, 4)
 
 @torch.no_grad()
 def modulation(model: nn.Module, timesteps: Tensor) -> Tensor:
-    """shift, scale, gate, shift, scale, gate of every block: [blocks, T, 6, D] at timesteps [T]."""
+    """Return shift, scale, gate, shift, scale, gate of every block, fp32 [blocks, T, 6, D].
+
+    Args:
+        model: The transformer.
+        timesteps: The timesteps [T].
+    """
     embedder = model.condition_embedder
     embedding = embedder.time_embedder(embedder.timesteps_proj(timesteps.float()))
     projected = embedder.time_proj(embedder.act_fn(embedding)).unflatten(1, (6, -1))
@@ -36,11 +41,16 @@ def modulation(model: nn.Module, timesteps: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def add_outliers(model: nn.Module, count: int, largest: float, seed: int = 0) -> tuple[nn.Module, dict[int, float]]:
-    """A copy with ``count`` outlier channels in the inputs of q/k/v (self- and cross-attention) and of the feed-forward.
+def add_outliers(model: nn.Module, count: int, largest: float) -> tuple[nn.Module, dict[int, float]]:
+    """Return a copy with outlier channels in the inputs of q, k, v (self- and cross-attention) and of the feed-forward layer.
 
     The channels are those whose modulation varies most over the timesteps; factors fall geometrically from ``largest`` to
     a quarter of it.
+
+    Args:
+        model: The transformer.
+        count: The number of channels.
+        largest: The largest factor.
 
     Returns:
         The model and {channel: factor}.

@@ -75,7 +75,15 @@ def verdict(found: tuple[float, float, float, int] | None) -> str:
 
 @dataclass(frozen=True)
 class Measure:
-    """One column: ``sign`` +1 where more is better, −1 where less is."""
+    """Describes one column of the tables.
+
+    Args:
+        title: The head of the column.
+        sign: +1 where more is better, −1 where less is.
+        form: The format of its numbers, such as ``.2f``.
+        interval: Whether half of the interval stands behind the mean.
+        scale: What the values are multiplied by.
+    """
 
     title: str
     sign: int
@@ -121,6 +129,7 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def _cell(values: Values, measure: Measure) -> str:
+    """Return the mean of values, with half of its interval where the measure has one; a dash where there are none."""
     if not values:
         return "–"
     scaled = {key: value * measure.scale for key, value in values.items()}
@@ -130,7 +139,13 @@ def _cell(values: Values, measure: Measure) -> str:
 
 
 def _lead(values: Values, group: list[Values], sign: int) -> float:
-    """The least mean advantage over another, on shared clips: 0, to itself, for the best, whichever clips the others lack."""
+    """Return the least mean advantage over another, on shared clips: 0, to itself, for the best, whichever clips the others lack.
+
+    Args:
+        values: Clip -> value of one row.
+        group: Those of all rows.
+        sign: +1 where more is better, −1 where less is.
+    """
     pairs = [[sign * (values[key] - other[key]) for key in values if key in other] for other in group]
     return min(fmean(pair) for pair in pairs if pair)
 
@@ -184,7 +199,7 @@ def methods_block(results: Results) -> str:
 
 
 def _dynamic(results: Results, place: tuple[str, str, str]) -> str:
-    """Mean dynamic degree over that of the fp32 clips of the same prompts and seeds."""
+    """Return the mean dynamic degree over that of the fp32 clips of the same prompts and seeds."""
     rows, exact = results.clips.get(place, {}), results.clips.get((place[0], "fp32", "A16"), {})
     shared = [key for key in rows if key in exact]
     below = sum(exact[key]["dynamic"] for key in shared)
@@ -259,6 +274,7 @@ def throughout_block(results: Results) -> str:
 
 
 def _psnr(rows: Mapping[Hashable, Row]) -> Values:
+    """Return clip -> PSNR in dB of the rows that have one."""
     return {key: row["psnr"] for key, row in rows.items() if row["psnr"] is not None}
 
 
@@ -354,7 +370,15 @@ def blocks(results: Results) -> dict[str, str]:
 
 
 def replace_blocks(text: str, texts: Mapping[str, str]) -> str:
-    """``text`` with each block between its marks; ResultsError where they are missing, there twice or in wrong order."""
+    """Return a text with each block between its marks written anew.
+
+    Args:
+        text: The text.
+        texts: The name of a block -> what stands in it.
+
+    Raises:
+        ResultsError: The marks of a block are missing, there twice or in the wrong order.
+    """
     for name, body in texts.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
@@ -364,7 +388,15 @@ def replace_blocks(text: str, texts: Mapping[str, str]) -> str:
 
 
 def write_report(results: Results, readme: Path) -> list[Path]:
-    """Draw the plots beside README and write its blocks; the files written. Nothing is, where README lacks a block."""
+    """Draw the plots beside a page and write its blocks; return the files written.
+
+    Args:
+        results: The checked rows of a run.
+        readme: The page. Nothing is written where it lacks a block.
+
+    Raises:
+        ResultsError: The page cannot be read, or lacks a block.
+    """
     texts = blocks(results)
     try:
         text = readme.read_text(encoding="utf-8")

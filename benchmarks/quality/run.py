@@ -37,7 +37,12 @@ Job = tuple[str, tuple[Any, ...], str]  # Worker's method, its arguments, the ke
 
 
 def method_jobs(options: argparse.Namespace, chunks: list[list[Any]]) -> Iterator[Job]:
-    """Every method at every width: errors by step, then the first clips of all, then the other clips row by row."""
+    """Yield the jobs of every method at every width: errors by step, then the first clips of all, then the others row by row.
+
+    Args:
+        options: The options of the command.
+        chunks: (prompt, seed) of the clips of every chunk.
+    """
     from benchmarks.quality.compared.methods import METHODS
     from benchmarks.quality.compared.peers import available_peers
 
@@ -57,7 +62,11 @@ def method_jobs(options: argparse.Namespace, chunks: list[list[Any]]) -> Iterato
 
 
 def study_jobs(options: argparse.Namespace) -> Iterator[Job]:
-    """Every entry of every study at 4 and 8 bits."""
+    """Yield the jobs of every entry of every study, at 4 and 8 bits.
+
+    Args:
+        options: The options of the command.
+    """
     from benchmarks.quality.compared.studies import STUDIES
 
     for model in options.models:
@@ -70,8 +79,15 @@ def study_jobs(options: argparse.Namespace) -> Iterator[Job]:
 
 
 def delta_jobs(options: argparse.Namespace, chunks: list[list[Any]], steps: int) -> Iterator[Job]:
-    """δ from .02 to .4 as published, with the last two steps high, weighed with the length of steps, with the step cache; and
-    fixed placements."""
+    """Yield the jobs of the switch: δ from .02 to .4, and fixed placements of the 8-bit steps.
+
+    Each δ is run as published, with the last two steps high, weighed with the length of the steps, and with the step cache.
+
+    Args:
+        options: The options of the command.
+        chunks: (prompt, seed) of the clips of every chunk.
+        steps: The denoising steps of a clip.
+    """
     variants: list[dict[str, Any]] = []
     for delta in DELTAS:
         variants += [
@@ -97,7 +113,14 @@ _worker: Any = None
 
 
 def start_worker(folders: dict[str, Path], work: Path, steps: int, eager: bool) -> None:
-    """In a new process: one thread each."""
+    """Prepare a new process, which computes on one thread.
+
+    Args:
+        folders: The folder of every model by its name.
+        work: The folder of what processes share.
+        steps: The denoising steps of a clip.
+        eager: Whether the models are not compiled.
+    """
     global _worker
     import torch
 
@@ -108,14 +131,25 @@ def start_worker(folders: dict[str, Path], work: Path, steps: int, eager: bool) 
 
 
 def do(job: Job) -> tuple[str, list[dict[str, Any]], float]:
-    """In a worker process."""
+    """Run a job in a worker process.
+
+    Args:
+        job: Worker's method, its arguments, and the key of what it finishes.
+
+    Returns:
+        The key, the rows, and the seconds that it took.
+    """
     started = time.perf_counter()
     rows = getattr(_worker, job[0])(*job[1]) or []
     return job[2], rows, time.perf_counter() - started
 
 
 def finished(results: Path) -> set[str]:
-    """Keys of the jobs whose rows are in the file; a line torn by a kill is cut off."""
+    """Return the keys of the jobs whose rows are in a file; a line torn by a kill is cut off.
+
+    Args:
+        results: The file; it need not exist.
+    """
     keys = set()
     if results.exists():
         # A kill may have torn the last line; what is complete ends with a newline.
@@ -128,7 +162,14 @@ def finished(results: Path) -> set[str]:
 
 
 def run_jobs(pool: Any, jobs: list[Job], results: Path, what: str) -> None:
-    """All jobs that are not in the file, each job's rows in one write."""
+    """Run all jobs that are not in the file yet, and write each job's rows at once.
+
+    Args:
+        pool: The processes.
+        jobs: The jobs.
+        results: The file of rows.
+        what: What stands before the bar.
+    """
     from tqdm import tqdm
 
     done = finished(results)
@@ -151,7 +192,7 @@ def run_jobs(pool: Any, jobs: list[Job], results: Path, what: str) -> None:
 
 
 def hardware() -> str:
-    """Processor, cores, torch."""
+    """Return processor, cores and the version of torch, in words."""
     import torch
 
     model = next(
@@ -162,7 +203,7 @@ def hardware() -> str:
 
 
 def commit() -> str:
-    """Of the repository; empty outside of one."""
+    """Return the short commit of the repository; empty outside of one."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=False).stdout.strip()
 

@@ -71,7 +71,11 @@ def main() -> None:
 
 
 def _draw(columns: list[Column]) -> Image.Image:
-    """A column for each model, a row of frames for each method, its text below."""
+    """Return a picture: a column for each model, a row of frames for each method, its text below.
+
+    Args:
+        columns: A model, and of each method its name, the frames uint8 [F, H, W, 3] and the text.
+    """
     frames, side = columns[0][1][0][1].shape[:2]
     cell = side * SCALE
     width = frames * cell + GAP

@@ -61,10 +61,14 @@ def sigmas(count: int, shift: float, generator: torch.Generator) -> Tensor:
 
 
 def forced_sigmas(count: int, generator: torch.Generator) -> Tensor:
-    """Noise levels [count, FRAMES] with one frame nearly clean and the others nearly noise.
+    """Draw noise levels, fp32 [count, FRAMES], with one frame nearly clean and the others nearly noise.
 
     Where such a shape goes next is told by the prompt alone. At one level for all frames the sign of a motion only matters
     in a narrow band of levels: below it the frames show it, above it nothing does.
+
+    Args:
+        count: The number of clips.
+        generator: Draws them.
     """
     levels = (0.8 + 0.2 * torch.rand(count, 1, generator=generator)).repeat(1, FRAMES)
     seen = torch.randint(FRAMES, (count, 1), generator=generator)
@@ -72,6 +76,7 @@ def forced_sigmas(count: int, generator: torch.Generator) -> Tensor:
 
 
 def main() -> None:
+    """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
@@ -147,7 +152,7 @@ def main() -> None:
 
 
 def _optimizers(model: WanTransformer3DModel, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for everything else."""
+    """Return Muon for the blocks' matrices and AdamW for everything else."""
     matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -159,7 +164,13 @@ def _optimizers(model: WanTransformer3DModel, lr: float) -> list[torch.optim.Opt
 
 @torch.no_grad()
 def _sign(model: WanTransformer3DModel, embeddings: Tensor, rows: dict[str, int]) -> str:
-    """How often the asked-for motion explains a noisy clip better than the opposite one, per noise level."""
+    """Say how often the asked-for motion explains a noisy clip better than the opposite one, per noise level.
+
+    Args:
+        model: The transformer.
+        embeddings: Embeddings of the words, fp32 [words, text_dim].
+        rows: Word -> its row among them.
+    """
     generator = torch.Generator().manual_seed(1)
     clips, words = batch(16, generator)
     ids = torch.tensor([[rows[word] for word in clip.words] for clip in words])
@@ -184,7 +195,16 @@ def _sign(model: WanTransformer3DModel, embeddings: Tensor, rows: dict[str, int]
 def _save(
     source: Path, out: Path, model: WanTransformer3DModel, average: dict[str, Tensor], step: int, loss: float
 ) -> None:
-    """The averaged weights in bf16, with the tables of the source."""
+    """Write the averaged weights in bf16, with the tables of the source.
+
+    Args:
+        source: The folder of the model that was trained further.
+        out: The folder that is written.
+        model: The transformer.
+        average: Name -> the average of a parameter over the steps.
+        step: The steps so far.
+        loss: The mean loss of the last of them.
+    """
     out.mkdir(parents=True, exist_ok=True)
     for name in ("scheduler", "prompts.safetensors"):
         if (source / name).is_dir():

@@ -57,8 +57,14 @@ def plan(bench: Bench, prompts: int, seeds: int) -> list[tuple[Prompt, int]]:
 
 @dataclass
 class Worker:
-    """One process with one thread. ``folders`` are the models by name, ``work`` keeps what all processes share;
-    ``steps_each`` are the denoising steps of a clip."""
+    """Does the jobs of one process with one thread.
+
+    Args:
+        folders: The folder of every model by its name.
+        work: The folder of what all processes share.
+        steps_each: The denoising steps of a clip.
+        eager: Whether the models are not compiled.
+    """
 
     folders: dict[str, Path]
     work: Path
@@ -103,7 +109,7 @@ class Worker:
         _save(path, {"prompts": prompts, "trajectory": clips.trajectory, "inputs": inputs})
 
     def _held(self, model: str) -> dict[str, Any]:
-        """What :meth:`held_out` left, read once."""
+        """Return what :meth:`held_out` left, read once."""
         if model not in self.held:
             self.held[model] = torch.load(self.work / f"{model}-held-out.pt")
         return self.held[model]
@@ -126,7 +132,7 @@ class Worker:
         return self.layers[model, studied]
 
     def _hessian(self, model: str) -> dict[str, InputHessian]:
-        """What an export of this model predicts of its layers' inputs."""
+        """Return what an export of this model predicts of its layers' inputs."""
         if model not in self.hessian:
             checkpoint = open_checkpoint(self.folders[model])
             planned = plan_model(checkpoint.config, RECIPES["w4a4"], torch.float32)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 
 from dvdquant.cli import serve
 from dvdquant.deploy.serve import server
 
-WORKER = (sys.executable, "-m", "benchmarks.serving.stub_worker")
+WORKER: tuple[str, ...] = (sys.executable, "-m", "benchmarks.serving.stub_worker")
+if command := os.environ.get("STUB_WORKER"):  # as JSON; tests name one that forks a process with all imports done
+    WORKER = tuple(json.loads(command))
 
 if __name__ == "__main__":
     original = server.serve

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dvdquant.artifact.manifest import source_of
+from dvdquant.artifact.provenance import source_of
+from dvdquant.checkpoint.formats.translate import DIFFUSERS_FOLDER
 from dvdquant.checkpoint.locate import hub_file
 from dvdquant.checkpoint.lora.recorded import with_recorded
 from dvdquant.checkpoint.lora.spec import LoraSpec
@@ -100,7 +101,7 @@ def _fuse(model: nn.Module, checkpoint: Checkpoint) -> None:
 def _open(artifact: Artifact, source: str | Path, component: str) -> Checkpoint:
     """Open the transformer that the export was made from: of ``source``, or the file that the export names where it is there."""
     made_from, inside = source_of(artifact.manifest.source, component)
-    foreign = not artifact.manifest.source.get("format", "diffusers folder").startswith("diffusers folder")
+    foreign = not artifact.manifest.source.get("format", DIFFUSERS_FOLDER).startswith(DIFFUSERS_FOLDER)
     if foreign and (hub_file(made_from) is not None or os.path.exists(os.path.expanduser(made_from))):
         return open_checkpoint(made_from, component=inside, config=artifact.configs[component])
     return open_checkpoint(source, component=component)

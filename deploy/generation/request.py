@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dvdquant.clashes import Clash, refuse_clashes
 from dvdquant.deploy.generation.images import ImageSource, image_words
 from dvdquant.deploy.kinds import is_number, is_whole
 from dvdquant.deploy.switching.defaults import CACHE_POLICIES, LAST_HIGH, WEIGHTINGS, CachePolicy
@@ -185,21 +186,26 @@ def check_request(request: GenerateRequest, artifact: Artifact) -> None:
 def _check_options(request: GenerateRequest) -> None:
     """UnsupportedError for fields that contradict each other, naming the one to leave out."""
     mode = request.mode
-    clashes = {
-        f"delta switches engines, and mode {mode!r:.40} does not": request.delta is not None and mode != "switch",
-        f"schedule says the bits of each step, and mode {mode!r:.40} does not follow it": (
-            request.schedule is not None and mode != "planned"
+    clashes = [
+        Clash(
+            request.delta is not None and mode != "switch",
+            f"delta switches engines, and mode {mode!r:.40} does not",
         ),
-    }
+        Clash(
+            request.schedule is not None and mode != "planned",
+            f"schedule says the bits of each step, and mode {mode!r:.40} does not follow it",
+        ),
+    ]
     for name in ("cache", "cache_policy"):
         given = getattr(request, name) is not None
-        clashes[f"schedule says which steps are skipped, so {name} does not apply"] = given and mode == "planned"
-        clashes[f"{name} skips steps of the engines, and mode '16' runs the original checkpoint"] = (
-            given and mode == "16"
-        )
-    for what, clash in clashes.items():
-        if clash:
-            raise UnsupportedError(what, fix="leave one of the two out")
+        clashes += [
+            Clash(given and mode == "planned", f"schedule says which steps are skipped, so {name} does not apply"),
+            Clash(
+                given and mode == "16",
+                f"{name} skips steps of the engines, and mode '16' runs the original checkpoint",
+            ),
+        ]
+    refuse_clashes(clashes)
 
 
 def _check_mode(request: GenerateRequest, artifact: Artifact, component: str) -> None:

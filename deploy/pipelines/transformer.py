@@ -31,6 +31,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from dvdquant.checkpoint.lora.spec import LoraSpec
+from dvdquant.clashes import Clash, refuse_clashes
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal
 from dvdquant.deploy.pipelines.adapters import get_adapter
@@ -660,21 +661,26 @@ def _check_options(
     follows = schedule is not None or callback is not None  # then the mode follows from this argument
     switches = mode == "switch" and not follows
     rule = "callback" if callback is not None else "schedule"
-    clashes = {
-        "schedule says the bits of each step, and so does callback": schedule is not None and callback is not None,
-        f"schedule says the bits of each step, and so does mode={mode!r:.40}": (
-            schedule is not None and mode not in ("switch", "planned")
+    clashes = [
+        Clash(
+            schedule is not None and callback is not None,
+            "schedule says the bits of each step, and so does callback",
         ),
-        f"callback says the bits of each step, and so does mode={mode!r:.40}": (
-            callback is not None and mode not in ("switch", "callback")
+        Clash(
+            schedule is not None and mode not in ("switch", "planned"),
+            f"schedule says the bits of each step, and so does mode={mode!r:.40}",
         ),
-    }
+        Clash(
+            callback is not None and mode not in ("switch", "callback"),
+            f"callback says the bits of each step, and so does mode={mode!r:.40}",
+        ),
+    ]
     # Of a fixed width, last steps are those that the step cache computes.
     for_cache = cache is not None and re.fullmatch(r"a\d+", str(mode)) is not None and not follows
     for name, value in (("delta", delta), ("last_high", last_high), ("weighting", weighting)):
         what = f"{rule} says the bits of each step" if follows else f"mode={mode!r:.40} does not switch"
         allowed = switches or (name == "last_high" and for_cache)
-        clashes[f"{name} is for switching engines by delta, and {what}"] = value is not None and not allowed
-    for what, clash in clashes.items():
-        if clash:
-            raise UnsupportedError(what, fix="leave one of the two out")
+        clashes.append(
+            Clash(value is not None and not allowed, f"{name} is for switching engines by delta, and {what}")
+        )
+    refuse_clashes(clashes)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
-from dvdquant.artifact.manifest import LayerEntry
+from dvdquant.artifact.entries import LayerEntry
 
 __all__ = ["error_chart", "line_chart", "schedule_chart"]
 

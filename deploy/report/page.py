@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dvdquant.artifact.entries import LayerEntry
 from dvdquant.artifact.layout import MANIFEST
-from dvdquant.artifact.manifest import LayerEntry, Manifest, model_name, source_of
+from dvdquant.artifact.manifest import Manifest
+from dvdquant.artifact.provenance import model_name, source_of
 from dvdquant.checkpoint.lora.fuse import model_fingerprint
 from dvdquant.checkpoint.lora.recorded import with_recorded
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts

@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dvdquant.artifact.manifest import EngineEntry, Manifest
+from dvdquant.artifact.entries import EngineEntry
+from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.provenance import lora_room, lora_words, sampling_words
 from dvdquant.checkpoint.formats.files import names_file
 from dvdquant.model.families.base import ImageInputs
@@ -16,11 +17,11 @@ from dvdquant.recipe import fitted_text, looks_at_inputs
 from dvdquant.text import shell_word, unsafe, without_secrets
 
 __all__ = [
-    "lora_rows",
     "Execution",
     "commands",
     "executions",
     "kept_groups",
+    "lora_rows",
     "millions",
     "python_lines",
     "recipe_text",

@@ -17,7 +17,7 @@ from dvdquant.deploy.serve.checks import CheckedRequest, ServedModel
 from dvdquant.deploy.serve.decoding import decode_picture
 from dvdquant.deploy.serve.pictures import take_pictures
 from dvdquant.deploy.serve.requests import generate_request, read_request
-from dvdquant.deploy.serve.settings import Limits, ModelSource
+from dvdquant.deploy.serve.settings import Limits, ModelSource, SessionSettings
 
 __all__ = ["DirectModel", "DrawnClip"]
 
@@ -40,23 +40,18 @@ class DirectModel:
 
     Args:
         source: The export and the model of its pipeline.
-        backend: See :func:`.open_generator`.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        sessions: How its sessions are opened.
         limits: What one request may ask for.
 
     Raises:
         DvdquantError: The export or its model cannot be used.
     """
 
-    def __init__(
-        self, source: ModelSource, *, backend: str = "auto", device: str = "auto", limits: Limits | None = None
-    ) -> None:
+    def __init__(self, source: ModelSource, sessions: SessionSettings, limits: Limits | None = None) -> None:
         self.source = source
         self.limits = limits or Limits()
         self.served = ServedModel(source, self.limits)
-        self.generator = open_generator(
-            Artifact.open(source.out), pipeline=source.pipeline, backend=backend, device=device
-        )
+        self.generator = open_generator(Artifact.open(source.out), pipeline=source.pipeline, **sessions.arguments())
 
     def check(self, fields: Mapping[str, Any]) -> tuple[CheckedRequest, dict[str, bytes]]:
         """Return a request that can be drawn, and the files of its pictures.

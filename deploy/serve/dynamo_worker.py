@@ -26,7 +26,7 @@ from dvdquant.deploy.faults import fault_of
 from dvdquant.deploy.serve.direct import DirectModel, DrawnClip
 from dvdquant.deploy.serve.dynamo_request import fields_of
 from dvdquant.deploy.serve.logs import log_event
-from dvdquant.deploy.serve.settings import Limits, ModelSource
+from dvdquant.deploy.serve.settings import Limits, ModelSource, SessionSettings
 from dvdquant.deploy.serve.wording import public_text
 from dvdquant.errors import Cancelled, DvdquantError, UnsupportedError
 
@@ -43,17 +43,16 @@ class VideoEngine(DiffusionEngine):
 
     Args:
         source: The export and the model of its pipeline.
-        backend: See :func:`.open_generator`.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        sessions: How its sessions are opened.
         limits: What one request may ask for.
         store: Where clips go that are asked for by address: a URL of fsspec.
         address: The address under which clients find that place, or None to answer with the URL itself.
     """
 
     def __init__(
-        self, source: ModelSource, *, backend: str, device: str, limits: Limits, store: str, address: str | None
+        self, source: ModelSource, sessions: SessionSettings, *, limits: Limits, store: str, address: str | None
     ) -> None:
-        self.source, self.backend, self.device, self.limits = source, backend, device, limits
+        self.source, self.sessions, self.limits = source, sessions, limits
         self.store, self.address = store, address
         self._model: DirectModel | None = None
         self._threads = ThreadPoolExecutor(_THREADS, "draw")
@@ -80,7 +79,7 @@ class VideoEngine(DiffusionEngine):
         del worker_id
 
         def opened() -> DirectModel:
-            model = DirectModel(self.source, backend=self.backend, device=self.device, limits=self.limits)
+            model = DirectModel(self.source, self.sessions, self.limits)
             model.generator.warm_up()
             return model
 
@@ -167,13 +166,12 @@ def _answer(error: Exception) -> Any:
     return answers.EngineShutdown(text) if fault == "process" else answers.Unknown(text)
 
 
-def serve_dynamo(source: ModelSource, *, backend: str, device: str, limits: Limits) -> None:
+def serve_dynamo(source: ModelSource, sessions: SessionSettings, limits: Limits) -> None:
     """Register the export with Dynamo and draw what its frontend sends, until the process is stopped.
 
     Args:
         source: The export and the model of its pipeline.
-        backend: See :func:`.open_generator`.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        sessions: How its sessions are opened.
         limits: What one request may ask for.
     """
     parser = argparse.ArgumentParser()
@@ -191,8 +189,7 @@ def serve_dynamo(source: ModelSource, *, backend: str, device: str, limits: Limi
     )
     engine = VideoEngine(
         source,
-        backend=backend,
-        device=device,
+        sessions,
         limits=limits,
         store=runtime.media_output_fs_url,
         address=runtime.media_output_http_url,

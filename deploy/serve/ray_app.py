@@ -236,7 +236,7 @@ class RayWorkers:
         return self._seen
 
     def tell(self, event: str, **fields: Any) -> None:
-        """Do nothing: a worker sees a cancel at its next step."""
+        """Do nothing, see :meth:`.service.Workers.tell`: a worker sees a cancel at its next step."""
 
     def reload(self) -> None:
         """Do nothing: exports are opened anew by deploying the application anew."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from dvdquant.clashes import Clash, refuse_clashes
 from dvdquant.deploy.serve.pictures import PICTURES
 from dvdquant.deploy.switching.defaults import CachePolicy
 from dvdquant.errors import ShapeError, UnsupportedError
@@ -155,21 +156,24 @@ def _take_size(values: dict[str, Any]) -> None:
 
 
 def _check_pairs(values: dict[str, Any]) -> None:
-    clashes = {
-        "num_frames and seconds both say how long the clip is": "num_frames" in values and "seconds" in values,
-        "average_bits says which delta to switch with, so delta does not apply": (
-            "average_bits" in values and "delta" in values
-        ),
-        "schedule says the bits of each step, so delta does not apply": "schedule" in values and "delta" in values,
-        "schedule says the bits of each step, and mode does not apply": (
-            "schedule" in values and values.get("mode", "switch") != "switch"
-        ),
-        "average_bits switches engines, and mode does not": values.get("mode", "switch") != "switch"
-        and "average_bits" in values,
-    }
-    for what, clash in clashes.items():
-        if clash:
-            raise UnsupportedError(what, fix="leave one of the two out")
+    fixed = values.get("mode", "switch") != "switch"
+    refuse_clashes(
+        [
+            Clash(
+                "num_frames" in values and "seconds" in values, "num_frames and seconds both say how long the clip is"
+            ),
+            Clash(
+                "average_bits" in values and "delta" in values,
+                "average_bits says which delta to switch with, so delta does not apply",
+            ),
+            Clash(
+                "schedule" in values and "delta" in values,
+                "schedule says the bits of each step, so delta does not apply",
+            ),
+            Clash("schedule" in values and fixed, "schedule says the bits of each step, and mode does not apply"),
+            Clash("average_bits" in values and fixed, "average_bits switches engines, and mode does not"),
+        ]
+    )
 
 
 def frames_of_seconds(seconds: str | float, fps: float, frames: Mapping[str, int]) -> int:

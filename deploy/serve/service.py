@@ -60,7 +60,12 @@ class Workers(Protocol):
         """Return those that take jobs."""
 
     def tell(self, event: str, **fields: Any) -> None:
-        """Tell them to ``wake``, or to look whether a job is to ``cancel``: sooner than they would see it by themselves."""
+        """Tell them to ``wake``, or to look whether a job is to ``cancel``: sooner than they would see it by themselves.
+
+        Args:
+            event: ``wake`` or ``cancel``.
+            fields: What else the message says, as JSON can hold it.
+        """
 
     def reload(self) -> None:
         """Let them open exports that have changed anew."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dvdquant.hardware.weights import WeightPolicy
 
-__all__ = ["Limits", "ModelSource", "ObjectStore", "ServerSettings", "WorkerSettings"]
+__all__ = ["Limits", "ModelSource", "ObjectStore", "ServerSettings", "SessionSettings", "WorkerSettings"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,31 @@ class ModelSource:
     out: str
     pipeline: str | None = None
     schedules: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """How a server that keeps its own queue, Triton or Dynamo, opens sessions.
+
+    Args:
+        backend: See :func:`.open_generator`.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        compile: Compile the transformer's blocks.
+        fuse: Whether what comes before quantized layers is in their kernels; None where ``compile`` is on.
+        cuda_graphs: Repeat steps as CUDA graphs, where launches count.
+        weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
+    """
+
+    backend: str = "auto"
+    device: str = "auto"
+    compile: bool = False
+    fuse: bool | None = None
+    cuda_graphs: bool = False
+    weights: WeightPolicy = "auto"
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of :func:`.open_generator` and :func:`.open_session` by their names."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,12 @@ class WorkerProcess:
         self._thread.start()
 
     def tell(self, event: str, **fields: Any) -> None:
-        """Send a message to the process, if there is one."""
+        """Send a message to the process, if there is one.
+
+        Args:
+            event: The name of the message.
+            fields: What else it says, as JSON can hold it.
+        """
         channel = self._channel
         if channel is not None:
             channel.send(event, **fields)
@@ -377,7 +382,12 @@ class Pool:
         return [worker for worker in self.workers if worker.ready]
 
     def tell(self, event: str, **fields: Any) -> None:
-        """Send a message to every worker."""
+        """Send a message to every worker.
+
+        Args:
+            event: The name of the message.
+            fields: What else it says, as JSON can hold it.
+        """
         for worker in self.workers:
             worker.tell(event, **fields)
 

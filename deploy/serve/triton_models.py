@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import triton_python_backend_utils as backend
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.faults import fault_of
 from dvdquant.deploy.serve.direct import DirectModel
-from dvdquant.deploy.serve.settings import ModelSource
+from dvdquant.deploy.serve.settings import ModelSource, SessionSettings
 from dvdquant.deploy.serve.wording import public_text
 from dvdquant.deploy.sessions import open_session
 from dvdquant.errors import Cancelled, DvdquantError, ShapeError, UnsupportedError
@@ -36,9 +37,7 @@ class StepModel:
             args: What Triton says of the instance.
         """
         settings = _settings(args)
-        self.session = open_session(
-            Artifact.open(settings["export"]), backend=settings["backend"], device=_device(settings, args)
-        )
+        self.session = open_session(Artifact.open(settings["export"]), **_sessions(settings, args).arguments())
         self.names = [spec.name for spec in self.session.family.inputs(self.session.sizes)]
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -80,8 +79,7 @@ class VideoModel:
         settings = _settings(args)
         self.model = DirectModel(
             ModelSource(settings["model"], settings["export"], settings["pipeline"] or None),
-            backend=settings["backend"],
-            device=_device(settings, args),
+            _sessions(settings, args),
         )
 
     def execute(self, requests: list[Any]) -> None:
@@ -141,10 +139,19 @@ def _settings(args: dict[str, str]) -> dict[str, str]:
     return {name: value["string_value"] for name, value in parameters.items()}
 
 
-def _device(settings: dict[str, str], args: dict[str, str]) -> str:
-    if settings["device"] != "auto" or args.get("model_instance_kind") != "GPU":
-        return settings["device"]
-    return f"cuda:{args['model_instance_device_id']}"
+def _sessions(settings: dict[str, str], args: dict[str, str]) -> SessionSettings:
+    """Return how sessions are opened, with the GPU that Triton gives the instance in the place of ``auto``."""
+    # A repository of before names backend and device alone.
+    given = settings.get("sessions") or json.dumps({name: settings[name] for name in ("backend", "device")})
+    sessions = SessionSettings(**json.loads(given))
+    if sessions.compile:
+        # Inductor compiles in processes that it starts from the interpreter's own program, which is Triton's stub here.
+        from torch._inductor import config
+
+        config.compile_threads = 1
+    if sessions.device != "auto" or args.get("model_instance_kind") != "GPU":
+        return sessions
+    return replace(sessions, device=f"cuda:{args['model_instance_device_id']}")
 
 
 def _input(request: Any, name: str) -> Any:

@@ -17,7 +17,7 @@ from dvdquant.system.whole_file import write_whole
 
 if TYPE_CHECKING:
     from dvdquant.deploy.artifact import Artifact
-    from dvdquant.deploy.serve.settings import ModelSource
+    from dvdquant.deploy.serve.settings import ModelSource, SessionSettings
 
 __all__ = ["write_repository"]
 
@@ -37,14 +37,13 @@ from dvdquant.deploy.serve.triton_models import {name} as TritonPythonModel  # n
 _TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP32", "bfloat16": "TYPE_FP32", "int64": "TYPE_INT64"}
 
 
-def write_repository(folder: Path, source: ModelSource, *, backend: str = "auto", device: str = "auto") -> list[Path]:
+def write_repository(folder: Path, source: ModelSource, sessions: SessionSettings) -> list[Path]:
     """Write the models ``dvdq_step`` and ``dvdq_video``; return their files.
 
     Args:
         folder: The repository. Other models in it stay.
         source: The export, with the absolute path under which the server finds it.
-        backend: See :func:`.sessions.open_session`.
-        device: ``auto``, ``cpu`` or ``cuda:N``; ``auto`` is the GPU that Triton gives the instance.
+        sessions: How the server opens sessions; the device ``auto`` is the GPU that Triton gives the instance.
 
     Raises:
         OutputError: The folder cannot be written, or the export cannot be used.
@@ -53,9 +52,10 @@ def write_repository(folder: Path, source: ModelSource, *, backend: str = "auto"
 
     artifact = Artifact.open(source.out)
     settings = {
-        "export": source.out, "pipeline": source.pipeline or "", "model": source.name, "backend": backend, "device": device,
+        "export": source.out, "pipeline": source.pipeline or "", "model": source.name,
+        "sessions": json.dumps(sessions.arguments()),
     }  # fmt: skip
-    kind = "KIND_CPU" if device == "cpu" else "KIND_GPU"
+    kind = "KIND_CPU" if sessions.device == "cpu" else "KIND_GPU"
     texts = {"dvdq_step": _step_config(artifact), "dvdq_video": _video_config()}
     places = os.pathsep.join([str(Path(__file__).resolve().parents[3]), *site.getsitepackages()])
     written = []

@@ -26,6 +26,7 @@ from dvdquant.deploy.serve.pictures import PICTURES
 from dvdquant.deploy.serve.settings import ModelSource, WorkerSettings
 from dvdquant.deploy.serve.wording import client_text, public_text
 from dvdquant.errors import Cancelled, DvdquantError, OutputError, ResourceError
+from dvdquant.system.out_of_memory import causes, is_out_of_memory
 
 if TYPE_CHECKING:
     from dvdquant.deploy.generation.generator import Generator, WrapSession
@@ -213,7 +214,7 @@ class Worker:
                     changed.append(name)
                     self._warm_up(self.generators[name])
             except Exception as error:  # noqa: BLE001  whatever a new export does, the old one or a new process serves
-                room = _lacks_room(error)
+                room = any(isinstance(e, ResourceError) or is_out_of_memory(e) for e in causes(error))
                 log_event(log, "reload_failed", level=logging.ERROR, text="reload failed", error=error, model=name)
                 self.tell("reload_failed", model=name, restarts=room)
                 if room or fault_of(error) == "process":
@@ -501,17 +502,6 @@ def open_model(settings: WorkerSettings, source: ModelSource, wrap_session: Wrap
     )
 
 
-def _lacks_room(error: BaseException) -> bool:
-    """Return whether an error says that there is too little memory."""
-    seen: BaseException | None = error
-    while seen is not None:
-        named = type(seen).__name__ == "OutOfMemoryError" or "out of memory" in str(seen).lower()
-        if named or isinstance(seen, (MemoryError, ResourceError)):
-            return True
-        seen = seen.__cause__
-    return False
-
-
 def _executed(generator: Generator) -> dict[str, Any]:
     """Return backend, device and dtype of what is loaded."""
     from dvdquant.deploy.generation.generator import executed_session
@@ -539,7 +529,7 @@ def _failure(error: Exception) -> Failure:
     """Return what a client reads of an error. Of an error that is not ours, the log has the text."""
     if isinstance(error, DvdquantError):
         return Failure(_code(error), public_text(error, "\n"))
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return Failure(
             "out_of_memory", "the device has not enough memory for this clip; ask for a smaller or shorter one"
         )

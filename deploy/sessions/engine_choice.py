@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dvdquant.artifact.manifest import EngineEntry
+from dvdquant.artifact.entries import EngineEntry
 from dvdquant.backends import Backend, load_backend
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import EngineError, UnsupportedError

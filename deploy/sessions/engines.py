@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dvdquant.artifact.manifest import EngineEntry
+from dvdquant.artifact.entries import EngineEntry
 from dvdquant.backends import Backend, load_backend
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.base import EngineSession

@@ -16,7 +16,8 @@ from pydantic import FailFast, Field, GetPydanticSchema, TypeAdapter, Validation
 from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
 from dvdquant import __version__
-from dvdquant.artifact.manifest import Bits, Manifest, Text
+from dvdquant.artifact.entries import Bits, Text
+from dvdquant.artifact.manifest import Manifest
 from dvdquant.checkpoint.reader import fingerprint_hint
 from dvdquant.errors import OutputError
 from dvdquant.system.files import read_limited, strict_json

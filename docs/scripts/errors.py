@@ -1,6 +1,7 @@
 """The list of every error with its remedy, read out of the source: ``python docs/scripts/errors.py`` prints it.
 
-An error is a call of a subclass of DvdquantError. Parts that are filled in when it is raised stand as ``…``.
+An error is a call of a subclass of DvdquantError, or a pair of options that exclude each other (:class:`Clash`). Parts that
+are filled in when it is raised stand as ``…``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dvdquant import errors
+from dvdquant.clashes import Clash
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("dvdquant", "export", "deploy")
@@ -42,6 +44,9 @@ def collect() -> list[Entry]:
 
 def _entry(call: ast.Call) -> Entry | None:
     name = ast.unparse(call.func).rpartition(".")[2]
+    if name == "Clash" and len(call.args) > 1:
+        fix = next((_words(keyword.value) for keyword in call.keywords if keyword.arg == "fix"), Clash.fix)
+        return Entry("UnsupportedError", _words(call.args[1]), fix, lists=False)
     if name not in CLASSES or not call.args:
         return None
     fix = next((keyword.value for keyword in call.keywords if keyword.arg == "fix"), None)

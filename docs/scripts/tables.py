@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from dvdquant.artifact import manifest
+from dvdquant.artifact import entries
+from dvdquant.artifact.manifest import Manifest
 from dvdquant.export.engines.precision import RTX_SMS, TENSORRT_SMS, choose_precision, what_executes
 from dvdquant.hardware.listing import HEADER, SHORT_HEADER, gpu_rows, short_rows
 from dvdquant.hardware.weights import RATES
 from dvdquant.recipe import RECIPES, ActivationSpec, Recipe
+from dvdquant.system.files import FileEntry
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -72,12 +74,12 @@ def schema_tables() -> str:
     """Return the fields of a manifest and of its entries, with their types."""
     parts = []
     records: dict[str, Any] = {
-        "The manifest": manifest.Manifest,
-        "`source`": manifest.Source,
-        "An entry of `files`": manifest.FileEntry,
-        "An entry of `layers`": manifest.LayerEntry,
-        "An entry of `graphs`": manifest.GraphEntry,
-        "An entry of `engines`": manifest.EngineEntry,
+        "The manifest": Manifest,
+        "`source`": entries.Source,
+        "An entry of `files`": FileEntry,
+        "An entry of `layers`": entries.LayerEntry,
+        "An entry of `graphs`": entries.GraphEntry,
+        "An entry of `engines`": entries.EngineEntry,
     }
     for title, record in records.items():
         rows = [(f"`{name}`", f"`{kind}`") for name, kind in record.__annotations__.items()]

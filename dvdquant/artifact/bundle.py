@@ -22,8 +22,9 @@ from pydantic import Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
 from dvdquant import __version__
+from dvdquant.artifact.entries import ComputeCapability, Digest, Size, Text
 from dvdquant.artifact.layout import MANIFEST
-from dvdquant.artifact.manifest import MAX_MANIFEST, ComputeCapability, Digest, Manifest, Size, Text, check_relpath
+from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.errors import OutputError
 from dvdquant.system.files import FileEntry, disk_error, hash_file, open_regular, require_disk, strict_json

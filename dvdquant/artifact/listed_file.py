@@ -29,11 +29,11 @@ class ListedFileError(OutputError):
         path: The file.
         reason: A predicate such as "is missing", for a list of several files.
         fix: What to do about it.
+        readable: Whether it could be read, and so be compared with the manifest.
     """
 
-    def __init__(self, path: Path, reason: str, fix: str = "export again") -> None:
+    def __init__(self, path: Path, reason: str, fix: str = "export again", readable: bool = True) -> None:
         self.reason = reason
-        readable = not reason.startswith("cannot be read")
         super().__init__(
             f"{path} does not match its manifest: it {reason}" if readable else f"{path} {reason}", fix=fix
         )
@@ -69,7 +69,7 @@ def open_listed(root: Path, name: str, entry: FileEntry) -> Iterator[int]:
         if error.errno in _GONE:
             raise ListedFileError(path, "is missing") from error
         reason = f"cannot be read: {error.strerror or error}"
-        raise ListedFileError(path, reason, fix="mend that, then try again") from error
+        raise ListedFileError(path, reason, fix="mend that, then try again", readable=False) from error
     except ValueError as error:
         raise ListedFileError(path, str(error)) from error
 

@@ -1,14 +1,14 @@
-"""Where the weights of an export come from, in words, and the defaults of the runtime that it brings along."""
+"""Where the weights of an export come from, by name and in words, and the defaults of the runtime that it brings along."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 
-from dvdquant.artifact.manifest import LoraEntry, Sampling, Source
+from dvdquant.artifact.entries import LoraEntry, Sampling, Source
 from dvdquant.text import shown
 
-__all__ = ["lora_room", "lora_words", "sampling_sentence", "sampling_words", "source_words"]
+__all__ = ["lora_room", "lora_words", "model_name", "source_of", "sampling_sentence", "sampling_words", "source_words"]
 
 
 def source_words(source: Source) -> str:
@@ -63,3 +63,25 @@ def lora_words(entries: Sequence[LoraEntry]) -> list[str]:
         f"{entry['layers']} layers, {shown(entry['format'])} names, SHA-256 {entry['sha256'][:16]}…"
         for entry in entries
     ]
+
+
+def source_of(source: Source, component: str) -> tuple[str, str]:
+    """Return (MODEL, the component to open in it) of a transformer of an export.
+
+    Args:
+        source: What the manifest records of the source.
+        component: The name of the transformer.
+    """
+    if component == "transformer_2" and "transformer_2" in source:
+        return source["transformer_2"], "transformer"
+    return source["model"], component
+
+
+def model_name(model: str) -> str:
+    """Return the last two parts of a hub id or path.
+
+    Args:
+        model: The hub id or path, with "/" or backslashes.
+    """
+    parts = [part for part in model.replace("\\", "/").split("/") if part not in ("", ".")]
+    return "/".join(parts[-2:]) or model

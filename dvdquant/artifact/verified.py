@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dvdquant.text import shown
 
 if TYPE_CHECKING:
-    from dvdquant.artifact.manifest import Verified
+    from dvdquant.artifact.entries import Verified
 
 __all__ = ["verified_text"]
 

@@ -34,7 +34,7 @@ from dvdquant.checkpoint.diffusers_folder import (
 )
 from dvdquant.checkpoint.formats.files import HALVES, HeldFile, given_file, model_files, names_file, read_file
 from dvdquant.checkpoint.formats.stored import ShardTensor, decode
-from dvdquant.checkpoint.formats.translate import SourceFormat, translate
+from dvdquant.checkpoint.formats.translate import DIFFUSERS_FOLDER, SourceFormat, translate
 from dvdquant.checkpoint.locate import PICKLED, locate_model, recognize_file
 from dvdquant.checkpoint.untrusted import FileIdentity, UntrustedFolder, few, fix_of, reason_of
 from dvdquant.errors import CheckpointError
@@ -453,7 +453,7 @@ def _open(
     if held is not None:
         return _open_file(folder, held, model, component, config)
     tensors, headers, files = read_weights(folder, names, top)
-    return _adopted(HeldFile(tensors, {}, headers, files, "diffusers folder"), config, folder, "", model, component)
+    return _adopted(HeldFile(tensors, {}, headers, files, DIFFUSERS_FOLDER), config, folder, "", model, component)
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:

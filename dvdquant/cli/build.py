@@ -203,7 +203,7 @@ def _plugin(path: Path, folder: Path, manifest: Manifest, place: str) -> Path:
     """Return the plugin library that an argument means; that of the bundle only as the manifest vouches for it."""
     if str(path) != BUNDLED:
         return path.absolute()
-    from dvdquant.artifact.manifest import verify_files
+    from dvdquant.artifact.verify_files import verify_files
 
     if place not in manifest.files:
         raise UnsupportedError(

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
+from dvdquant.clashes import Clash
 from dvdquant.cli.common import CUDA_GRAPHS, FUSE, P, R
 from dvdquant.cli.paths import MODEL, PATH, WORD
-from dvdquant.errors import UnsupportedError
 from dvdquant.recipe import ATTENTION
 
-__all__ = ["clip_options", "loading_clashes", "loading_options", "refuse_clashes", "session_clashes"]
+__all__ = ["clip_options", "loading_clashes", "loading_options", "session_clashes"]
 
 _CLIP = (
     click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.  [default: the model's]"),
@@ -106,52 +106,44 @@ def loading_options(command: Callable[P, R]) -> Callable[P, R]:
     return _with(_LOADING, command)
 
 
-def session_clashes(options: Mapping[str, Any]) -> dict[str, bool]:
-    """Return what options of PyTorch sessions and a backend say against each other, and whether both were given.
+def session_clashes(options: Mapping[str, Any]) -> list[Clash]:
+    """Return the options of PyTorch sessions that a backend excludes.
 
     Args:
         options: ``--backend``, ``--compile``, ``--cuda-graphs`` and ``--fuse``, by their names.
     """
     backend = options["backend"]
     elsewhere = backend not in ("auto", "pytorch")
-    return {
-        f"--compile runs in PyTorch, so --backend {backend} does not apply": options["compile"] and elsewhere,
-        "ONNX Runtime has none, so --cuda-graphs does not apply": options["cuda_graphs"] and backend == "onnxruntime",
-        f"--fuse runs in PyTorch, so --backend {backend} does not apply": bool(options["fuse"]) and elsewhere,
-    }
+    return [
+        Clash(options["compile"] and elsewhere, f"--compile runs in PyTorch, so --backend {backend} does not apply"),
+        Clash(
+            options["cuda_graphs"] and backend == "onnxruntime",
+            "ONNX Runtime has none, so --cuda-graphs does not apply",
+        ),
+        Clash(options["fuse"] and elsewhere, f"--fuse runs in PyTorch, so --backend {backend} does not apply"),
+    ]
 
 
-def loading_clashes(options: Mapping[str, Any]) -> dict[str, bool]:
-    """Return what two options of loading say against each other, and whether both were given.
+def loading_clashes(options: Mapping[str, Any]) -> list[Clash]:
+    """Return the options of loading that exclude each other.
 
     Args:
         options: The options of :func:`loading_options`, ``--backend`` and ``--text-embeds``, by their names.
     """
     backend = options["backend"]
     elsewhere = backend not in ("auto", "pytorch")
-    return {
-        **session_clashes(options),
-        f"--plugin is for TensorRT engines, so --backend {backend} does not apply": (
-            bool(options["plugin"]) and backend not in ("auto", "tensorrt")
+    return [
+        *session_clashes(options),
+        Clash(
+            options["plugin"] and backend not in ("auto", "tensorrt"),
+            f"--plugin is for TensorRT engines, so --backend {backend} does not apply",
         ),
-        f"--attention-backend runs in PyTorch, so --backend {backend} does not apply": (
-            options["attention_backend"] is not None and elsewhere
+        Clash(
+            options["attention_backend"] is not None and elsewhere,
+            f"--attention-backend runs in PyTorch, so --backend {backend} does not apply",
         ),
-        "--text-embeds takes the text encoder's place, so --text-encoder-bits does not apply": (
-            options["text_embeds"] is not None and options["text_encoder_bits"] is not None
+        Clash(
+            options["text_embeds"] is not None and options["text_encoder_bits"] is not None,
+            "--text-embeds takes the text encoder's place, so --text-encoder-bits does not apply",
         ),
-    }
-
-
-def refuse_clashes(clashes: Mapping[str, Any]) -> None:
-    """Refuse two options that exclude each other.
-
-    Args:
-        clashes: What two options say against each other, and whether both were given.
-
-    Raises:
-        UnsupportedError: Both of two were given.
-    """
-    for what, clash in clashes.items():
-        if clash:
-            raise UnsupportedError(what, fix="leave one of the two out")
+    ]

@@ -43,13 +43,16 @@ class ProcessCommand(click.Command):
         super().__init__(*args, **kwargs)
 
     def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:
-        """As click's; a standalone command ends the process as :mod:`dvdquant.cli.process` says."""
+        """Run as :meth:`click.Command.main` does; a standalone command ends as :mod:`dvdquant.cli.process` says."""
         words = list(sys.argv[1:] if args is None else args)
         call = functools.partial(super().main, words, *more, standalone_mode=False, **extra)
         return sys.exit(run_as_process(call, words)) if standalone_mode else call()
 
     def invoke(self, ctx: click.Context) -> Any:
-        """As click's, in a folder that exists. An OSError becomes a DvdquantError before click makes of EPIPE an exit."""
+        """Call the function, as :meth:`click.Command.invoke` does, in a folder that exists.
+
+        An OSError becomes a DvdquantError before click makes of EPIPE an exit.
+        """
         require_folder()
         try:
             return super().invoke(ctx)
@@ -66,7 +69,10 @@ class ExamplesCommand(ProcessCommand):
         self.examples = examples
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples after the options, by the name that the command was called by."""
+        """Write the examples after the options, where :meth:`click.Command.format_epilog` writes the epilog.
+
+        They have the name that the command was called by.
+        """
         if self.examples:
             examples = self.examples.strip()
             if ctx.parent is not None:  # dvdq export, and not dvdq-export

@@ -329,7 +329,11 @@ def main(**arguments: Any) -> None:
     plan = plan_export(options)
     _check_pipeline(plan)
     if dry_run:
-        echo(json_text(_plan_json(plan, choice)) if log_format == "json" else _plan_text(plan, choice))
+        from dvdquant.export.fusable import planned_fusions
+
+        fused = planned_fusions(plan)
+        as_json = log_format == "json"
+        echo(json_text(_plan_json(plan, choice, fused)) if as_json else _plan_text(plan, choice, fused))
         return
     progress = Progress(log_format)
     for note in choice.notes:
@@ -378,7 +382,7 @@ def _check_revision(model: str, revision: str | None) -> None:
         )
 
 
-def _plan_json(plan: ExportPlan, choice: Choice) -> dict[str, Any]:
+def _plan_json(plan: ExportPlan, choice: Choice, fused: dict[str, int] | None) -> dict[str, Any]:
     from dvdquant.cli.export_answers import answers, device_answers
     from dvdquant.export.source_words import source_facts
 
@@ -405,6 +409,7 @@ def _plan_json(plan: ExportPlan, choice: Choice) -> dict[str, Any]:
             for one in checkpoint.lora.fused
         ],
         "lora_rank": _reserved(plan),
+        "fused_layers": fused,
         "also_written": _layouts(plan),
         "sampling": plan.options.sampling,
         "held_bytes": _held(plan),
@@ -418,7 +423,7 @@ def _plan_json(plan: ExportPlan, choice: Choice) -> dict[str, Any]:
     }
 
 
-def _plan_text(plan: ExportPlan, choice: Choice) -> str:
+def _plan_text(plan: ExportPlan, choice: Choice, fused: dict[str, int] | None) -> str:
     from dvdquant.artifact.provenance import sampling_sentence
     from dvdquant.checkpoint.lora.fuse import lora_lines
     from dvdquant.cli.export_answers import answers, device_answers
@@ -488,6 +493,11 @@ def _plan_text(plan: ExportPlan, choice: Choice) -> str:
             paragraphs([(_target(e.backend, e.sms, e.act_bits), e.executes) for e in plan.later]),
             "",
         ]
+    if fused is not None:
+        counts = ", ".join(
+            f"{name} {fused[name]} of {len(p.layers)} layers" for name, p in zip(plan.components, plan.plans)
+        )
+        lines += [f"fused in TensorRT engines with what comes before them, one plugin node each (--fuse): {counts}", ""]
     if held := _held(plan):
         lines.append(
             "on the device, an engine of one transformer with its weights: "

@@ -14,7 +14,8 @@ from dvdquant.errors import OutputError
 from dvdquant.text import amount, json_text
 
 if TYPE_CHECKING:
-    from dvdquant.artifact.manifest import LayerEntry, Manifest
+    from dvdquant.artifact.entries import LayerEntry
+    from dvdquant.artifact.manifest import Manifest
 
 EXAMPLES = """
 # files, engines and what executes on each SM, the ten worst layers
@@ -193,7 +194,7 @@ def _graph_summary(out: Path, manifest: Manifest, graph: str) -> str:
 
 
 def _check_files(out: Path, manifest: Manifest) -> str:
-    from dvdquant.artifact.manifest import verify_files
+    from dvdquant.artifact.verify_files import verify_files
     from dvdquant.export.verify.links import check_links, unlisted_files
     from dvdquant.system.progress import Progress
     from dvdquant.text import shown

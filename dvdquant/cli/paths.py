@@ -56,7 +56,7 @@ class FilePath(_Checked):
         self.standard_stream, self.folder = standard_stream, folder
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Return the path, or fail naming the option and the reason."""
+        """Return the path, see :meth:`click.ParamType.convert`, or fail naming the option and the reason."""
         text = os.fspath(value)
         if not text:
             self.refuse("the path is empty", param, ctx, fix="name a file or a folder; is a shell variable unset?")
@@ -80,7 +80,7 @@ class ModelName(_Checked):
     name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the name, or fail naming the option and the reason."""
+        """Return the name, see :meth:`click.ParamType.convert`, or fail naming the option and the reason."""
         text = str(value)
         if text and "\0" not in text:  # what is empty or holds a NUL gets the error of every other wrong name
             self.check_place(os.path.expanduser(text), param, ctx, "give a local folder, or a hub id such as org/name")
@@ -93,7 +93,7 @@ class Word(_Checked):
     name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the text, or fail naming the option and the reason."""
+        """Return the text, see :meth:`click.ParamType.convert`, or fail naming the option and the reason."""
         text = str(value)
         if not text.strip():
             self.refuse("the value is empty", param, ctx, fix="give one, or leave the option out")
@@ -111,7 +111,7 @@ class LoraText(Word):
     name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the text, or fail naming the option and the reason."""
+        """Return the text, see :meth:`click.ParamType.convert`, or fail naming the option and the reason."""
         text = str(value)
         if not text.strip() or "\0" in text:
             self.refuse("it names no file", param, ctx, fix="give FILE, FILE:SCALE, or transformer_2=FILE:SCALE")

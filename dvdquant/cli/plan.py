@@ -10,7 +10,8 @@ import click
 from click.core import ParameterSource
 
 from dvdquant import __version__
-from dvdquant.cli.clip_options import clip_options, loading_clashes, loading_options, refuse_clashes
+from dvdquant.clashes import refuse_clashes
+from dvdquant.cli.clip_options import clip_options, loading_clashes, loading_options
 from dvdquant.cli.common import ExamplesCommand, echo, loading, runs_on, setup_logging, table
 from dvdquant.cli.paths import EXPORT, LORA, PATH, TEXT_FILE, WORD
 from dvdquant.cli.prompt_file import check_prompt, read_prompts

@@ -26,16 +26,11 @@ import click
 from dvdquant.errors import DvdquantError, EngineError, ExportError, OutputError, ResourceError
 from dvdquant.system.files import disk_error
 from dvdquant.system.garbage import collect_less_often
+from dvdquant.system.out_of_memory import says_no_memory
 from dvdquant.text import json_text, shown
 
 __all__ = ["ReaderGone", "Stopped", "echo", "require_folder", "run_as_process", "user_error"]
 
-# What PyTorch, ONNX Runtime, the dynamic linker, C++ and Python say when there is no memory left.
-_NO_MEMORY = re.compile(
-    r"can't allocate memory|cannot allocate memory|std::bad_alloc|out of memory|failed to allocate memory|bad allocation"
-    r"|failed to map segment|can't start new thread|not enough memory",
-    re.IGNORECASE,
-)
 _MEMORY_FIX = (
     "free memory (of the GPU, where it is CUDA's), raise the limit (ulimit -v, the container's), or ask for less"
 )
@@ -248,7 +243,7 @@ def user_error(error: BaseException) -> DvdquantError | None:
     Args:
         error: What ended the command.
     """
-    if isinstance(error, (EngineError, ExportError)) and _NO_MEMORY.search(error.what):
+    if isinstance(error, (EngineError, ExportError)) and says_no_memory(error.what):
         return ResourceError(error.what, fix=_MEMORY_FIX)  # whatever it advised: the engine is not to blame
     if isinstance(error, DvdquantError):
         return error
@@ -260,7 +255,7 @@ def user_error(error: BaseException) -> DvdquantError | None:
             return ResourceError(
                 "something is nested too deep to be read", fix="check the files that were given: one of them is hostile"
             )
-        if _NO_MEMORY.search(text):
+        if says_no_memory(text):
             return _no_memory(text)
     if isinstance(error, OSError):
         return _system_error(error)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.clip_options import clip_options, loading_clashes, loading_options
+from dvdquant.cli.clip_options import clip_options, loading_options
 from dvdquant.cli.common import ExamplesCommand, echo, loading, runs_on, setup_logging
 from dvdquant.cli.paths import EXPORT, LORA, PATH, TEXT_FILE, WORD
 from dvdquant.cli.prompt_file import check_prompt, read_prompts
-from dvdquant.deploy.switching.defaults import CACHE_POLICIES, LAST_HIGH, WEIGHTINGS, CachePolicy
-from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.hardware.weights import WeightPolicy
+from dvdquant.cli.run_options import RunOptions, check_options, no_prompts, parse_cache, parse_memory
+from dvdquant.deploy.switching.defaults import CACHE_POLICIES, LAST_HIGH, WEIGHTINGS
 from dvdquant.system.devices import check_device_word
 from dvdquant.system.whole_file import check_writable
 
@@ -110,64 +108,13 @@ class GroupedCommand(ExamplesCommand):
     """Options under the headings of :data:`GROUPS`."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """As click's, in sections."""
+        """Write the options as :meth:`click.Command.format_options` does, in sections."""
         records = {p.name: p.get_help_record(ctx) for p in self.get_params(ctx) if isinstance(p, click.Option)}
         grouped = {name for names in GROUPS.values() for name in names}
         sections = {**GROUPS, "Other": tuple(name for name in records if name not in grouped)}
         for title, names in sections.items():
             with formatter.section(title):
                 formatter.write_dl([record for name in names if (record := records[name]) is not None])
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """The command's options, by their names."""
-
-    prompt: tuple[str, ...]
-    prompts: Path | None
-    negative_prompt: str | None
-    image: Path | None
-    last_image: Path | None
-    height: int | None
-    width: int | None
-    num_frames: int | None
-    seed: int
-    steps: int | None
-    guidance: float | None
-    mode: str | None
-    delta: float | None
-    weighting: str | None
-    last_high: int | None
-    schedule: Path | None
-    average_bits: float | None
-    cache: str | None
-    cache_policy: CachePolicy | None
-    compare: bool
-    text_embeds: Path | None
-    output: Path | None
-    gif: Path | None
-    strip: Path | None
-    trace: Path | None
-    fps: float | None
-    save_text_embeds: Path | None
-    dry_run: bool
-    memory: str | None
-    offload: bool
-    alternate: bool
-    text_encoder_bits: str | None
-    vae_tiling: bool
-    pipeline: str | None
-    lora: tuple[str, ...]
-    backend: str
-    device: str
-    weights: WeightPolicy
-    plugin: tuple[Path, ...]
-    compile: bool
-    fuse: bool | None
-    cuda_graphs: bool
-    attention: str | None
-    attention_backend: str | None
-    cfg_parallel: str | None
 
 
 @click.command(
@@ -392,15 +339,6 @@ def say_needs(
         echo("\n" + held_text(generator.artifact))
 
 
-def no_prompts(settings: RunOptions) -> bool:
-    """Return whether the prompts are those of the file of text embeddings.
-
-    Args:
-        settings: The options of the command.
-    """
-    return settings.text_embeds is not None and not settings.prompt and settings.prompts is None
-
-
 def undecided(request: GenerateRequest, transformers: int) -> str | None:
     """Return what is said of a clip whose steps leave delta-GBS nothing to decide; None where it has something.
 
@@ -508,106 +446,6 @@ def _switching(request: GenerateRequest, settings: RunOptions, schedule: Any) ->
         weighting: Any = settings.weighting or schedule.details.get("weighting", "none")
         return dataclasses.replace(request, mode="switch", delta=delta, last_high=last, weighting=weighting)
     return dataclasses.replace(request, mode="planned", schedule=schedule)
-
-
-# ----------------------------------------------------------------------------------------------------- checking options
-
-
-def check_options(settings: RunOptions) -> None:
-    """Refuse options that contradict each other, naming the one to leave out.
-
-    Args:
-        settings: The options of the command.
-
-    Raises:
-        UnsupportedError: Two of them contradict each other.
-    """
-    fixed = settings.mode in ("a4", "a8", "16")
-    skips = None if settings.cache in (None, "off") else "--cache"
-    skips = skips if settings.cache_policy is None else "--cache-policy"
-    clashes: dict[str, Any] = {
-        **loading_clashes(vars(settings)),
-        "--save-text-embeds draws nothing, so -o does not apply": settings.save_text_embeds and settings.output,
-        "--save-text-embeds loads a text encoder, and --text-embeds takes its place": settings.save_text_embeds
-        and settings.text_embeds,
-        "--save-text-embeds writes a file, and --dry-run nothing": settings.save_text_embeds and settings.dry_run,
-        "--save-text-embeds loads the text encoder alone, and --alternate the transformer after it": settings.save_text_embeds
-        and settings.alternate,
-        "--save-text-embeds draws nothing, so --memory does not apply": settings.save_text_embeds and settings.memory,
-        "--text-embeds takes the text encoder's place, so --alternate does not apply": settings.text_embeds
-        and settings.alternate,
-        f"--compare draws every mode, so --mode {settings.mode} does not apply": settings.compare and settings.mode,
-        f"--delta switches engines, and --mode {settings.mode} does not": settings.delta is not None and fixed,
-        f"--schedule says the bits of each step, and so does --mode {settings.mode}": settings.schedule and fixed,
-        "--schedule says the bits of each step, so --delta does not apply": settings.schedule
-        and settings.delta is not None,
-        "--weighting is for switching engines by delta": settings.weighting is not None
-        and (fixed or (settings.schedule and settings.average_bits is None)),
-        "--last-high is for switching engines by delta": settings.last_high is not None
-        and (fixed or (settings.schedule and settings.average_bits is None)),
-        "--average-bits is read from a schedule, and none was given": settings.average_bits is not None
-        and not settings.schedule,
-        f"--schedule says which steps are skipped, so {skips} does not apply": settings.schedule
-        and settings.average_bits is None
-        and skips,
-        f"{skips} skips steps of the engines, and --mode 16 runs the original checkpoint": skips
-        and settings.mode == "16",
-        f"--cache-policy {settings.cache_policy} skips steps, and --cache is off": settings.cache == "off"
-        and settings.cache_policy,
-        "--compile is for the quantized transformer, and --mode 16 runs the original": settings.compile
-        and settings.mode == "16",
-        "--cuda-graphs is for the quantized transformer, and --mode 16 runs the original": settings.cuda_graphs
-        and settings.mode == "16",
-        "--fuse is for the quantized transformer, and --mode 16 runs the original": bool(settings.fuse)
-        and settings.mode == "16",
-        "--cfg-parallel is for the engines, and --compare also runs the original checkpoint": settings.cfg_parallel
-        is not None
-        and settings.compare,
-        f"--mode 16 runs the original checkpoint in PyTorch, so --backend {settings.backend} does not apply": (
-            settings.mode == "16" and settings.backend not in ("auto", "pytorch")
-        ),
-    }
-    for what, clash in clashes.items():
-        if clash:
-            missing = "none was given" in what
-            fix = "give --schedule PATH, made by dvdq-plan" if missing else "leave one of the two out"
-            raise UnsupportedError(what, fix=fix)
-    if settings.output is None and not settings.save_text_embeds and not settings.dry_run:
-        raise UnsupportedError("nothing says where the clip goes", fix="give -o clip.mp4, or --dry-run")
-    parse_cache(settings.cache)
-
-
-def parse_memory(text: str | None) -> int | Literal["auto"] | None:
-    """Return ``auto``, or the bytes of a size such as 16GiB.
-
-    Args:
-        text: The value of ``--memory``, or None.
-
-    Raises:
-        ShapeError: It is neither.
-    """
-    from dvdquant.system.memory import parse_amount
-
-    return "auto" if text == "auto" else None if text is None else parse_amount(text, "--memory")
-
-
-def parse_cache(text: str | None) -> float | None:
-    """Return the threshold, or None for ``off``.
-
-    Args:
-        text: The value of ``--cache``, or None.
-
-    Raises:
-        ShapeError: It is neither.
-    """
-    if text is None or text == "off":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise ShapeError(
-            f"--cache is {text!r:.80}", available="a number from 0 up, or off", fix="give --cache 0.02 or --cache off"
-        ) from None
 
 
 if __name__ == "__main__":

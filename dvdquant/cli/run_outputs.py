@@ -11,7 +11,7 @@ from dvdquant.cli.run_text import compare_text, summary_text
 from dvdquant.errors import OutputError
 
 if TYPE_CHECKING:
-    from dvdquant.cli.run import RunOptions
+    from dvdquant.cli.run_options import RunOptions
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.request import GenerateResult
     from dvdquant.deploy.generation.video import Row

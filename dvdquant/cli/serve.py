@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.clip_options import refuse_clashes, session_clashes
+from dvdquant.clashes import refuse_clashes
+from dvdquant.cli.clip_options import session_clashes
 from dvdquant.cli.common import CUDA_GRAPHS, FUSE, ExamplesCommand, runs_on
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.deploy.serve.model_names import named, named_export
@@ -20,7 +22,7 @@ from dvdquant.text import shown
 
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Manifest
-    from dvdquant.deploy.serve.settings import Limits, ModelSource, ObjectStore
+    from dvdquant.deploy.serve.settings import Limits, ModelSource, ObjectStore, SessionSettings
 
 EXAMPLES = """
 # one export on every GPU of this machine; a page at http://127.0.0.1:8000
@@ -239,11 +241,7 @@ def check_session_options(options: dict[str, Any]) -> None:
     Raises:
         UnsupportedError: Two options exclude each other.
     """
-    clashes = session_clashes(options)
-    for option, elsewhere in (("--triton-repository", "triton_repository"), ("--dynamo", "dynamo")):
-        what = f"{option} opens sessions without CUDA graphs, so --cuda-graphs does not apply"
-        clashes[what] = options["cuda_graphs"] and bool(options[elsewhere])
-    refuse_clashes(clashes)
+    refuse_clashes(session_clashes(options))
 
 
 def write_triton(exports: tuple[str, ...], options: dict[str, Any]) -> None:
@@ -251,7 +249,7 @@ def write_triton(exports: tuple[str, ...], options: dict[str, Any]) -> None:
 
     Args:
         exports: One export.
-        options: ``triton_repository``, ``pipeline``, ``backend``, ``device``.
+        options: ``triton_repository``, ``pipeline``, and those of sessions.
 
     Raises:
         UnsupportedError: There are several exports, or the device is unknown.
@@ -264,7 +262,7 @@ def write_triton(exports: tuple[str, ...], options: dict[str, Any]) -> None:
     from dvdquant.deploy.serve.triton_repository import write_repository
 
     folder = options["triton_repository"]
-    for path in write_repository(folder, model, backend=options["backend"], device=options["device"]):
+    for path in write_repository(folder, model, read_sessions(options)):
         click.echo(path)
 
 
@@ -273,7 +271,7 @@ def run_dynamo(exports: tuple[str, ...], options: dict[str, Any]) -> None:
 
     Args:
         exports: One export.
-        options: ``pipeline``, ``schedule``, ``backend``, ``device``, ``log_format``, ``verbose`` and the limits.
+        options: ``pipeline``, ``schedule``, ``log_format``, ``verbose``, those of sessions and the limits.
 
     Raises:
         UnsupportedError: There are several exports, the device is unknown, or Dynamo is not installed.
@@ -287,7 +285,18 @@ def run_dynamo(exports: tuple[str, ...], options: dict[str, Any]) -> None:
     from dvdquant.deploy.serve.logs import setup_server_log
 
     setup_server_log(options["log_format"], options["verbose"])
-    serve_dynamo(model, backend=options["backend"], device=options["device"], limits=read_limits(options))
+    serve_dynamo(model, read_sessions(options), read_limits(options))
+
+
+def read_sessions(options: dict[str, Any]) -> SessionSettings:
+    """Return how a server that keeps its own queue opens sessions.
+
+    Args:
+        options: ``backend``, ``device``, ``compile``, ``fuse``, ``cuda_graphs`` and ``weights``.
+    """
+    from dvdquant.deploy.serve.settings import SessionSettings
+
+    return SessionSettings(**{each.name: options[each.name] for each in fields(SessionSettings)})
 
 
 def read_one(exports: tuple[str, ...], options: dict[str, Any], what: str) -> ModelSource:

@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import Sequence
 
-from dvdquant.artifact.manifest import Manifest, model_name
+from dvdquant.artifact.manifest import Manifest
+from dvdquant.artifact.provenance import model_name
 from dvdquant.errors import OutputError
 from dvdquant.text import markdown_code as code
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dvdquant.artifact.layout import MANIFEST
-from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, verify_files
+from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest
+from dvdquant.artifact.verify_files import verify_files
 from dvdquant.errors import OutputError
 from dvdquant.hub.names import hub_failure, is_hub_name
 from dvdquant.system.files import read_limited

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from dvdquant.artifact.layout import MANIFEST
-from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, load_manifest, model_name, read_verified, verify_files
+from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, load_manifest
+from dvdquant.artifact.provenance import model_name
+from dvdquant.artifact.verify_files import read_verified, verify_files
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.hub.card import CARD, hub_card
 from dvdquant.hub.locate import differences, listing
@@ -25,7 +27,7 @@ from dvdquant.system.files import read_limited
 from dvdquant.system.hub_client import limit_waiting
 from dvdquant.text import amount, shown
 
-__all__ = ["Pushed", "PushPlan", "plan_push", "push"]
+__all__ = ["PushPlan", "Pushed", "plan_push", "push"]
 
 log = logging.getLogger(__name__)
 SMALL = 1 << 20  # bytes; smaller files are held in memory as they were hashed

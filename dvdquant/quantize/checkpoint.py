@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvdquant.artifact.manifest import FileEntry, LayerEntry
+from dvdquant.artifact.entries import LayerEntry
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.errors import CheckpointError
 from dvdquant.model.layers import LayerSpec
@@ -27,6 +27,7 @@ from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight
 from dvdquant.quantize.gptq import output_energy
 from dvdquant.quantize.layer_inputs import LayerInputs, predict_inputs
 from dvdquant.quantize.magnitudes import Magnitudes
+from dvdquant.system.files import FileEntry
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_io import StreamingWriter, TensorInfo
 

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 __all__ = [
     "BLOCK_SCALED",
@@ -63,10 +63,12 @@ class Found:
     Args:
         what: The name of the format, as the end of "it is …".
         fix: The way to get a usable model.
+        state: ``pickled`` where loading it runs code, ``not downloaded`` where the file stands for one that never came.
     """
 
     what: str
     fix: str
+    state: Literal["foreign", "pickled", "not downloaded"] = "foreign"
 
 
 # ----------------------------------------------------------------------------------------------------- the first bytes
@@ -76,31 +78,44 @@ CONTENTS: dict[str, tuple[re.Pattern[bytes], Found]] = {
     "gguf": (re.compile(rb"GGUF"), Found("a GGUF file", "name it NAME.gguf and give that file as MODEL")),
     "git-lfs": (
         re.compile(rb"version https://git-lfs"),
-        Found("a pointer of Git LFS, not the weights themselves", f"run git lfs pull in that folder, or {_DOWNLOAD}"),
+        Found(
+            "a pointer of Git LFS, not the weights themselves",
+            f"run git lfs pull in that folder, or {_DOWNLOAD}",
+            "not downloaded",
+        ),
     ),
     "html": (
         re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.IGNORECASE),
-        Found("a web page, not the weights: the download failed or needs a login", f"log in and {_DOWNLOAD}"),
+        Found(
+            "a web page, not the weights: the download failed or needs a login",
+            f"log in and {_DOWNLOAD}",
+            "not downloaded",
+        ),
     ),
     "json-error": (
         re.compile(rb'\s*\{\s*"(error|message|detail)"'),
-        Found("the text of an error, not the weights: the download failed", f"log in and {_DOWNLOAD}"),
+        Found(
+            "the text of an error, not the weights: the download failed", f"log in and {_DOWNLOAD}", "not downloaded"
+        ),
     ),
     "zip-pickle": (
         re.compile(rb"PK\x03\x04"),
-        Found("a zip archive, as PyTorch saves pickled weights, which run code when loaded", PICKLED_FILE),
+        Found("a zip archive, as PyTorch saves pickled weights, which run code when loaded", PICKLED_FILE, "pickled"),
     ),
-    "pickle": (re.compile(rb"\x80[\x02-\x05]"), Found("a pickle, which runs code when loaded", PICKLED_FILE)),
+    "pickle": (
+        re.compile(rb"\x80[\x02-\x05]"),
+        Found("a pickle, which runs code when loaded", PICKLED_FILE, "pickled"),
+    ),
     "hdf5": (re.compile(rb"\x89HDF\r\n"), Found("an HDF5 file of Keras or TensorFlow", _ORIGINAL)),
     "gzip": (re.compile(rb"\x1f\x8b"), Found("a gzip archive", "unpack it and give the folder")),
     "zstd": (re.compile(rb"\x28\xb5\x2f\xfd"), Found("a zstd archive", "unpack it and give the folder")),
     "xet": (
         re.compile(rb"# xet version"),
-        Found("a pointer of the hub's Xet storage, not the weights themselves", _DOWNLOAD),
+        Found("a pointer of the hub's Xet storage, not the weights themselves", _DOWNLOAD, "not downloaded"),
     ),
     "zeros": (
         re.compile(rb"\x00{4096}"),
-        Found("a file of zeros: space was reserved and the download never filled it", _DOWNLOAD),
+        Found("a file of zeros: space was reserved and the download never filled it", _DOWNLOAD, "not downloaded"),
     ),
 }
 

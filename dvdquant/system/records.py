@@ -47,11 +47,13 @@ class Problem:
         field: The path of the field, such as ``layers[0].features_in``.
         state: The problem in words: "is 0", "is missing" or "is unknown".
         allowed: The values that the field may have, or None if there is nothing to say.
+        is_unknown: Whether the record has no field of this name.
     """
 
     field: str
     state: str
     allowed: str | None
+    is_unknown: bool = False
 
 
 def first_problem(error: ValidationError, data: Any) -> Problem:
@@ -73,7 +75,7 @@ def first_problem(error: ValidationError, data: Any) -> Problem:
     if found[0]["type"] == "missing":
         return Problem(_joined(path, rest[0]) if rest else path, "is missing", None)
     if found[0]["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return Problem(path, "is unknown", None)
+        return Problem(path, "is unknown", None, is_unknown=True)
     # A field that may have several kinds has one problem for each kind.
     same = dict.fromkeys(_words(other["msg"]) for other in found[:8] if _follow(other["loc"], data)[0] == path)
     return Problem(path, f"is {brief(node)}", " or ".join(same))

@@ -374,7 +374,7 @@ def _outcome(request: BuildRequest, title: str, result: dict[str, Any], code: in
         kind = found if isinstance(found, type) and issubclass(found, DvdquantError) else EngineError
         what = str(result.get("what"))
         what = what if kind is EngineError else f"{title}: {what}"
-        what += f"\n  log:\n{tail}" if "could not build" in what else ""
+        what += f"\n  log:\n{tail}" if result.get("log_says_why") else ""
         raise kind(what, available=result.get("available"), fix=result.get("fix"))
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     memory = code == -signal.SIGKILL or any(word in tail for word in _NO_MEMORY)

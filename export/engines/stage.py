@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 from torch import Tensor
 
-from dvdquant.artifact.manifest import EngineEntry, hash_file
+from dvdquant.artifact.entries import EngineEntry
 from dvdquant.errors import EngineError
 from dvdquant.export.engines import build_engine
 from dvdquant.export.engines.precision import EnginePlan
@@ -32,6 +32,7 @@ from dvdquant.export.passes.lowering.store import TensorStore
 from dvdquant.export.passes.plugin_inputs import plugin_inputs
 from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan
+from dvdquant.system.files import hash_file
 from dvdquant.system.progress import Progress
 
 __all__ = [
@@ -166,13 +167,7 @@ class EngineStage:
         """
         model = ir.load(source)
         self._attention(model, engine)
-        self.fused = fuse_prologues(model) if self.options.fuse else 0
-        if self.options.fuse and not self.fused:
-            raise EngineError(
-                "no layer of the graph can be fused with what comes before it",
-                available="rotations without an outer factor, and inputs that nothing else reads",
-                fix="export without --fuse",
-            )
+        self.fused = fuse_layers(model) if self.options.fuse else 0
         plugin_inputs(model)
         self._open_for_loras(model)
         fused = "_fused" if self.fused else ""
@@ -402,6 +397,25 @@ def build_settings(
         tuple(hash_file(plugin)["sha256"] for plugin in plugins),
         fuses(engine, options),
     )
+
+
+def fuse_layers(model: ir.Model) -> int:
+    """Fuse the layers of a graph with what comes before them; return how many.
+
+    Args:
+        model: The graph with QuantLinear nodes, which is changed in place.
+
+    Raises:
+        EngineError: None can be fused.
+    """
+    fused = fuse_prologues(model)
+    if not fused:
+        raise EngineError(
+            "no layer of the graph can be fused with what comes before it",
+            available="rotations without an outer factor, and inputs that nothing else reads",
+            fix="export without --fuse",
+        )
+    return fused
 
 
 def fuses(engine: EnginePlan, options: ExportOptions) -> bool:

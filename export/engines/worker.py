@@ -42,6 +42,10 @@ _LARGEST_CACHE = 1 << 31  # bytes of a timing cache
 _INLINED_AGAIN = "the output tensors of this new instance will not be queryable"
 
 
+class NotBuiltError(EngineError):
+    """The library built no engine of a network that it parsed; its log says why."""
+
+
 def send(kind: str, **fields: Any) -> None:
     """Send one message to the exporter; this is safe from the builder's own threads.
 
@@ -347,7 +351,7 @@ def _build_plan(
         maps: The maps of the weight files, whose pages are given back after each phase.
 
     Raises:
-        EngineError: The build fails.
+        NotBuiltError: The build fails.
         OutputError: The engine cannot be written.
         ResourceError: The disk is full.
     """
@@ -358,7 +362,7 @@ def _build_plan(
     plan = builder.build_serialized_network(network, config)
     del monitor
     if plan is None:
-        raise EngineError(
+        raise NotBuiltError(
             f"{backend.name} {backend.version} could not build the engine for SM {', '.join(request.sms)}",
             fix=None if request.workspace_bytes is None else "raise the workspace limit: it must exceed the weights",
         )
@@ -379,7 +383,9 @@ def main(arguments: list[str]) -> int:
     except (DvdquantError, MemoryError, OSError) as caught:
         error = _as_error(caught, request)
         fields = {"what": error.what, "available": error.available, "fix": error.fix}
-        send("error", type=type(error).__name__, **fields)
+        refused = isinstance(error, NotBuiltError)
+        kind = EngineError if refused else type(error)
+        send("error", type=kind.__name__, log_says_why=refused, **fields)
         return 3
     return 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from dvdquant.artifact.manifest import GraphEntry
+from dvdquant.artifact.entries import GraphEntry
 from dvdquant.export.graph.functions import attach_functions
 from dvdquant.export.passes.bind_weights import StoredTensor, bind_weights
 from dvdquant.export.passes.lowering.qdq_int4 import lower_qdq_int4

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dvdquant.artifact.manifest import FileEntry
 from dvdquant.checkpoint.formats.scheme import Scheme
 from dvdquant.checkpoint.formats.translate import SCHEMES
 from dvdquant.errors import UnsupportedError
@@ -24,6 +23,7 @@ from dvdquant.model.layers import LayerSpec
 from dvdquant.model.plan import ModelPlan
 from dvdquant.numerics.packing import pack_int4, unpack_int4
 from dvdquant.numerics.regular_hadamard import regular_order
+from dvdquant.system.files import FileEntry
 from dvdquant.system.safetensors_io import StreamingWriter, TensorInfo, read_tensor
 
 __all__ = [

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from dvdquant.artifact.manifest import GraphEntry, LayerEntry
+from dvdquant.artifact.entries import GraphEntry, LayerEntry
 from dvdquant.errors import ExportError
-from dvdquant.export.verify.graph import GraphCheck, Verifier, load_quantized
+from dvdquant.export.verify.graph import GraphCheck, Verifier, change_words, load_quantized
 from dvdquant.export.verify.layers import choose_layers
 from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan
@@ -27,8 +27,7 @@ def verify_export(
     layers: Sequence[LayerEntry],
     sizes: Sizes,
     progress: Progress,
-    fp8: bool = False,
-    fused: bool = False,
+    changes: Collection[tuple[bool, bool]] = (),
 ) -> list[GraphCheck]:
     """Run every graph in ONNX Runtime and judge its layers, the places between them, and the whole of it.
 
@@ -43,8 +42,8 @@ def verify_export(
         layers: The manifest's table of weight errors.
         sizes: The sizes of the graphs, in latent units.
         progress: The place that stages report to.
-        fp8: True if engines run the attention in FP8: each graph that engines come from is then checked so, too.
-        fused: True if engines run layers fused with what comes before them: likewise.
+        changes: How engines, here or on the device, run the graphs: whether with attention in FP8, and whether with layers
+            fused with what comes before them. Each graph that engines come from is checked so, too.
 
     Returns:
         A check for every graph.
@@ -58,7 +57,7 @@ def verify_export(
     worst = _worst(plans, layers)
     # 2. Check the graphs of one component after another.
     runs = {name: [(entry, False, False) for entry in of[name]] for name in plans}
-    more = [(True, False)] * fp8 + [(False, True)] * fused
+    more = sorted(change for change in changes if any(change))
     for name in plans:
         runs[name] += [(entry, *how) for how in more for entry in of[name] if entry["target"] == "tensorrt"]
     total = sum(len(runs[name]) * (len(choose_layers(plan.layers, worst[name])) + 1) for name, plan in plans.items())
@@ -70,9 +69,9 @@ def verify_export(
             for entry, in_fp8, as_fused in runs[name]:
                 stage.update(0, entry["path"])
                 if (in_fp8 or as_fused) and not verifier.whole:
-                    what = "FP8 attention is" if in_fp8 else "fused layers are"
                     progress.say(
-                        f"{entry['path']}: {what} not checked, {verifier.tokens} tokens are too many to run here"
+                        f"{entry['path']} {change_words(in_fp8, as_fused)}: not checked, {verifier.tokens} tokens are too many "
+                        "to run here"
                     )
                     stage.update(len(verifier.chosen) + 1)
                     continue

@@ -55,6 +55,7 @@ __all__ = [
     "BetweenCheck",
     "GraphCheck",
     "Verifier",
+    "change_words",
     "load_quantized",
     "verify_graph",
 ]
@@ -237,6 +238,17 @@ def load_quantized(plan: ModelPlan, tensors: Mapping[str, tuple[str, TensorInfo]
     return model
 
 
+def change_words(fp8: bool, fused: bool) -> str:
+    """Return how an engine runs a graph, in words; nothing where it runs it as it is.
+
+    Args:
+        fp8: Whether its attention is in FP8.
+        fused: Whether layers are fused with what comes before them.
+    """
+    changes = ["FP8 attention"] * fp8 + ["fused layers"] * fused
+    return f"with {' and '.join(changes)}" if changes else ""
+
+
 class Verifier:
     """The judge of the graphs of one transformer on random inputs; PyTorch's results are computed once per bit-width.
 
@@ -326,7 +338,7 @@ class Verifier:
             model, [spec.name for spec in self.plan.layers] if self.between else self.chosen
         )
         self.reference.use(bits)
-        title = f"{path.name}{' with FP8 attention' * fp8}{' with fused layers' * fused}"
+        title = f"{path.name} {change_words(fp8, fused)}".rstrip()
         with with_fp8_attention(scales, attentions):
             wanted = attention_intermediates(model, scales) if self.whole else {}
             xs, seen = self._run(model, intermediates, path, wanted) if self.whole else (self._probed(bits), None)

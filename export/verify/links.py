@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from dvdquant.artifact.entries import EngineEntry, GraphEntry, LayerEntry
 from dvdquant.artifact.folder import Folder
 from dvdquant.artifact.layout import COMMIT, LOCK, MANIFEST, STAGE
-from dvdquant.artifact.manifest import EngineEntry, GraphEntry, LayerEntry
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.export.graph.writer import graph_path
 from dvdquant.system.files import FileEntry

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvdquant.artifact.manifest import LayerEntry
+from dvdquant.artifact.entries import LayerEntry
 from dvdquant.errors import ExportError
 from dvdquant.export.verify.tolerance import LAMBDA, UNIT
 from dvdquant.model.layers import LayerSpec

@@ -18,7 +18,8 @@ import pytest
 
 from dvdquant.artifact import bundle as bundles
 from dvdquant.artifact.bundle import open_bundle, unpack_bundle, write_bundle
-from dvdquant.artifact.manifest import Manifest, load_manifest, verify_files
+from dvdquant.artifact.manifest import Manifest, load_manifest
+from dvdquant.artifact.verify_files import verify_files
 from dvdquant.errors import DvdquantError, OutputError, ResourceError
 from tests.support.changed_bytes import mutated
 from tests.support.costs import Costs

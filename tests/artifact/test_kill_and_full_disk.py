@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from dvdquant.artifact.manifest import load_manifest, verify_files
+from dvdquant.artifact.manifest import load_manifest
+from dvdquant.artifact.verify_files import verify_files
 from tests.support import tiny_models as tiny
 from tests.support.costs import Costs
 from tests.support.exporting import REPOSITORY

@@ -13,16 +13,10 @@ from typing import Any
 
 import pytest
 
-from dvdquant.artifact.manifest import (
-    FORMAT_VERSION,
-    Manifest,
-    check_relpath,
-    hash_file,
-    load_manifest,
-    read_verified,
-    verify_files,
-)
+from dvdquant.artifact.manifest import FORMAT_VERSION, Manifest, check_relpath, load_manifest
+from dvdquant.artifact.verify_files import read_verified, verify_files
 from dvdquant.errors import OutputError, ResourceError
+from dvdquant.system.files import hash_file
 from tests.support import helpers_checkpoint as made
 from tests.support.helpers_checkpoint import manifest
 

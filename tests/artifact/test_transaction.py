@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import dvdquant.artifact.commit
-from dvdquant.artifact.manifest import load_manifest, verify_files
+from dvdquant.artifact.manifest import load_manifest
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
+from dvdquant.artifact.verify_files import verify_files
 from dvdquant.errors import OutputError, ResourceError
 from tests.support.helpers_checkpoint import (
     KEY,

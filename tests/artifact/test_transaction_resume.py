@@ -16,9 +16,10 @@ import pytest
 import dvdquant.artifact.transaction
 from dvdquant.artifact.folder import Folder
 from dvdquant.artifact.journal import Journal
-from dvdquant.artifact.manifest import load_manifest, verify_files
+from dvdquant.artifact.manifest import load_manifest
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.artifact.unfinished import differences
+from dvdquant.artifact.verify_files import verify_files
 from dvdquant.errors import OutputError
 from tests.support.helpers_checkpoint import (
     KEY,

@@ -251,7 +251,7 @@ def test_clips_do_not_depend_on_their_batch(bench: Any, rounding: float) -> None
     assert float((together[1] - alone[0]).norm() / alone.norm()) < 4 * rounding * (2 * bench.guidance - 1) * bench.steps
 
 
-@pytest.mark.parametrize("high", [0, 3])
+@pytest.mark.parametrize("high", [0, pytest.param(3, marks=pytest.mark.stress)])
 def test_a_planned_switch_is_its_one_model(bench: Any, layers: list[Any], high: int) -> None:
     clips, simulate, methods = script("clips"), script("simulate"), script("methods")
     method = methods.from_recipe(RECIPES["w4a4"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dvdquant.artifact.manifest import Source
+from dvdquant.artifact.entries import Source
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
 from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.checkpoint.reader import open_checkpoint

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import socket
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from dvdquant.cli.serve import devices, gpus, hosts, main, read_keys
+from dvdquant.deploy.serve.direct import DirectModel
 from dvdquant.deploy.serve.model_names import named, named_export
-from dvdquant.deploy.serve.settings import ServerSettings
+from dvdquant.deploy.serve.settings import Limits, ModelSource, ServerSettings, SessionSettings
 from dvdquant.deploy.serve.worker import open_model
 from dvdquant.errors import DvdquantError
 from tests.support.commands import refused
@@ -86,6 +90,31 @@ def test_cuda_graphs_reach_the_sessions_of_workers(
     assert opened == [False, True]
 
 
+def test_options_of_sessions_reach_a_worker_of_dynamo(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dynamo itself is not needed: its worker opens the model that is handed to it here."""
+    opened: list[dict[str, Any]] = []
+
+    def serve_dynamo(source: ModelSource, sessions: SessionSettings, limits: Limits) -> None:
+        DirectModel(source, sessions, limits)
+
+    worker = "dvdquant.deploy.serve.dynamo_worker"
+    monkeypatch.setitem(sys.modules, worker, SimpleNamespace(serve_dynamo=serve_dynamo))  # type: ignore[arg-type]
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name.startswith("dynamo") else find(name))
+    monkeypatch.setattr("dvdquant.deploy.serve.direct.ServedModel", lambda *_: None)
+    monkeypatch.setattr("dvdquant.deploy.serve.direct.open_generator", lambda *_, **given: opened.append(given))
+    words = ("--compile", "--no-fuse", "--cuda-graphs", "--weights", "packed", "--device", "cpu")
+    for given in ((), words):
+        done = _run(out, "--dynamo", *given)
+        assert done.exit_code == 0, done.output
+    usual = {"pipeline": None, "backend": "auto", "device": "auto", "weights": "auto"}
+    assert opened[0] == {**usual, "compile": False, "fuse": None, "cuda_graphs": False}
+    changed = {"compile": True, "fuse": False, "cuda_graphs": True, "weights": "packed", "device": "cpu"}
+    assert opened[1] == {**usual, **changed}
+
+
 def test_options_of_sessions_without_effect_are_refused_before_an_export_is_opened(tmp_path: Path) -> None:
     """In dvdq-run's words: the export is not even there."""
     gone = tmp_path / "gone"
@@ -93,8 +122,7 @@ def test_options_of_sessions_without_effect_are_refused_before_an_export_is_open
         (("--cuda-graphs", "--backend", "onnxruntime"), "ONNX Runtime has none, so --cuda-graphs does not apply"),
         (("--compile", "--backend", "rtx"), "--compile runs in PyTorch, so --backend rtx does not apply"),
         (("--fuse", "--backend", "tensorrt"), "--fuse runs in PyTorch, so --backend tensorrt does not apply"),
-        (("--cuda-graphs", "--dynamo"), "--dynamo opens sessions without CUDA graphs"),
-        (("--cuda-graphs", "--triton-repository", tmp_path / "models"), "--triton-repository opens sessions"),
+        (("--compile", "--backend", "rtx", "--dynamo"), "--compile runs in PyTorch, so --backend rtx does not apply"),
     ):
         refused(_run(gone, *words), said, "leave one of the two out")
     assert not list(tmp_path.iterdir())

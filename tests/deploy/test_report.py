@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from dvdquant.artifact.manifest import Manifest, load_manifest, verify_files
+from dvdquant.artifact.manifest import Manifest, load_manifest
+from dvdquant.artifact.verify_files import verify_files
 from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.deploy.artifact import Artifact

@@ -29,6 +29,7 @@ from benchmarks.serving.process import PROMPT, START_SECONDS, ServerProcess
 from dvdquant.deploy.generation.encoder import count_frames
 from tests.support.browser import headless_chromium
 from tests.support.exporting import TINY_WAN
+from tests.support.forked_workers import forked_workers
 from tests.support.postgres import postgres
 from tests.support.running import short_wan_export, tiny_wan_export
 
@@ -48,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server whose calls of the transformer take 20 ms, with a short queue and files that make it fail."""
     folder = tmp_path_factory.mktemp("stub")
-    variables = {**STUB, "STUB_KILL": str(folder / "kill"), "STUB_FAIL": str(folder / "fail")}
+    variables = {**STUB, **forked_workers(), "STUB_KILL": str(folder / "kill"), "STUB_FAIL": str(folder / "fail")}
     options = ("--queue", 8, "--max-steps", 1000)
     with ServerProcess(short_wan_export(), folder / "data", *options, stub=variables) as server:
         yield server
@@ -321,7 +322,7 @@ def test_a_stop_drains_and_the_queue_waits_for_the_next_start(tmp_path: Path) ->
     (tmp_path / "keys").write_text("# two\n0123456789abcdef\nfedcba9876543210\n")
     key = {"authorization": "Bearer fedcba9876543210"}
     out = Path(shutil.copytree(short_wan_export(), tmp_path / "out"))
-    server = ServerProcess(out, tmp_path / "data", *options, stub={"STUB_SECONDS": "0.1"}).start()
+    server = ServerProcess(out, tmp_path / "data", *options, stub={"STUB_SECONDS": "0.1", **forked_workers()}).start()
     assert server.process is not None
     with server.client() as stranger:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic fedcba9876543210"}):
@@ -423,7 +424,10 @@ def test_two_servers_share_a_queue_in_postgres(tmp_path: Path) -> None:
     with postgres() as url:
         servers = [
             ServerProcess(
-                short_wan_export(), tmp_path / "data", "--no-spare", stub={"STUB_SECONDS": "0.05", "DVDQ_STORE": url}
+                short_wan_export(),
+                tmp_path / "data",
+                "--no-spare",
+                stub={"STUB_SECONDS": "0.05", "DVDQ_STORE": url, **forked_workers()},
             ).start()
             for _ in range(2)
         ]

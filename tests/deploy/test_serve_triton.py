@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import queue
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.serve.settings import SessionSettings
 from dvdquant.deploy.sessions import open_session
 from dvdquant.errors import Cancelled, ShapeError
 from tests.support.exporting import TINY_WAN
@@ -25,14 +27,14 @@ from tests.support.running import PROMPT, tiny_wan_export
 from tests.support.triton_server import tritonserver
 
 
-def _write(folder: Path) -> str:
+def _write(folder: Path, *more: str) -> str:
     """The repository by the command; what it prints."""
     from click.testing import CliRunner
 
     from dvdquant.cli.serve import main
 
     words = [tiny_wan_export(), "--triton-repository", folder, "--pipeline", TINY_WAN, "--device", "cpu"]
-    done = CliRunner().invoke(main, [str(word) for word in [*words, "--backend", "onnxruntime"]])
+    done = CliRunner().invoke(main, [str(word) for word in [*words, *(more or ("--backend", "onnxruntime"))]])
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -52,10 +54,8 @@ def test_the_command_writes_two_models(tmp_path: Path) -> None:
             compile((tmp_path / "models" / path).read_text(), str(path), "exec")
 
 
-def test_the_text_of_a_failure_is_in_the_log_and_not_in_the_answer(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The module of Triton's stub exists in its process alone: here it only names the codes."""
+def _models(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The models. The module of Triton's stub exists in its process alone: here it only names the codes."""
     codes = SimpleNamespace(TritonError=lambda *said: said)
     for name in ("INTERNAL", "CANCELLED", "INVALID_ARG"):
         setattr(codes.TritonError, name, name)
@@ -64,6 +64,46 @@ def test_the_text_of_a_failure_is_in_the_log_and_not_in_the_answer(
     monkeypatch.delitem(sys.modules, name, raising=False)
     models = importlib.import_module(name)
     monkeypatch.delitem(sys.modules, name)
+    return models
+
+
+def test_options_of_sessions_are_in_the_repository_and_reach_the_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config
+
+    _write(tmp_path, "--compile", "--no-fuse", "--cuda-graphs", "--weights", "packed", "--device", "auto")
+    parameters = {
+        name: {"string_value": json.loads(value)}
+        for name, value in re.findall(
+            r'key: "(\w+)" value \{ string_value: (".*") \}', (tmp_path / "dvdq_step/config.pbtxt").read_text()
+        )
+    }
+    models = _models(monkeypatch)
+    opened: list[dict[str, Any]] = []
+
+    def open_double(_: Any, **given: Any) -> Any:
+        opened.append(given)
+        return SimpleNamespace(family=SimpleNamespace(inputs=lambda _: []), sizes=None)
+
+    monkeypatch.setattr(models, "open_session", open_double)
+    monkeypatch.setattr(config, "compile_threads", 2)
+    given = {"model_instance_kind": "GPU", "model_instance_device_id": "1"}
+    models.StepModel().initialize({**given, "model_config": json.dumps({"parameters": parameters})})
+    asked = {"backend": "auto", "compile": True, "fuse": False, "cuda_graphs": True, "weights": "packed"}
+    assert opened == [{**asked, "device": "cuda:1"}]
+    assert config.compile_threads == 1
+    # A repository that an earlier release wrote.
+    del parameters["sessions"]
+    parameters |= {"backend": {"string_value": "pytorch"}, "device": {"string_value": "cpu"}}
+    models.StepModel().initialize({**given, "model_config": json.dumps({"parameters": parameters})})
+    assert opened[1] == SessionSettings(backend="pytorch", device="cpu").arguments()
+
+
+def test_the_text_of_a_failure_is_in_the_log_and_not_in_the_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = _models(monkeypatch)
     with caplog.at_level("WARNING"):
         refused = ShapeError("no such size in /srv/out/x", available="24x24", fix="ask for it")
         assert models._error(refused) == ("no such size in x; available: 24x24; fix: ask for it", "INVALID_ARG")

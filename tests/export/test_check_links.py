@@ -14,9 +14,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dvdquant.artifact.folder import Folder
-from dvdquant.artifact.manifest import hash_file, load_manifest, verify_files
+from dvdquant.artifact.manifest import load_manifest
+from dvdquant.artifact.verify_files import verify_files
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.export.passes.lowering import store as lower_store
+from dvdquant.system.files import hash_file
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, in_process, refused, run
 

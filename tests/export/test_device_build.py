@@ -18,7 +18,8 @@ import pytest
 from click.testing import CliRunner
 
 from dvdquant.artifact.bundle import open_bundle, unpack_bundle
-from dvdquant.artifact.manifest import load_manifest, verify_files
+from dvdquant.artifact.manifest import load_manifest
+from dvdquant.artifact.verify_files import verify_files
 from dvdquant.backends import Backend
 from dvdquant.cli.build import main as build_main
 from dvdquant.cli.bundle import main as bundle_main

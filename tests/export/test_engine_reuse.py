@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from dvdquant.artifact.manifest import load_manifest, verify_files
+from dvdquant.artifact.manifest import load_manifest
+from dvdquant.artifact.verify_files import verify_files
 from dvdquant.export import pipeline, plan
 from dvdquant.export.engines import BuildReport, load_backend
 from dvdquant.export.engines import stage as engines

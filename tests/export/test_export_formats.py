@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from dvdquant.artifact.manifest import Manifest, source_of
+from dvdquant.artifact.manifest import Manifest
+from dvdquant.artifact.provenance import source_of
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
 from dvdquant.deploy.artifact import Artifact

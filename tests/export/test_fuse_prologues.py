@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 from click.testing import CliRunner
 
 from dvdquant.cli.inspect import main as inspect_main
-from dvdquant.errors import UnsupportedError
-from dvdquant.export.engines.stage import BuildSettings
+from dvdquant.errors import EngineError, UnsupportedError
+from dvdquant.export.engines.stage import BuildSettings, fuse_layers
 from dvdquant.export.options import ExportOptions
 from dvdquant.export.passes.fuse_prologues import FUSED, READS, expand_prologues, fuse_prologues
 from dvdquant.export.passes.plugin_inputs import plugin_inputs
@@ -23,6 +24,7 @@ from dvdquant.export.verify import graph as judged_graphs
 from dvdquant.export.verify.graph import Verifier
 from dvdquant.recipe import RECIPES, get_recipe
 from dvdquant.system.progress import Progress
+from tests.support.commands import in_process
 from tests.support.exporting import Export, export_graphs
 from tests.support.tiny_models import CONFIGS, FIXED, RANGES, WAN_ONE, write_checkpoint
 
@@ -134,23 +136,27 @@ def test_what_fuse_does_not_apply_to_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_export_records_its_fused_layers_and_verifies_them(tmp_path: Path) -> None:
-    """The graph is for dvdq-build, which needs no builder here."""
+    """With attention in FP8 in the same graph. It is for dvdq-build, which needs no builder here."""
     model = write_checkpoint(tmp_path / "model", WAN_ONE)
     options = ExportOptions(
-        str(model), tmp_path / "out", get_recipe("w4a8"), targets=("tensorrt",), sms=("9.0",), latent="3x8x8",
-        text_tokens=12, fuse=True, verify=True,
+        str(model), tmp_path / "out", replace(get_recipe("w4a8"), attention="fp8"), targets=("tensorrt",), sms=("9.0",),
+        latent="2x24x24", text_tokens=12, fuse=True, verify=True,
     )  # fmt: skip
     result = run_export(plan_export(options), Progress("quiet"))
     (entry,) = result.manifest.builds
     assert entry["fused_layers"] == 4
-    assert entry["graph"] == "onnx/transformer_a8_plugin_fused.onnx"
-    assert "transformer_a8_plugin_fused.onnx" in entry["command"]
+    assert entry["fp8_attentions"] == 1
+    assert entry["graph"] == "onnx/transformer_a8_plugin_fp8_fused.onnx"
+    assert "transformer_a8_plugin_fp8_fused.onnx" in entry["command"]
     graph = ir.load(options.out / entry["graph"])
     assert sum(node.op_type == FUSED for node in graph.graph) == 4
-    assert [check.graph for check in result.checks] == [
-        "transformer_a8.onnx",
-        "transformer_a8.onnx with fused layers",
+    # Each is in FP8 in the graph that was left for the device, and both are judged in one.
+    assert {node.op_type for node in graph.graph} >= {"QuantizeLinear", "DequantizeLinear"}
+    assert [(check.graph, len(check.attention)) for check in result.checks] == [
+        ("transformer_a8.onnx", 0),
+        ("transformer_a8.onnx with FP8 attention and fused layers", 1),
     ]
+    assert all(check.passed for check in result.checks)
     done = CliRunner().invoke(inspect_main, [str(options.out)])
     assert done.exit_code == 0
     assert "4 layers with what comes before them" in done.output
@@ -162,6 +168,28 @@ def test_an_export_records_its_fused_layers_and_verifies_them(tmp_path: Path) ->
     before = replace(settings, fuse=False)
     assert before.made({name: value for name, value in made.items() if name != "fused_layers"})
     assert before.digest != settings.digest
+
+
+def test_the_dry_run_counts_the_layers_that_are_fused(wan: Export, tmp_path: Path) -> None:
+    """As many as the graph of such an export has."""
+    arguments = [
+        write_checkpoint(tmp_path / "model", WAN_ONE), "-o", tmp_path / "out", "--recipe", "w4a8", "--target", "tensorrt",
+        "--sm", "9.0", "--latent", "3x8x8", "--text-tokens", 12, "--dry-run",
+    ]  # fmt: skip
+    text = in_process(*arguments, "--fuse")
+    assert f"(--fuse): transformer 4 of {len(wan.plan.layers)} layers" in text
+    assert json.loads(in_process(*arguments, "--fuse", "--log-format", "json"))["fused_layers"] == {"transformer": 4}
+    without = in_process(*arguments)
+    assert "--fuse" not in without
+    assert json.loads(in_process(*arguments, "--log-format", "json"))["fused_layers"] is None
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_graph_with_nothing_to_fuse_is_refused(wan: Export) -> None:
+    model = ir.load(wan.path(8, "tensorrt"))
+    assert fuse_layers(model) == 4
+    with pytest.raises(EngineError, match=r"no layer of the graph can be fused(?s:.*)without --fuse"):
+        fuse_layers(model)
 
 
 @pytest.mark.stress  # Wan's is above

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dvdquant.artifact.manifest import Manifest, load_manifest, verify_files
+from dvdquant.artifact.manifest import Manifest, load_manifest
+from dvdquant.artifact.verify_files import verify_files
 from dvdquant.recipe import RECIPES, Recipe
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, change, export, in_process, logged, refused, rehash, run

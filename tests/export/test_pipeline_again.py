@@ -10,7 +10,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from dvdquant.artifact.manifest import load_manifest, verify_files
+from dvdquant.artifact.manifest import load_manifest
+from dvdquant.artifact.verify_files import verify_files
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, digests, in_process, kill_when, logged
 

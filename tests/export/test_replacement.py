@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from dvdquant.artifact.manifest import load_manifest, verify_files
+from dvdquant.artifact.manifest import load_manifest
 from dvdquant.artifact.transaction import ExportTransaction
+from dvdquant.artifact.verify_files import verify_files
 from dvdquant.cli.export import main
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, in_process

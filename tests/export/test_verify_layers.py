@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from dvdquant.artifact.manifest import LayerEntry
+from dvdquant.artifact.entries import LayerEntry
 from dvdquant.errors import ExportError, OutputError
 from dvdquant.export.verify import graph as verify
 from dvdquant.export.verify import layers as verify_layers

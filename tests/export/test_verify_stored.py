@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvdquant.artifact.manifest import load_manifest, verify_files
+from dvdquant.artifact.manifest import load_manifest
 from dvdquant.artifact.transaction import ExportTransaction
+from dvdquant.artifact.verify_files import verify_files
 from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
 from dvdquant.errors import ExportError
 from dvdquant.export.model_card import model_card

@@ -18,7 +18,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from dvdquant.artifact.manifest import Manifest, load_manifest, verify_files
+from dvdquant.artifact.manifest import Manifest, load_manifest
+from dvdquant.artifact.verify_files import verify_files
 from dvdquant.checkpoint.locate import locate_model
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.cli.plan import default_output

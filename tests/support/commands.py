@@ -17,8 +17,8 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from dvdquant.artifact.manifest import hash_file
 from dvdquant.cli.export import main as export_main
+from dvdquant.system.files import hash_file
 from dvdquant.system.safetensors_io import read_header, read_tensor
 from tests.support.exporting import REPOSITORY
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from dvdquant.artifact.manifest import GraphEntry
+from dvdquant.artifact.entries import GraphEntry
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.export.graph.writer import FLAVOURS, GraphWriter

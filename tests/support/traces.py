@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from dvdquant.export import pipeline
+from dvdquant.export import fusable, pipeline
 from dvdquant.export.graph.trace import trace_graph
 from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan
@@ -43,7 +43,8 @@ def traced(plan: ModelPlan, sizes: Sizes) -> ir.Model:
 
 def share_traces() -> None:
     """Let every export of this process take its graph from here, and torch list its translations to ONNX once."""
-    pipeline.trace_graph = traced  # type: ignore[attr-defined]
+    for module in (pipeline, fusable):
+        module.trace_graph = traced  # type: ignore[attr-defined]
     listed = functools.cache(ONNXRegistry.from_torchlib)
 
     def copied(**options: int) -> ONNXRegistry:

@@ -31,11 +31,15 @@ LayerMethod = Callable[[Layer, int], Simulated]
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table.
+    """Describes one row of the table.
 
     Args:
-        widths: activation bits it is measured at. switched: its W4A6 is δ-GBS between 4 and 8 bits, at 6 on average.
-        last_high, weighting: of that switching, as dvdq-run has them or as published.
+        name: The name of the method.
+        layer: What it makes of a layer.
+        widths: Activation bits that it is measured at.
+        switched: Whether its W4A6 is δ-GBS between 4 and 8 bits, at 6 on average.
+        last_high: Last steps of that switching on 8 bits, as dvdq-run has them or as published.
+        weighting: How that switching weighs a change.
     """
 
     name: str
@@ -47,13 +51,20 @@ class Method:
 
 
 def activation_grid(bits: int, group: int | Literal["channel"] = 0) -> Callable[[Tensor], Tensor]:
-    """Fake quantization of [B, T, K]: a scale per token (0), per group of channels, or per channel over a clip's tokens."""
+    """Return the fake quantization of activations [B, T, K].
+
+    Args:
+        bits: Bits of the activations.
+        group: Channels that share a scale of a token, 0 for all of them; ``channel`` is a scale per channel over the tokens of
+            a clip.
+    """
     if group == "channel":
         return lambda x: _per_channel(x, bits)
     return Grid(bits, group)
 
 
 def _per_channel(x: Tensor, bits: int) -> Tensor:
+    """Quantize [..., T, K] with a scale per channel over the tokens of a clip."""
     clips = x.reshape(-1, *x.shape[-2:])
     return fake_quantize_activation(clips.transpose(1, 2), bits).transpose(1, 2).reshape(x.shape)
 
@@ -67,11 +78,15 @@ def grid_method(
     act_group: int | Literal["channel"] = 0,
     smooth: float | None = None,
 ) -> Simulated:
-    """The family most methods belong to: divide, rotate, quantize both sides.
+    """Divide, rotate and quantize both sides: the family that most methods belong to.
 
     Args:
-        rotation: as in a recipe. A block that does not divide K is taken as ``full``.
-        smooth: α of a static balance ``divide = amax(x)^α / amax(w)^(1−α)``, calibrated on ``layer.inputs``.
+        layer: The layer.
+        bits: Bits of the activations.
+        weight: How the weight is quantized.
+        rotation: The block of the rotation, as in a recipe. A block that does not divide K is taken as ``full``.
+        act_group: Channels that share an activation scale, as of :func:`activation_grid`.
+        smooth: α of a static balance ``divide = amax(x)^α / amax(w)^(1−α)``, calibrated on ``layer.inputs``; None for none.
     """
     w, divide = layer.weight, None
     if smooth is not None:
@@ -86,7 +101,12 @@ def grid_method(
 
 
 def static_pre_quant(layer: Layer, alpha: float) -> Tensor:
-    """SmoothQuant's balance [K], normalized to a geometric mean of 1."""
+    """Return SmoothQuant's balance, fp32 [K], normalized to a geometric mean of 1.
+
+    Args:
+        layer: The layer, with the inputs that it had.
+        alpha: The share of the inputs in it, from 0 to 1.
+    """
     x = layer.inputs.abs().amax(0).clamp(min=1e-5)
     w = layer.weight.abs().amax(0).clamp(min=1e-5)
     divide = x.pow(alpha) / w.pow(1 - alpha)
@@ -94,7 +114,11 @@ def static_pre_quant(layer: Layer, alpha: float) -> Tensor:
 
 
 def from_recipe(recipe: Recipe) -> LayerMethod:
-    """A recipe of the exporter, by the exporter's own quantizer."""
+    """Return a recipe of the exporter as a method, by the exporter's own quantizer.
+
+    Args:
+        recipe: The recipe.
+    """
 
     def method(layer: Layer, bits: int) -> Simulated:
         group = next((a.group_size for a in recipe.activations if a.bits == bits), recipe.activations[0].group_size)
@@ -111,7 +135,12 @@ def from_recipe(recipe: Recipe) -> LayerMethod:
 
 
 def known_inputs(layer: Layer, recipe: Recipe) -> tuple[LayerInputs, Rotation]:
-    """What an export by a recipe knows of a layer's inputs without data, and how it rotates them."""
+    """Return what an export by a recipe knows of a layer's inputs without data, and how it rotates them.
+
+    Args:
+        layer: The layer, with the second moments that an export predicts.
+        recipe: The recipe.
+    """
     assert layer.hessian is not None
     chosen = Rotation.for_features(layer.spec.features, recipe.rotation)
     spec = replace(
@@ -125,9 +154,14 @@ def known_inputs(layer: Layer, recipe: Recipe) -> tuple[LayerInputs, Rotation]:
 
 
 def nvfp4_engine(layer: Layer, bits: int, recipe: Recipe = RECIPES["w4a4"]) -> Simulated:
-    """What the a4 engine of SM 12.0 computes: the recipe's balance, signs, shift and rotation, then NVFP4 on both sides.
+    """Compute what the a4 engine of SM 12.0 computes: balance, signs, shift and rotation of a recipe, then NVFP4 on both sides.
 
     Its weights are quantized from the original ones, so what else the recipe says of grids plays no part.
+
+    Args:
+        layer: The layer, with the second moments that an export predicts.
+        bits: Bits of the activations: 4.
+        recipe: The recipe.
     """
     assert bits == 4
     known, chosen = known_inputs(layer, recipe)

@@ -54,12 +54,16 @@ class PeerError(DvdquantError, ValueError):
 
 
 def smoothquant(layer: Layer, act_bits: int) -> Simulated:
-    """SmoothQuant of modelopt with its default migration strength, α = 1: ``divide_j = max|x_j|^α / max|W_j|^(1−α)``.
+    """Quantize with SmoothQuant of modelopt and its default α = 1: ``divide_j = max|x_j|^α / max|W_j|^(1−α)``.
 
     modelopt: calibration, smoothing, and the 4-bit weight (symmetric, one scale per output channel, by maximum), from
     its ``INT8_SMOOTHQUANT_CFG``. Here: its algorithm smooths 8-bit quantizers only, so it smooths at 8 and the weight
     quantizer is set to 4 bits afterwards, its maxima unchanged; activations dynamic per token instead of its static
     per-tensor scale, which favours it.
+
+    Args:
+        layer: The layer, with the inputs that it had.
+        act_bits: Bits of the activations: 8, 6 or 4.
 
     Raises:
         PeerError: act_bits is not 8, 6 or 4; ``layer.inputs`` is empty.
@@ -68,12 +72,20 @@ def smoothquant(layer: Layer, act_bits: int) -> Simulated:
 
 
 def smoothquant_half(layer: Layer, act_bits: int) -> Simulated:
-    """:func:`smoothquant` with the paper's α = ½ instead of modelopt's default, the fairer choice for 4-bit weights."""
+    """Quantize as :func:`smoothquant` with the paper's α = ½, the fairer choice for 4-bit weights.
+
+    Args:
+        layer: The layer, with the inputs that it had.
+        act_bits: Bits of the activations: 8, 6 or 4.
+
+    Raises:
+        PeerError: As of :func:`smoothquant`.
+    """
     return _smoothquant("SmoothQuant α ½ (modelopt)", layer, act_bits, {"method": "smoothquant", "alpha": 0.5})
 
 
 def svdquant(layer: Layer, act_bits: int, low_rank: int = LOW_RANK) -> Simulated:
-    """SVDQuant of modelopt: ``y = A(x̂) Ŵᵀ + (x̂ Lᵀ) Uᵀ``, ``x̂ = x / divide``, Ŵ the residual of an SVD of rank 32.
+    """Quantize with SVDQuant of modelopt: ``y = A(x̂) Ŵᵀ + (x̂ Lᵀ) Uᵀ``, ``x̂ = x / divide``, Ŵ the residual of an SVD.
 
     modelopt: the smoothing (its search over α by the output error of the 4-bit weight), the SVD, the 4-bit residual.
     Here: groups of 64 for weights and activations, the INT4 form of the SVDQuant paper, as modelopt publishes an NVFP4
@@ -82,6 +94,11 @@ def svdquant(layer: Layer, act_bits: int, low_rank: int = LOW_RANK) -> Simulated
 
     The rank is not scaled with the layer: ``16 r (N + K) / (N K)`` bits per weight come on top of the 4 of the residual
     and ¼ of its scales, which is 4 more for N = K = 256 at rank 32, and ⅓ for 3072.
+
+    Args:
+        layer: The layer, with the inputs that it had.
+        act_bits: Bits of the activations: 8, 6 or 4.
+        low_rank: The rank of the branch.
 
     Raises:
         PeerError: act_bits is not 8, 6 or 4; 64 does not divide K; ``layer.inputs`` is empty.
@@ -104,16 +121,29 @@ def svdquant(layer: Layer, act_bits: int, low_rank: int = LOW_RANK) -> Simulated
 
 
 def svdquant_share(layer: Layer, act_bits: int) -> Simulated:
-    """:func:`svdquant` with the rank in proportion to the layer, K/96: rank 32 where K is 3072, a third of a bit more per weight
-    than without."""
+    """Quantize as :func:`svdquant` with a rank in proportion to the layer, K/96.
+
+    The rank is 32 where K is 3072: a third of a bit more per weight than without the branch.
+
+    Args:
+        layer: The layer, with the inputs that it had.
+        act_bits: Bits of the activations: 8, 6 or 4.
+
+    Raises:
+        PeerError: As of :func:`svdquant`.
+    """
     return svdquant(layer, act_bits, max(1, round(layer.spec.features * LOW_RANK / 3072)))
 
 
 def hqq(layer: Layer, act_bits: int) -> Simulated:
-    """HQQ, 4 bits in groups of 64 along the input (axis 1), with a real-valued zero-point, its own solver and settings.
+    """Quantize with HQQ: 4 bits in groups of 64 along the input, a real-valued zero-point, its own solver and settings.
 
     HQQ: the weight, codes packed and unpacked by it, scale and zero-point left in fp32 (its layer rounds them to 16
     bit). Here: it quantizes weights only, so activations are per token.
+
+    Args:
+        layer: The layer.
+        act_bits: Bits of the activations: 8, 6 or 4.
 
     Raises:
         PeerError: act_bits is not 8, 6 or 4; 64 does not divide K.
@@ -130,11 +160,15 @@ def hqq(layer: Layer, act_bits: int) -> Simulated:
 
 
 def convrot_w4a4(layer: Layer, act_bits: int = 4) -> Simulated:
-    """ConvRot W4A4 of comfy-kitchen: block Hadamard rotation, int4 per output channel and per token, both symmetric.
+    """Quantize with ConvRot W4A4 of comfy-kitchen: block Hadamard rotation, symmetric int4 per output channel and per token.
 
     comfy-kitchen: everything, by its CPU backend (``whole``); it takes x in fp32 here, and the result is rounded to
     bf16 as that of every other method. ``weight`` is its dequantized weight, rotated back, for looking at only. Here:
     its rotation is 256 where that divides K, otherwise the largest power of four that does.
+
+    Args:
+        layer: The layer.
+        act_bits: Bits of the activations: 4.
 
     Raises:
         PeerError: act_bits is not 4; 64 does not divide K, which the package insists on.
@@ -152,10 +186,15 @@ def convrot_w4a4(layer: Layer, act_bits: int = 4) -> Simulated:
 
 
 def codebook_w4a8(layer: Layer, act_bits: int = 8) -> Simulated:
-    """W4A8 of comfy-kitchen: rotation, 16-value codebook, fp8 scales of 16 channels, decoded to int8 per output channel.
+    """Quantize with W4A8 of comfy-kitchen: a rotation, a codebook of 16 values, fp8 scales, decoded to int8.
 
-    comfy-kitchen: everything with its defaults, by its CPU backend (``whole``): int8 activations per token, bf16
-    result. ``weight`` and the rotation are as in :func:`convrot_w4a4`.
+    A scale is for 16 channels, and the int8 form has one scale per output channel. comfy-kitchen: everything with its
+    defaults, by its CPU backend (``whole``): int8 activations per token, bf16 result. ``weight`` and the rotation are as
+    in :func:`convrot_w4a4`.
+
+    Args:
+        layer: The layer.
+        act_bits: Bits of the activations: 8.
 
     Raises:
         PeerError: act_bits is not 8; 16 does not divide K, which the package insists on.
@@ -201,27 +240,39 @@ _PACKAGES: dict[str, tuple[str, str]] = {
 
 
 def available_peers() -> dict[str, tuple[Peer, tuple[int, ...]]]:
-    """The part of ``PEERS`` whose package is installed."""
+    """Return the part of ``PEERS`` whose package is installed."""
     return {name: peer for name, peer in PEERS.items() if _installed(name)}
 
 
 def missing_peers() -> dict[str, str]:
-    """Display name → the command that installs its package, for the rest of ``PEERS``."""
+    """Return display name → the command that installs its package, for the rest of ``PEERS``."""
     return {name: f"pip install {_PACKAGES[name][1]}" for name in PEERS if not _installed(name)}
 
 
 def versions() -> dict[str, str]:
-    """Distribution → version of the packages of :func:`available_peers`."""
+    """Return distribution → version of the packages of :func:`available_peers`."""
     distributions = dict.fromkeys(_PACKAGES[name][1] for name in available_peers())
     return {distribution: importlib.metadata.version(distribution) for distribution in distributions}
 
 
 def _installed(name: str) -> bool:
+    """Return whether the package of a peer is installed."""
     return importlib.util.find_spec(_PACKAGES[name][0]) is not None
 
 
 def _require(name: str, layer: Layer, act_bits: int, group: int = 1, calibrates: bool = False) -> None:
-    """Raises PeerError unless the peer is installed and takes this layer at this width."""
+    """Refuse a peer that is not installed, and a layer or a width that it does not take.
+
+    Args:
+        name: Display name of the peer.
+        layer: The layer.
+        act_bits: Bits of the activations.
+        group: What the input channels of the layer must be a multiple of.
+        calibrates: Whether it needs inputs of the layer.
+
+    Raises:
+        PeerError: One of these.
+    """
     widths = PEERS[name][1]
     if act_bits not in widths:
         raise PeerError(
@@ -240,7 +291,7 @@ def _require(name: str, layer: Layer, act_bits: int, group: int = 1, calibrates:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what packages print, log below ERROR or warn of; exceptions pass."""
+    """Hide what packages print, log below ERROR or warn of; exceptions pass."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:
@@ -252,6 +303,17 @@ def _quiet() -> Iterator[None]:
 
 
 def _smoothquant(name: str, layer: Layer, act_bits: int, algorithm: dict[str, Any]) -> Simulated:
+    """Quantize with one of modelopt's smoothing algorithms.
+
+    Args:
+        name: Display name of the peer.
+        layer: The layer, with the inputs that it had.
+        act_bits: Bits of the activations.
+        algorithm: The algorithm, as modelopt's configuration has it.
+
+    Raises:
+        PeerError: The width is none of the peer's, or ``layer.inputs`` is empty.
+    """
     _require(name, layer, act_bits, calibrates=True)
     with _quiet():
         from modelopt.torch.quantization import INT8_SMOOTHQUANT_CFG
@@ -262,7 +324,12 @@ def _smoothquant(name: str, layer: Layer, act_bits: int, algorithm: dict[str, An
 
 
 def _modelopt_linear(layer: Layer, config: dict[str, Any]) -> Any:
-    """The layer as modelopt's quantized Linear, without bias, calibrated on ``layer.inputs``; its own copy of the weight."""
+    """Return the layer as modelopt's quantized Linear without bias, calibrated on ``layer.inputs``, with its own weight.
+
+    Args:
+        layer: The layer, with the inputs that it had.
+        config: modelopt's configuration.
+    """
     with _quiet():
         import modelopt.torch.quantization as mtq
 
@@ -275,10 +342,11 @@ def _modelopt_linear(layer: Layer, config: dict[str, Any]) -> Any:
 
 
 def _modelopt_weight(linear: Any) -> Tensor:
+    """Return what the codes of modelopt's weight stand for, fp32 [N, K]."""
     with torch.no_grad(), _quiet():
         return linear.weight_quantizer(linear.weight).detach()  # type: ignore[no-any-return]
 
 
 def _divisor(linear: Any) -> Tensor:
-    """modelopt multiplies the input by ``pre_quant_scale``."""
+    """Return what the input is divided by, fp32 [K]: modelopt multiplies by ``pre_quant_scale``."""
     return 1 / linear.input_quantizer.pre_quant_scale.detach().float().reshape(-1)  # type: ignore[no-any-return]

@@ -28,8 +28,18 @@ UNFITTED = replace(RECIPES["w4a4"], random_signs=False, shift=False)
 def clipped(
     layer: Layer, bits: int, *, keep: float = 1.0, rms: float | None = None, recipe: Recipe = RECIPES["weights-only"]
 ) -> Simulated:
-    """The activation scale is ``keep`` times what the largest value asks for, and at most what ``rms`` root mean squares ask
-    for; what is beyond it is clipped."""
+    """Quantize a layer by a recipe, with activations that are clipped.
+
+    The activation scale is ``keep`` times what the largest value of a token asks for, and at most what ``rms`` root mean
+    squares ask for. Values beyond it are clipped.
+
+    Args:
+        layer: The layer.
+        bits: Bits of the activations.
+        keep: Share of the largest value that the scale covers, in (0, 1].
+        rms: Root mean squares that it covers at most; None for no such bound.
+        recipe: How weights are quantized and how inputs are rotated.
+    """
     result = from_recipe(recipe)(layer, bits)
     qmax, group = 2 ** (bits - 1) - 1, recipe.activation(bits).group_size or layer.spec.features
 
@@ -46,7 +56,16 @@ def clipped(
 
 
 def sixteen_levels(layer: Layer, bits: int, *, rotation: str | int = "auto", weight: WeightSpec = SEARCH) -> Simulated:
-    """All 2^bits codes, standing for odd multiples of half a step: one level more than the symmetric grid."""
+    """Quantize activations to all 2^bits codes, which stand for odd multiples of half a step.
+
+    That is one level more than the symmetric grid has.
+
+    Args:
+        layer: The layer.
+        bits: Bits of the activations.
+        rotation: The block of the rotation, as in a recipe.
+        weight: How the weight is quantized.
+    """
     result = grid_method(layer, bits, weight=weight, rotation=rotation)
     half = 2 ** (bits - 1)
 
@@ -72,14 +91,23 @@ def with_hessian(
     rotation: str | int = "auto",
     act_group: int = 0,
 ) -> Simulated:
-    """What the second moments of the inputs are good for; measured ones ("data") for comparison only.
+    """Quantize a layer with second moments of its inputs.
+
+    Measured inputs (``data``) are here for comparison only: no export has them.
 
     Args:
-        gptq: round the codes with feedback.
-        smooth: divide every channel by the root of (its root mean square over that of its weights).
-        rounding: of the divisors to powers of two, so that dividing is exact in 16 bit: to the nearest, or towards 1, which
-            leaves channels alone that differ by less than a factor of four.
-        block: of the moments along the diagonal; 0 is the whole row.
+        layer: The layer.
+        bits: Bits of the activations.
+        source: Which inputs the moments are of: measured ones, or the name of a prediction.
+        gptq: Whether the codes are rounded with error feedback.
+        smooth: Whether every channel is divided by the root of (its root mean square over that of its weights).
+        rounding: How divisors become powers of two, so that dividing is exact in 16 bit: to the nearest, or towards 1, which
+            leaves channels alone that differ by less than a factor of four; ``none`` keeps them.
+        block: Channels of a block of moments along the diagonal; 0 is the whole row.
+        damping: What is added to the diagonal of the moments, as a share of its mean.
+        weight: How the weight is quantized.
+        rotation: The block of the rotation, as in a recipe.
+        act_group: Channels that share an activation scale; 0 is the whole token.
     """
     inputs = layer.inputs if source == "data" else layer.predicted[source]
     w, divide = layer.weight, None
@@ -97,7 +125,13 @@ def with_hessian(
 
 
 def pre_quant_of(x: Tensor, w: Tensor, rounding: str) -> Tensor:
-    """Divisors [K] from mean squares of inputs and weights [K]: both sides get the same root mean square per channel."""
+    """Return divisors, fp32 [K], that give both sides the same root mean square per channel.
+
+    Args:
+        x: Mean squares of the inputs, fp32 [K].
+        w: Mean squares of the weights, fp32 [K].
+        rounding: How divisors become powers of two: ``round``, ``trunc`` (towards 1), or ``none``.
+    """
     exponent = 0.25 * (x.clamp(min=1e-12).log2() - w.clamp(min=1e-12).log2())
     exponent -= exponent.mean()
     if rounding != "none":
@@ -106,10 +140,12 @@ def pre_quant_of(x: Tensor, w: Tensor, rounding: str) -> Tensor:
 
 
 def _grid(**fields: object) -> LayerMethod:
+    """Return :func:`grid_method` with some of its arguments."""
     return partial(grid_method, **fields)  # type: ignore[arg-type]
 
 
 def _groups(group: int, zero: str = "midrise") -> WeightSpec:
+    """Return the weights' quantization in groups of channels along the input."""
     return WeightSpec(group_size=group, zero_point=zero)  # type: ignore[arg-type]
 
 

@@ -46,13 +46,13 @@ def drawings(
     points: Iterable[tuple[str, str, float, Interval]],
     ours: Sequence[str],
 ) -> list[Drawing]:
-    """What there are numbers for.
+    """Return what there are numbers for.
 
     Args:
-        psnr: (model, method, width) -> PSNR.
-        steps: (model, method, width) -> clip -> step -> error.
-        points: (model, name, average bits, PSNR) of every δ and every fixed schedule.
-        ours: the methods that are set off, the first one most.
+        psnr: (model, method, width) -> PSNR in dB: mean, lower, upper.
+        steps: (model, method, width) -> clip -> step -> relative L2.
+        points: (model, name, average bits, PSNR in dB) of every δ and every fixed schedule.
+        ours: The methods that are set off, the first one most.
     """
     dots: Dots = {}
     for (model, method, width), value in psnr.items():
@@ -77,7 +77,14 @@ def drawings(
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Heights nearest to those wanted, at least ``gap`` apart, from ``low`` to ``high`` where they fit."""
+    """Return the heights nearest to those wanted that are ``gap`` apart, between two bounds where they fit.
+
+    Args:
+        wanted: The wanted heights, as shares of the axis.
+        gap: The least distance of two.
+        low: The lower bound.
+        high: The upper bound.
+    """
     order = sorted(range(len(wanted)), key=lambda i: (wanted[i], i))
     placed = [0.0] * len(wanted)
     # Runs of labels that would overlap are spaced evenly around the mean of what they want.
@@ -97,17 +104,25 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def _bottom(run: list[int], wanted: Sequence[float], gap: float, low: float, high: float) -> float:
+    """Return the height of the first label of a run that is centred on what its labels want."""
     length = (len(run) - 1) * gap
     middle = sum(wanted[i] for i in run) / len(run)
     return max(low, min(middle - length / 2, high - length))
 
 
 def _top(run: list[int], wanted: Sequence[float], gap: float, low: float, high: float) -> float:
+    """Return the height of the last label of such a run."""
     return _bottom(run, wanted, gap, low, high) + (len(run) - 1) * gap
 
 
 def draw_methods(path: Path, dots: Dots, ours: Sequence[str]) -> None:
-    """PSNR with its interval, a row per method, a mark per width, a panel per model; 16 bit in words, being far off."""
+    """Draw PSNR with its interval: a row per method, a mark per width, a panel per model; 16 bit in words, being far off.
+
+    Args:
+        path: The picture that is written.
+        dots: Model -> method -> width -> PSNR in dB.
+        ours: The methods in bold.
+    """
     models = list(dots)
     quantized = {m: {n: w for n, w in found.items() if "A16" not in w} for m, found in dots.items()}
     names = _by_distance(quantized)
@@ -138,7 +153,7 @@ def draw_methods(path: Path, dots: Dots, ours: Sequence[str]) -> None:
 
 
 def _by_distance(dots: Dots) -> list[str]:
-    """Methods by their mean distance to the best of the same model and width, so that missing widths do not count."""
+    """Return the methods by mean distance to the best of the same model and width: missing widths do not count."""
     best: dict[tuple[str, str], float] = {}
     lost: dict[str, list[float]] = {}
     for model, methods in dots.items():
@@ -152,7 +167,13 @@ def _by_distance(dots: Dots) -> list[str]:
 
 
 def _name_widths(axis: Axes, names: list[str], methods: dict[str, dict[str, Interval]]) -> None:
-    """Names of the widths above the panel, each over the first mark of its kind as far as there is room."""
+    """Write the names of the widths above a panel, each over the first mark of its kind as far as there is room.
+
+    Args:
+        axis: The panel.
+        names: The methods, from top to bottom.
+        methods: Method -> width -> PSNR in dB.
+    """
     first: dict[str, float] = {}
     for name in names:
         for width, value in methods.get(name, {}).items():
@@ -167,7 +188,13 @@ def _name_widths(axis: Axes, names: list[str], methods: dict[str, dict[str, Inte
 
 
 def draw_steps(path: Path, lines: Lines, ours: Sequence[str]) -> None:
-    """Relative L2 of every step on a logarithmic axis; a row of panels per model, a panel per width."""
+    """Draw the relative L2 of every step on a logarithmic axis: a row of panels per model, a panel per width.
+
+    Args:
+        path: The picture that is written.
+        lines: (model, width) -> method -> (steps, errors).
+        ours: The methods in bold; the first one is the thickest line.
+    """
     models = list(dict.fromkeys(model for model, _ in lines))
     widths = sorted({width for _, width in lines}, key=lambda w: -int(w[1:]))
     names = list(dict.fromkeys(name for panel in lines.values() for name in panel))
@@ -193,7 +220,12 @@ def draw_steps(path: Path, lines: Lines, ours: Sequence[str]) -> None:
 
 
 def draw_delta(path: Path, curves: Curves) -> None:
-    """PSNR against average bits: a line through every δ, a mark for what has one setting; a panel per model."""
+    """Draw PSNR against average bits: a line through every δ, a mark for what has one setting; a panel per model.
+
+    Args:
+        path: The picture that is written.
+        curves: Model -> name -> (average bits, mean PSNR in dB, lower, upper).
+    """
     names = list(dict.fromkeys(name for model in curves.values() for name in model))
     colours = dict(zip(names, (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY, BLACK)))
     markers = dict(zip(names, "osD^v<>P"))
@@ -217,6 +249,7 @@ def draw_delta(path: Path, curves: Curves) -> None:
 
 
 def _panels(rows: int, columns: int, height: float, share: Any) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its panels, row by row."""
     figure, axes = plt.subplots(
         rows, columns, figsize=(INCHES, height), layout="constrained", squeeze=False, dpi=160, sharey=share
     )  # fmt: skip
@@ -224,7 +257,13 @@ def _panels(rows: int, columns: int, height: float, share: Any) -> tuple[Figure,
 
 
 def _name_ends(axis: Axes, ends: Ends, strong: Sequence[str]) -> None:
-    """Names at the right edge, in the order of the ends and not on each other, tied to them by a thin line."""
+    """Write names at the right edge in the order of the ends, not on each other, tied to them by a thin line.
+
+    Args:
+        axis: The panel.
+        ends: (x, y, name, colour) of the last point of every line.
+        strong: The names in bold.
+    """
     if not ends:
         return
     heights, points = _places(axis, [(x, y) for x, y, _, _ in ends], 1)
@@ -238,7 +277,13 @@ def _name_ends(axis: Axes, ends: Ends, strong: Sequence[str]) -> None:
 
 
 def _places(axis: Axes, data: list[tuple[float, float]], along: int) -> tuple[list[float], float]:
-    """Where data lie along an axis, as shares of its length, and that length in points."""
+    """Return where points lie along an axis, as shares of its length, and that length in points of type.
+
+    Args:
+        axis: The panel.
+        data: (x, y) of every point, in units of the data.
+        along: 0 for the horizontal axis, 1 for the vertical one.
+    """
     figure = axis.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
@@ -249,6 +294,6 @@ def _places(axis: Axes, data: list[tuple[float, float]], along: int) -> tuple[li
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Without a date or a version in the file: the same numbers give the same bytes."""
+    """Write a figure without a date or a version, so that the same numbers give the same bytes."""
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)

@@ -41,11 +41,14 @@ class ResultsError(DvdquantError, ValueError):
 
 @dataclass
 class Results:
-    """The rows by what they belong to, in the order of the file.
+    """Holds the rows by what they belong to, in the order of the file.
 
-    ``clips``: (model, method, width) -> (prompt, seed) -> row. ``steps``: (model, method, width) -> clip -> step -> error.
-    ``studies``: study -> (name, model, width) -> clip -> error. ``deltas``: model -> (name, δ, bits if δ is None) ->
-    (prompt, seed) -> row.
+    Args:
+        clips: (model, method, width) -> (prompt, seed) -> row.
+        steps: (model, method, width) -> clip -> step -> relative L2.
+        studies: Study -> (name, model, width) -> clip -> relative L2.
+        deltas: Model -> (name, δ, bits if δ is None) -> (prompt, seed) -> row.
+        runs: Where, when and by which commands the rows were measured.
     """
 
     clips: dict[tuple[str, str, str], dict[Hashable, Row]] = field(default_factory=dict)
@@ -76,12 +79,19 @@ class Results:
                 self.steps.setdefault(place, {}).setdefault(row["clip"], {})[row["step"]] = row["error"]
 
     def places(self) -> list[tuple[str, str, str]]:
-        """Every (model, method, width) with clips or steps, in file order."""
+        """Return every (model, method, width) with clips or steps, in the order of the file."""
         return list(dict.fromkeys([*self.clips, *self.steps]))
 
 
 def read_results(path: Path) -> Results:
-    """Read and check a results file; a ResultsError names the line that is broken, of an unknown kind or incomplete."""
+    """Read and check a results file.
+
+    Args:
+        path: The file, one JSON object a line, compressed where it ends in .xz.
+
+    Raises:
+        ResultsError: The file cannot be read, or a line is broken, of an unknown kind or incomplete; the error names the line.
+    """
     try:
         text = read_lines(path)
     except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
@@ -104,7 +114,12 @@ def read_lines(path: Path) -> str:
 
 
 def write_archive(source: Path, target: Path) -> None:
-    """The rows of a results file as they are worth keeping: six digits of every number, compressed, sorted by their job."""
+    """Write the rows of a results file as they are worth keeping: six digits of every number, compressed, sorted by job.
+
+    Args:
+        source: The results file.
+        target: The file that is written, .jsonl.xz.
+    """
     rows = [
         json.loads(line, parse_float=lambda text: float(f"{float(text):.6g}"))
         for line in read_lines(source).splitlines()
@@ -115,6 +130,15 @@ def write_archive(source: Path, target: Path) -> None:
 
 
 def _checked(line: str, where: str) -> Row:
+    """Return the row of a line.
+
+    Args:
+        line: The line.
+        where: File and line, for errors.
+
+    Raises:
+        ResultsError: The line is broken, of an unknown kind or incomplete.
+    """
     try:
         row: Row = json.loads(line)
     except ValueError as error:

@@ -42,7 +42,7 @@ class _Slot(nn.Module):
 
 
 class _Attention:
-    """Wan's attention with merged projections, as plain products: faster than the fused kernel at a few hundred tokens."""
+    """Computes Wan's attention with merged projections as plain products, the faster way at a few hundred tokens."""
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
@@ -64,17 +64,19 @@ class _Attention:
 
 
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the rotary embedding to pairs of neighbours: x [B, T, H, D], cos and sin broadcast to it."""
     x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
     c, s = cos[..., 0::2], sin[..., 1::2]
     return torch.stack((x1 * c - x2 * s, x1 * s + x2 * c), -1).flatten(-2).type_as(x)
 
 
 class CompiledModel:
-    """One model, compiled for each batch size it meets.
+    """Holds one model, compiled for each batch size it meets.
 
     Args:
-        model: WanTransformer3DModel in fp32. layers: all that are exchanged, merged as the export does.
-        wide: layers hand on fp32, and the model runs without autocast: the reference.
+        model: WanTransformer3DModel in fp32.
+        layers: All layers that are exchanged, merged as the export does.
+        wide: Whether layers hand on fp32 and the model runs without autocast: the reference.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], wide: bool = False) -> None:
@@ -99,32 +101,58 @@ class CompiledModel:
         self.run = torch.compile(slotted, dynamic=False)
 
     def install(self, layers: Iterable[Layer], method: Callable[[Layer], Simulated]) -> WithLayers:
-        """The model with ``method`` in place of its layers: the same, with what a method may look at."""
+        """Return the model with ``method`` in place of its layers.
+
+        Args:
+            layers: The same layers, with what a method may look at.
+            method: What a layer becomes.
+        """
         dtype = torch.float32 if self.wide else torch.bfloat16
         return WithLayers(self, [SimulatedGroup(layer, method(layer), dtype) for layer in layers])
 
 
 class EagerModel:
-    """As :class:`CompiledModel`, not compiled: for a few clips, which take less time than compiling does."""
+    """Holds one model as :class:`CompiledModel` does, not compiled: a few clips take less time than compiling does.
+
+    Args:
+        model: WanTransformer3DModel in fp32.
+        layers: All layers that are exchanged.
+        wide: Whether layers hand on fp32 and the model runs without autocast.
+    """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], wide: bool = False) -> None:
         self.run, self.layers, self.wide = model, list(layers), wide
 
     def install(self, layers: Iterable[Layer], method: Callable[[Layer], Simulated]) -> WithLayers:
-        """The model with ``method`` in place of its layers."""
+        """Return the model with ``method`` in place of its layers.
+
+        Args:
+            layers: The same layers, with what a method may look at.
+            method: What a layer becomes.
+        """
         dtype = torch.float32 if self.wide else torch.bfloat16
         return WithLayers(EagerModel(install(self.run, layers, method, dtype), self.layers, self.wide), [])
 
 
 class WithLayers(nn.Module):
-    """A compiled model and what its layers are; called as the diffusers model is."""
+    """Holds a compiled model and what its layers are; called as the diffusers model is.
+
+    Args:
+        compiled: The model.
+        groups: What its layers are, in their order.
+    """
 
     def __init__(self, compiled: CompiledModel | EagerModel, groups: Iterable[SimulatedGroup]) -> None:
         super().__init__()
         self._compiled, self._groups = compiled, list(groups)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As of WanTransformer3DModel."""
+        """Run the model as WanTransformer3DModel runs.
+
+        Args:
+            args: The arguments of its ``forward``.
+            kwargs: Those by name.
+        """
         _running[:] = self._groups
         with torch.autocast("cpu", torch.bfloat16, enabled=not self._compiled.wide):
             return self._compiled.run(*args, **kwargs)

@@ -28,22 +28,36 @@ _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trappin
 
 @dataclass(frozen=True)
 class Grid:
-    """Symmetric codes of ``bits`` bits with one scale per token, or per ``group`` channels of it: x [..., K] to [..., K]."""
+    """Rounds x [..., K] to symmetric codes with one scale per token, or per group of its channels.
+
+    Args:
+        bits: Bits of a code.
+        group: Channels that share a scale; 0 is the whole token.
+    """
 
     bits: int
     group: int = 0
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return what the codes of ``x`` stand for.
+
+        Args:
+            x: [..., K], floating point.
+        """
         return fake_quantize_activation(x, self.bits, self.group)
 
 
 def rotated_to_grid(
     x: Tensor, shift: Tensor | None, divide: Tensor | None, rotation: Rotation | None, grid: Grid
 ) -> Tensor | None:
-    """``grid(rotate((x - shift) / divide))`` in bf16, or None where that has no compiled form.
+    """Return ``grid(rotate((x - shift) / divide))`` in bf16, or None where that has no compiled form.
 
     Args:
-        x: [..., K] fp32 or bf16 on the CPU. shift, divide: fp32 [K].
+        x: [..., K] fp32 or bf16 on the CPU.
+        shift: fp32 [K], or None.
+        divide: fp32 [K], or None.
+        rotation: The rotation, or None.
+        grid: The grid.
     """
     features, block = x.shape[-1], 1 if rotation is None else rotation.block
     group = grid.group or features
@@ -62,11 +76,14 @@ def rotated_to_grid(
 def rotated_to_nvfp4(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, rotation: Rotation, power: float
 ) -> tuple[Tensor, Tensor] | None:
-    """What NVFP4 engines multiply, in bf16, and the largest value of every token; None where that has no compiled form.
+    """Return what NVFP4 engines multiply, bf16 [..., K], and the largest value of every token; None without a compiled form.
 
     Args:
-        x: [..., K] fp32 or bf16 on the CPU. shift, scale: fp32 [K], of ``(x - shift) * scale``.
-        power: the magnitude that the rotation's entries have in the graph, a power of two.
+        x: [..., K] fp32 or bf16 on the CPU.
+        shift: fp32 [K] of ``(x - shift) * scale``, or None.
+        scale: fp32 [K] of the same, or None.
+        rotation: The rotation.
+        power: The magnitude that the rotation's entries have in the graph, a power of two.
     """
     if not _fits(x, rotation) or (library := _library()) is None:
         return None
@@ -81,7 +98,7 @@ def rotated_to_nvfp4(
 
 
 def _fits(x: Tensor, rotation: Rotation | None) -> bool:
-    """Whether the compiled forms have this input and rotation."""
+    """Return whether the compiled forms have this input and rotation."""
     block = 1 if rotation is None else rotation.block
     sylvester = rotation is None or rotation.outer == 1
     whole = x.shape[-1] % 64 == 0 and (block == 1 or block % 16 == 0)
@@ -90,7 +107,7 @@ def _fits(x: Tensor, rotation: Rotation | None) -> bool:
 
 @lru_cache
 def _library() -> Any:
-    """``grid.cpp`` compiled for this machine, named after its content; None where there is no compiler."""
+    """Return ``grid.cpp`` compiled for this machine, named after its content; None where there is no compiler."""
     compiler = shutil.which("g++")
     if compiler is None:
         return None

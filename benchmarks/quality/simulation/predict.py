@@ -26,8 +26,14 @@ TOKENS = 4096
 
 @torch.inference_mode()
 def predicted_inputs(bench: Bench, tokens: int = TOKENS) -> dict[str, Tensor]:
-    """[tokens, K] by the first member of each layer. Cross-attention's keys and values read the text, which is not
-    predicted: they are left out."""
+    """Return inputs of the layers, fp32 [tokens, K], by the first member of each.
+
+    Keys and values of cross-attention read the text, which is not predicted: they are left out.
+
+    Args:
+        bench: The model and its scheduler.
+        tokens: The number of tokens.
+    """
     model: Any = bench.model
     bench.scheduler.set_timesteps(bench.steps)
     over_time = modulation(model, bench.scheduler.timesteps)
@@ -54,11 +60,14 @@ def predicted_inputs(bench: Bench, tokens: int = TOKENS) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def noise_run(bench: Bench, latents: str = "noise", runs: int = 32, kept: int = 128) -> dict[str, Tensor]:
-    """[runs·kept, K] by the first member of each layer, from the model itself on N(0, 1) words.
+    """Return inputs of the layers, fp32 [runs·kept, K], by the first member of each, from the model itself on N(0, 1) words.
 
     Args:
-        latents: ``noise`` N(0, 1) at every timestep; ``smooth`` noise mixed as the scheduler does with a smooth random
-            field in the place of a clip; ``own`` what the model makes of noise step by step.
+        bench: The model and its scheduler.
+        latents: ``noise`` is N(0, 1) at every timestep; ``smooth`` is noise mixed as the scheduler does with a smooth random
+            field in the place of a clip; ``own`` is what the model makes of noise step by step.
+        runs: The number of timesteps.
+        kept: The tokens of a timestep.
     """
     generator = torch.Generator().manual_seed(0)
     scheduler = copy.deepcopy(bench.scheduler)

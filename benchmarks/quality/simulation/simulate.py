@@ -26,16 +26,17 @@ __all__ = ["Layer", "Simulated", "SimulatedGroup", "install", "layers_of", "samp
 
 @dataclass(frozen=True)
 class Layer:
-    """What a method may look at: one linear layer, those that share their input (q, k, v) merged as the export does.
+    """Holds what a method may look at: one linear layer, those that share their input (q, k, v) merged as the export does.
 
     Args:
-        name: dotted name, the members joined by ``+``.
-        spec: the export's own plan of this layer.
-        weight: fp32 [N, K]. bias: fp32 [N], or None.
-        inputs: fp32 [T, K], inputs this layer had while clips of other prompts and seeds were generated. For the methods
-            that calibrate; DVD-Quant does not read it.
-        predicted: the same, predicted without data (``predict.py``), by the name of the prediction.
-        hessian: what the export predicts of the inputs.
+        name: The dotted name, the members joined by ``+``.
+        spec: The export's own plan of this layer.
+        weight: fp32 [N, K].
+        bias: fp32 [N], or None.
+        inputs: fp32 [T, K], inputs that this layer had while clips of other prompts and seeds were generated. They are for the
+            methods that calibrate; DVD-Quant does not read them.
+        predicted: The same, predicted without data (``predict.py``), by the name of the prediction.
+        hessian: What the export predicts of the inputs.
     """
 
     name: str
@@ -49,15 +50,17 @@ class Layer:
 
 @dataclass
 class Simulated:
-    """``y = A(x̂ R) Ŵᵀ + (x̂ Lᵀ) Uᵀ + shift·Wᵀ + bias`` with ``x̂ = (x − shift) / divide``.
+    """Describes a layer: ``y = A(x̂ R) Ŵᵀ + (x̂ Lᵀ) Uᵀ + shift·Wᵀ + bias`` with ``x̂ = (x − shift) / divide``.
 
     Args:
         weight: Ŵ, fp32 [N, K], quantized in the divided and rotated space.
         activation: A, gives [..., K] on its grid; None leaves the input as it is.
-        shift, divide: fp32 [K], or None. rotation: R, or None.
+        divide: fp32 [K], or None.
+        rotation: R, or None.
         low_rank: (L [r, K], U [N, r]), a branch in 16 bit, or None; not together with a shift.
-        whole: replaces all of it: x [..., K] to y [..., N] without bias, for packages that bring their own product.
-        biased: ``whole`` adds the bias itself.
+        whole: Replaces all of it: x [..., K] to y [..., N] without bias, for packages that bring their own product.
+        shift: fp32 [K], or None.
+        biased: Whether ``whole`` adds the bias itself.
     """
 
     weight: Tensor
@@ -76,12 +79,22 @@ _PRODUCT_DTYPE = [torch.bfloat16]
 
 
 def set_product_dtype(dtype: torch.dtype) -> None:
-    """dtype of the operands of every simulated product (bf16 unless set)."""
+    """Set the dtype of the operands of every simulated product; it is bf16 until then.
+
+    Args:
+        dtype: The dtype.
+    """
     _PRODUCT_DTYPE[0] = dtype
 
 
 class SimulatedGroup:
-    """One merged layer: x [..., K] to y [..., N] in the dtype of the products, whatever autocast says."""
+    """Computes one merged layer: x [..., K] to y [..., N] in the dtype of the products, whatever autocast says.
+
+    Args:
+        layer: The layer.
+        simulated: What it became.
+        dtype: The dtype of the operands; None for that of :func:`set_product_dtype`.
+    """
 
     def __init__(self, layer: Layer, simulated: Simulated, dtype: torch.dtype | None = None) -> None:
         dtype = dtype or _PRODUCT_DTYPE[0]
@@ -105,6 +118,11 @@ class SimulatedGroup:
 
     @torch.autocast("cpu", enabled=False)
     def __call__(self, x: Tensor) -> Tensor:
+        """Compute the layer.
+
+        Args:
+            x: [..., K], floating point.
+        """
         sim = self.simulated
         if sim.whole is not None:
             y = sim.whole(x.float())
@@ -117,6 +135,7 @@ class SimulatedGroup:
         return _linear(operand, self.weight, self.bias)
 
     def _on_grid(self, x: Tensor) -> Tensor:
+        """Return the shifted, divided, rotated and quantized input, [..., K] in the dtype of the operands."""
         activation = self.simulated.activation
         if isinstance(activation, Grid) and self.dtype == torch.bfloat16:
             compiled = rotated_to_grid(x, self.shift, self.divide, self.rotation, activation)
@@ -131,6 +150,7 @@ class SimulatedGroup:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x weightᵀ + bias``."""
     if x.dtype == torch.float32:
         # oneDNN's fp32 product; the one behind linear is slower on AMD.
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")  # type: ignore[no-any-return]
@@ -138,6 +158,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _rotate(x: Tensor, hadamard: Tensor, outer: Tensor) -> Tensor:
+    """Return x [..., K] times a rotation of two factors."""
     inner, cores = len(hadamard), len(outer)
     if cores == 1:
         return (x.reshape(-1, inner) @ hadamard).reshape(x.shape)
@@ -145,7 +166,7 @@ def _rotate(x: Tensor, hadamard: Tensor, outer: Tensor) -> Tensor:
 
 
 class _Shared:
-    """A merged layer, computed once per input and handed out to its members."""
+    """Computes a merged layer once per input and hands it out to its members."""
 
     def __init__(self, group: SimulatedGroup) -> None:
         self.group = group
@@ -153,6 +174,7 @@ class _Shared:
         self.output: tuple[Tensor, ...] = ()
 
     def take(self, index: int, x: Tensor) -> Tensor:
+        """Return the rows of one member, [..., rows]; the last member frees what is kept."""
         if self.input is not x:
             self.output = self.group(x).split(list(self.group.layer.spec.rows), dim=-1)
             self.input = x
@@ -177,12 +199,13 @@ def layers_of(
     predicted: Mapping[str, Mapping[str, Tensor]] | None = None,
     hessian: Mapping[str, InputHessian] | None = None,
 ) -> list[Layer]:
-    """The layers every method quantizes: those the export would, of a float model.
+    """Return the layers that every method quantizes: those that the export would, of a float model.
 
     Args:
-        model: the diffusers transformer in fp32.
-        inputs: calibration inputs [T, K] by the name of a layer's first member; zeros [0, K] where there are none.
-        predicted: such inputs by the name of a prediction. moments: by the name of the layer.
+        model: The diffusers transformer in fp32.
+        inputs: Calibration inputs, fp32 [T, K], by the name of a layer's first member; [0, K] where there are none.
+        predicted: Such inputs by the name of a prediction.
+        hessian: What the export predicts of the inputs, by the name of the layer.
     """
     # Of the recipe that says most of a layer: whether it can be shifted.
     plan = plan_model(dict(model.config), RECIPES["w4a4"], torch.float32)  # type: ignore[call-overload]
@@ -201,7 +224,13 @@ def layers_of(
 
 @contextmanager
 def sampled_inputs(model: nn.Module, kept: int, generator: torch.Generator) -> Iterator[dict[str, list[Tensor]]]:
-    """While it is open, ``kept`` random tokens [kept, K] of every call of every layer, by the name of its first member."""
+    """Keep random tokens, fp32 [kept, K], of every call of every layer while it is open, by the name of its first member.
+
+    Args:
+        model: The transformer.
+        kept: The tokens of a call.
+        generator: Chooses them.
+    """
     names = [layer.spec.members[0] for layer in layers_of(model)]
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
 
@@ -226,9 +255,15 @@ def install(
     method: Callable[[Layer], Simulated],
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """A copy of the model with ``method`` in place of its layers; what is not replaced is shared with ``model``.
+    """Return a copy of the model with ``method`` in place of its layers; what is not replaced is shared with ``model``.
 
-    Exact in what it leaves alone. ``compiled.py`` does the same for many clips.
+    The copy is exact in what it leaves alone. ``compiled.py`` does the same for many clips.
+
+    Args:
+        model: The transformer.
+        layers: Its layers, with what a method may look at.
+        method: What a layer becomes.
+        dtype: The dtype of the operands; None for that of :func:`set_product_dtype`.
     """
     memo = {id(p): p for p in (*model.parameters(), *model.buffers())}
     changed = copy.deepcopy(model, memo)

@@ -26,10 +26,15 @@ Prompt = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Bench:
-    """A trained model and what its clips need.
+    """Holds a trained model and what its clips need.
 
     Args:
-        model: the transformer in fp32, eval mode. table: its prompts. steps, guidance: as it was trained for.
+        name: The name of the model.
+        model: The transformer in fp32, eval mode.
+        table: Its prompts.
+        scheduler: Its scheduler.
+        steps: The denoising steps that it was trained for.
+        guidance: The guidance scale that it was trained for.
     """
 
     name: str
@@ -93,11 +98,12 @@ def bench_prompts(table: PromptTable, count: int, seed: int) -> list[Prompt]:
 
 @dataclass
 class Clips:
-    """Generated clips.
+    """Holds generated clips.
 
     Args:
-        latents: [B, C, F, H, W]. bits: of each clip and step, None where a step reused the last output.
-        trajectory: where asked for, (x, output with the prompt) of every step.
+        latents: The latents, fp32 [B, C, F, H, W].
+        bits: Activation bits of each clip and step, None where a step reused the last output.
+        trajectory: Where asked for, (x, output with the prompt) of every step.
     """
 
     latents: Tensor
@@ -114,11 +120,15 @@ def generate(
     controllers: Callable[[int], StepController] | None = None,
     keep_trajectory: bool = False,
 ) -> Clips:
-    """Clips of one batch.
+    """Draw the clips of one batch.
 
     Args:
-        models: activation bits -> model. With one, every step runs on it.
-        controllers: makes the controller of a clip from its place in the batch; needed with several models.
+        bench: The model's words, noise and scheduler.
+        models: Activation bits -> model. With one, every step runs on it.
+        prompts: The words of every clip.
+        seeds: The seed of every clip.
+        controllers: Makes the controller of a clip from its place in the batch; needed with several models.
+        keep_trajectory: Whether x and the output with the prompt are kept of every step.
     """
     count = len(prompts)
     text, empty = bench.words(prompts), bench.words([(EMPTY_WORD,) * len(prompts[0])] * count)
@@ -144,14 +154,22 @@ def generate(
 
 
 def _both(model: nn.Module, x: Tensor, timestep: Tensor, text: Tensor, empty: Tensor) -> Tensor:
-    """[2, B, C, F, H, W]: with the prompt, and without."""
+    """Return the outputs with the prompt and without it, fp32 [2, B, C, F, H, W].
+
+    Args:
+        model: The transformer.
+        x: The latents, fp32 [B, C, F, H, W].
+        timestep: The timestep, a scalar.
+        text: Embeddings of the prompts, fp32 [B, slots, text_dim].
+        empty: Embeddings of the empty prompt, of the same shape.
+    """
     twice = torch.cat((x, x))
     out = model(twice, timestep.expand(len(twice)), torch.cat((text, empty)), return_dict=False)[0]
     return out.float().view(2, *x.shape)
 
 
 class _Switch:
-    """Every clip asks its own controller; clips that want the same bits run together."""
+    """Lets every clip ask its own controller; clips that want the same bits run together."""
 
     def __init__(
         self, steps: int, models: Mapping[int, nn.Module], make: Callable[[int], StepController], count: int,
@@ -167,6 +185,14 @@ class _Switch:
         self.computed: list[Tensor | None] = [None] * count
 
     def step(self, step: int, timestep: Tensor, x: Tensor, bits: list[list[int | None]]) -> Tensor:
+        """Return the outputs of a step, fp32 [2, B, C, F, H, W], and add its bits to those of every clip.
+
+        Args:
+            step: The number of the step, from 0.
+            timestep: Its timestep, a scalar.
+            x: The latents, fp32 [B, C, F, H, W].
+            bits: The bits of every clip and step so far; None where a step reused the last output.
+        """
         moved = [moved_since(x[i], self.latents[i], self.computed[i]) for i in range(len(x))]
         decided = [c.decide("cond", step, float(timestep), m).bits for c, m in zip(self.controllers, moved)]
         output = torch.empty(2, *x.shape)

@@ -32,7 +32,13 @@ FRAMES, SIDE = 8, 24
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip: five words, the centre in the first frame (row, column) in pixels, and pixels a frame."""
+    """Describes one clip.
+
+    Args:
+        words: Shape, colour, motion, size and background.
+        start: The centre in the first frame (row, column), in pixels.
+        speed: Pixels a frame.
+    """
 
     words: tuple[str, str, str, str, str]
     start: tuple[float, float]
@@ -41,14 +47,14 @@ class Clip:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a clip shows.
+    """Says what a clip shows.
 
     Args:
-        words: the nearest word of each kind; None where nothing can be seen.
-        speed: pixels a frame along the direction of motion.
-        visible: share of frames that show a shape.
+        words: The nearest word of each kind; None where nothing can be seen.
+        speed: Pixels a frame along the direction of motion.
+        visible: The share of frames that show a shape.
         smoothness: 1 − the root mean square of the centre's second difference, in pixels, at least 0.
-        dynamic: mean absolute difference of adjacent frames.
+        dynamic: The mean absolute difference of adjacent frames.
     """
 
     words: dict[str, str | None]
@@ -123,13 +129,16 @@ def draw(clip: Clip) -> Tensor:
 
 
 def measure(clip: Tensor) -> Reading:
-    """Read a clip [3, F, SIDE, SIDE] in [−1, 1], F at least 2.
+    """Read from the pixels what a clip shows.
 
     Where nothing can be seen, a constant clip say, every word but the background is None. A clip that is not finite
     shows nothing at all: every word is None and every number 0.
 
+    Args:
+        clip: RGB in [−1, 1], floating point [3, F, SIDE, SIDE], F at least 2.
+
     Raises:
-        ValueError: another shape.
+        ValueError: The clip has another shape.
     """
     if clip.ndim != 4 or clip.shape[0] != 3 or clip.shape[1] < 2 or clip.shape[2:] != (SIDE, SIDE):
         raise ValueError(f"a clip is [3, F, {SIDE}, {SIDE}] with F at least 2, this is {list(clip.shape)}")
@@ -169,12 +178,13 @@ def measure(clip: Tensor) -> Reading:
 
 
 def _slope(values: Tensor, times: Tensor) -> Tensor:
-    """Least-squares slope of values [T, 2] over times [T]."""
+    """Return the least-squares slope of values [T, 2] over times [T]."""
     centred = times - times.mean()
     return (centred[:, None] * values).sum(0) / centred.square().sum()
 
 
 def _motion(velocity: Tensor) -> tuple[str | None, float]:
+    """Return the name of a motion, None where there is none, and its speed in pixels a frame."""
     down, right = float(velocity[0]), float(velocity[1])
     speed = max(abs(down), abs(right))
     if speed < 0.3:
@@ -185,7 +195,12 @@ def _motion(velocity: Tensor) -> tuple[str | None, float]:
 
 
 def _best_template(alpha: Tensor, centres: Tensor) -> tuple[str, str]:
-    """The shape and size whose drawing, laid on the same centroids, differs least from alpha [T, SIDE, SIDE]."""
+    """Return the shape and the size whose drawing differs least from what is seen, laid on the same centroids.
+
+    Args:
+        alpha: How much of each pixel the shape covers, fp32 [T, SIDE, SIDE] in [0, 1].
+        centres: Its centroid (row, column) in each frame, fp32 [T, 2] in pixels.
+    """
     axis = torch.arange(SIDE, dtype=torch.float32)
     middle = (SIDE - 1) / 2
     best, least = ("circle", "small"), math.inf

@@ -22,7 +22,16 @@ from dvdquant.system.files import strict_json
 from dvdquant.system.recognize import PREFIXES, recognize_tensors
 from dvdquant.text import shown
 
-__all__ = ["SCHEMES", "SourceFormat", "Translated", "few_bits", "is_transformer", "precision_words", "translate"]
+__all__ = [
+    "DIFFUSERS_FOLDER",
+    "SCHEMES",
+    "SourceFormat",
+    "Translated",
+    "few_bits",
+    "is_transformer",
+    "precision_words",
+    "translate",
+]
 
 SCHEMES: tuple[Scheme, ...] = (WAN, HUNYUAN_VIDEO, LTX)
 OTHER_PARTS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.", "vocoder.")
@@ -38,6 +47,10 @@ _PRECISIONS = {
 }
 
 
+# How the format begins in the manifest of an export whose weights had the names of diffusers, in a folder.
+DIFFUSERS_FOLDER = "diffusers folder"
+
+
 @dataclass(frozen=True)
 class SourceFormat:
     """What was recognised of the source of a checkpoint, in words.
@@ -47,17 +60,14 @@ class SourceFormat:
         precision: what the weights are stored as, the most bytes first.
         notes: what was left out, assumed or applied, a sentence each.
         file: name of the single file, "" for a folder.
+        is_diffusers: whether diffusers reads the same source by itself.
     """
 
-    layout: str = "diffusers folder"
+    layout: str = DIFFUSERS_FOLDER
     precision: str = ""
     notes: tuple[str, ...] = ()
     file: str = ""
-
-    @property
-    def is_diffusers(self) -> bool:
-        """Whether diffusers reads the same source by itself."""
-        return self.layout == "diffusers folder" and "scales" not in self.precision
+    is_diffusers: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ def translate(
     place: str,
     read: Callable[[ShardTensor], bytes],
     metadata: Mapping[str, str] | None = None,
-    layout: str = "diffusers folder",
+    layout: str = DIFFUSERS_FOLDER,
     file: str = "",
 ) -> Translated:
     """Return the checkpoint of diffusers that a file or a folder holds.
@@ -117,9 +127,10 @@ def translate(
     # 3. Whose names, and of which family.
     scheme, original = _scheme(scaled, place, config)
     renamed: Mapping[str, ShardTensor] = scaled
+    in_folder = layout == DIFFUSERS_FOLDER
     if scheme is not None and original:
         renamed = _renamed(scaled, scheme, place)
-        layout = layout.replace("diffusers folder", "folder") + f" with the names of {scheme.title}'s authors"
+        layout = f"{'folder' if in_folder else layout} with the names of {scheme.title}'s authors"
     elif file:
         layout += " with the names of diffusers"
     if prefix:
@@ -140,7 +151,8 @@ def translate(
         notes += [f"assumed: {text}" for text in assumed]
     found.pop("quantization_config", None)
     precision = precision_words(renamed.values())
-    if "with scales" in precision:
+    has_scales = any(_has_scale(info) for info in renamed.values())
+    if has_scales:
         notes.append("scales are applied in fp32")
     elif any(info.dtype.startswith("F8") for info in renamed.values()):
         notes.append(
@@ -151,7 +163,8 @@ def translate(
             f"warning: {', '.join(few)} keep 4 or 5 bits of a weight, and these are quantized again: expect more loss than "
             "from a file of 8 or 16 bits"
         )
-    return Translated(found, dict(renamed), SourceFormat(layout, precision, tuple(notes), file))
+    is_diffusers = in_folder and not original and not file and not prefix and not has_scales
+    return Translated(found, dict(renamed), SourceFormat(layout, precision, tuple(notes), file, is_diffusers))
 
 
 def few_bits(tensors: Iterable[ShardTensor]) -> list[str]:
@@ -174,11 +187,14 @@ def precision_words(tensors: Any) -> str:
     for info in tensors:
         stored = info.stored
         code = info.dtype if stored is None else stored.blocks or stored.dtype
-        words = _PRECISIONS.get(code, code) + (
-            " with scales" if stored is not None and stored.scale is not None else ""
-        )
+        words = _PRECISIONS.get(code, code) + (" with scales" if _has_scale(info) else "")
         sizes[words] = sizes.get(words, 0) + info.nbytes
     return ", ".join(sorted(sizes, key=lambda words: -sizes[words])[:6])
+
+
+def _has_scale(info: ShardTensor) -> bool:
+    """Return whether a tensor is stored in few bits with a scale beside it."""
+    return info.stored is not None and info.stored.scale is not None
 
 
 def _refuse_foreign(names: Mapping[str, Any], place: str) -> None:

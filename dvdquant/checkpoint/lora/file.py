@@ -102,10 +102,10 @@ class LoraFile:
             except OSError as error:
                 raise _unreadable(path, error) from error
             if found is not None:
-                pickled = "pickle" in found.what
+                fix = {"pickled": _CONVERT, "not downloaded": found.fix, "foreign": "give a .safetensors file"}
                 raise CheckpointError(
                     f"{shown(path)} is no LoRA in safetensors: it is {found.what}",
-                    fix=_CONVERT if pickled else found.fix if "download" in found.fix else "give a .safetensors file",
+                    fix=fix[found.state],
                 )
             header = read_header_from(fd, path)
         if len(header.tensors) > MAX_TENSORS:

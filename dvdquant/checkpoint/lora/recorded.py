@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dvdquant.artifact.manifest import LoraEntry
+from dvdquant.artifact.entries import LoraEntry
 from dvdquant.checkpoint.lora.file import LoraFile
 from dvdquant.checkpoint.lora.fuse import with_loras
 from dvdquant.checkpoint.lora.spec import LoraSpec

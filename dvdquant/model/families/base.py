@@ -33,10 +33,8 @@ class ImageInputs:
     last: Need = "none"
 
     def __str__(self) -> str:
-        named = [
-            f"{name} image ({need})" for name, need in (("first", self.first), ("last", self.last)) if need != "none"
-        ]
-        return ", ".join(named) or "no image"
+        needs = (("first", self.first), ("last", self.last))
+        return " and ".join(f"a {name} image ({need})" for name, need in needs if need != "none") or "no image"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,25 @@
+"""In the place of a worker's process: asks for a fork (see forked_workers.py), and ends as it ends.
+
+Only the standard library, so that it starts at once:
+
+    python -S -E forked_worker.py SOCKET FD
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+
+path, channel = sys.argv[1:]
+end = socket.socket(socket.AF_UNIX)
+end.connect(path)
+message = json.dumps({"environment": dict(os.environ), "folder": os.getcwd()}).encode()
+socket.send_fds(end, [message], [1, 2, int(channel)])
+os.close(int(channel))
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+code = int(end.recv(16) or b"1")
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
+    os.kill(os.getpid(), -code)
+sys.exit(code)
