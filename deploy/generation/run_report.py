@@ -9,7 +9,6 @@ import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.request import GenerateResult
 from dvdquant.deploy.switching.controller import StepRecord
 from dvdquant.errors import OutputError
+from dvdquant.system.versions import installed_versions
 from dvdquant.system.whole_file import write_whole
 from dvdquant.text import json_text
 
@@ -139,7 +139,7 @@ def write_trace(path: Path, artifact: Artifact, clips: Sequence[dict[str, Any]])
         "format_version": TRACE_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "dvdquant_version": __version__,
-        "versions": _versions(),
+        "versions": installed_versions(*_PACKAGES),
         "machine": machine(),
         "export": {
             "folder": str(artifact.root),
@@ -161,16 +161,6 @@ def write_trace(path: Path, artifact: Artifact, clips: Sequence[dict[str, Any]])
             fix="leave --trace out, and report the value with the line you ran",
         ) from error
     write_whole(path, text.encode())
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,8 @@ from dvdquant.artifact.layout import COMMIT, LOCK, MANIFEST, STAGE
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.export.graph.writer import graph_path
 from dvdquant.system.files import FileEntry
-from dvdquant.system.safetensors_io import PAD, TensorInfo, read_header
+from dvdquant.system.safetensors_reader import TensorInfo, read_header
+from dvdquant.system.safetensors_writer import PAD
 from dvdquant.text import shown
 
 if TYPE_CHECKING:

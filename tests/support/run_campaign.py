@@ -26,7 +26,7 @@ from tests.support.costs import RECORD
 ROOT = Path(__file__).resolve().parents[2]
 
 PARTS = {
-    "safetensors": "tests/system/test_safetensors_io.py::test_random_mutations_never_crash[100000]",
+    "safetensors": "tests/system/test_safetensors_reader.py::test_random_mutations_never_crash[100000]",
     "indexes": "tests/checkpoint/test_checkpoint_attacks.py::test_mutated_configs_and_indexes[100000]",
     "gguf": "tests/checkpoint/test_gguf.py::test_mutations[20000]",
     "single-files": "tests/checkpoint/test_formats.py::test_mutations[7000-",
