@@ -167,6 +167,7 @@ def _page(manifest: Manifest, target: Path, machine: str, library: PluginFile | 
     backends = {entry["backend"] for entry in manifest.builds}
     folder = target.name.removesuffix(".tar")
     source = "--no-index --find-links wheels" if wheels else "--find-links wheels"
+    wheel = f"wheels/{_WHEEL}" if own else _WHEEL
     builder = max(entry["builder_bytes"] for entry in manifest.builds)
     held = max(entry["held_bytes"] for entry in manifest.builds)
     steps = [
@@ -177,7 +178,7 @@ def _page(manifest: Manifest, target: Path, machine: str, library: PluginFile | 
         f"`tar -xf {shell_line([target.name])} requirements.txt{' wheels' if wheels else ''} && "
         f"python3 -m venv --system-site-packages env && env/bin/pip install {source} -r requirements.txt`"
         + ("." if wheels else f". Without internet: fetch them elsewhere by `{_download(machine)}`.")
-        + f" Then dvdquant by its wheel: `env/bin/pip install --no-deps {'wheels/' if own else ''}{_WHEEL}`"
+        + f" Then dvdquant by its wheel: `env/bin/pip install --no-deps {wheel}`"
         + ("." if own else f", which {_make_wheel(machine)} makes."),
         f"3. `{_build_line(target, library)}`. It refuses what does not fit before it works, and can be repeated with "
         "`--resume`.",
