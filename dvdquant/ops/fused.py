@@ -13,21 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.errors import ShapeError
 from dvdquant.ops.cuda.arguments import ProloguePointers
 from dvdquant.ops.cuda_linear import (
-    CACHE,
     CudaKernels,
     aligned,
     layer_with_path,
     pointer_of,
-    require_kernels,
     stream_of,
 )
 from dvdquant.ops.packed_layer import DTYPE_NAMES, DTYPES, check_channels
 from dvdquant.ops.prepared_linear import opened
 from dvdquant.ops.repack import LayerShape
-from dvdquant.ops.rotate_quantize import rotate_quantize
+from dvdquant.ops.rotate_quantize import kernels_to_rotate, rotate_quantize
 from dvdquant.ops.smooth import apply_pre_quant
 
 __all__ = [
@@ -302,11 +300,7 @@ def _fused_quantize_cuda(
     x: Tensor, y: Tensor | None, gate: Tensor | None, multiplier: Tensor | None, addend: Tensor | None, norm: str,
     gelu: bool, eps: float, pre_quant: Tensor | None, hadamard: Tensor, act_bits: int, act_group: int, path: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if x.dtype not in DTYPE_NAMES or not CACHE.is_sylvester(hadamard):
-        raise UnsupportedError(
-            f"the kernels cannot rotate {x.dtype} by this matrix", available="bf16 and fp16, by Sylvester matrices"
-        )
-    kernels = require_kernels(x.device)
+    kernels = kernels_to_rotate(x, hadamard)
     features = x.shape[1]
     shape = LayerShape(8, features, 1, False, len(hadamard), 1, act_bits, act_group, DTYPE_NAMES[x.dtype])
     grouped = tuple(g for g in (1, features // 128, features // 64, features // 32) if g)

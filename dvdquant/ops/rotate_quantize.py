@@ -8,12 +8,12 @@ from torch import Tensor
 from dvdquant.errors import UnsupportedError
 from dvdquant.numerics.activation_grid import quantize_activation
 from dvdquant.numerics.packing import pack_int4
-from dvdquant.ops.cuda_linear import CACHE, layer_with_path, require_kernels
+from dvdquant.ops.cuda_linear import CACHE, CudaKernels, layer_with_path, require_kernels
 from dvdquant.ops.packed_layer import DTYPE_NAMES
 from dvdquant.ops.reference import rotate_by_matrices
 from dvdquant.ops.repack import PATHS, LayerShape
 
-__all__ = ["encode_codes", "rotate_quantize"]
+__all__ = ["encode_codes", "kernels_to_rotate", "rotate_quantize"]
 
 
 def encode_codes(codes: Tensor, path: str) -> Tensor:
@@ -74,11 +74,7 @@ def _rotate_quantize_cuda(
     x: Tensor, hadamard: Tensor, outer: Tensor, act_bits: int, act_group: int, path: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(path, act_bits)
-    if x.dtype not in DTYPE_NAMES or not CACHE.is_sylvester(hadamard):
-        raise UnsupportedError(
-            f"the kernels cannot rotate {x.dtype} by this matrix", available="bf16 and fp16, by Sylvester matrices"
-        )
-    kernels = require_kernels(x.device)
+    kernels = kernels_to_rotate(x, hadamard)
     features = x.shape[1]
     shape = LayerShape(
         8, features, 1, False, len(hadamard), len(outer), act_bits, act_group, DTYPE_NAMES[x.dtype]
@@ -86,6 +82,23 @@ def _rotate_quantize_cuda(
     grouped = tuple(g for g in (1, features // 128, features // 64, features // 32) if g)
     layer = layer_with_path(kernels, shape, path, weight_groups=grouped, float_zero_point=(False, True))
     return kernels.rotate_quantize(layer, x, outer.contiguous())
+
+
+def kernels_to_rotate(x: Tensor, hadamard: Tensor) -> CudaKernels:
+    """Return the kernels of the device of ``x``, which can rotate it by a matrix.
+
+    Args:
+        x: The input of a layer [M, K], on a CUDA device.
+        hadamard: The inner factor of the rotation, fp32 [b, b].
+
+    Raises:
+        UnsupportedError: The kernels are not there, or know no such rotation.
+    """
+    if x.dtype not in DTYPE_NAMES or not CACHE.is_sylvester(hadamard):
+        raise UnsupportedError(
+            f"the kernels cannot rotate {x.dtype} by this matrix", available="bf16 and fp16, by Sylvester matrices"
+        )
+    return require_kernels(x.device)
 
 
 def _check(path: str, act_bits: int) -> None:

@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from dvdquant.model.outline import outline_of
+from tests.support.exporting import TINY_WAN
 from tests.support.rare_collections import collect_rarely
 from tests.support.traces import share_traces
 
@@ -163,6 +165,9 @@ def main() -> None:
     for name in ("WanTransformer3DModel", "FlowMatchEulerDiscreteScheduler"):
         getattr(diffusers, name)
     assert all((onnx, onnxruntime, matplotlib.pyplot))
+    config = json.loads((TINY_WAN / "transformer" / "config.json").read_text())
+    for blocks in (config["num_layers"], 1):  # so that no child runs the model once more to plan it
+        assert outline_of({**config, "num_layers": blocks}, torch.bfloat16).shared_inputs
     answers = os.fdopen(os.dup(1), "w")
     requests = os.fdopen(os.dup(0))
     nowhere = os.open(os.devnull, os.O_RDWR)

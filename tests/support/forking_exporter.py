@@ -8,6 +8,7 @@ Tracing happens once, before the forks: a killed export then dies in the stages 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -44,6 +45,7 @@ def options(request: dict[str, Any]) -> ExportOptions:
 
 def export(request: dict[str, Any], plan: ExportPlan, report: int) -> None:
     """One export in this (forked) process; never returns."""
+    gc.disable()  # a collection would copy every page of what was imported
     error, code, faults, write = None, 0, None, os.write
     if request.get("fault"):
         number, at = request["fault"]
