@@ -157,8 +157,8 @@ class DvdqTransformer(LoraAdapters, FixedPlace, WholeEngine, ModelMixin, ConfigM
             schedule: A schedule of ``dvdq-plan``, or the path of one.
             callback: A function that is asked for the bits of every step.
             cache: The settings of the step cache. A number is a threshold for the policy.
-            cache_policy: What predicts which steps can be skipped: ``forecast``, ``easycache`` or ``magcache``. It switches
-                the cache on, with a threshold of its own where ``cache`` is None. The default is the family's.
+            cache_policy: What predicts which steps can be skipped: ``forecast``, ``line``, ``easycache`` or ``magcache``.
+                It switches the cache on, with a threshold of its own where ``cache`` is None. The default is the family's.
             branch_policy: ``shared`` or ``separate`` decisions of the branches of guidance, see
                 :class:`StepController`.
             last_high: The number of last steps of ``switch`` that run on 8 bits. The default is 2; the published rule

@@ -165,7 +165,8 @@ class GroupedCommand(ExamplesCommand):
 @click.option(
     "--cache-policy",
     type=click.Choice(CACHE_POLICIES),
-    help="What predicts that error. forecast: how fast the output changed. easycache: how far the latent moves. magcache: "
+    help="What predicts that error. forecast: how fast the output changed. line: the same, "
+    "and a skipped step goes on along the line through the last two outputs. easycache: how far the latent moves. magcache: "
     "how the size of output - latent grows.  [default: forecast]",
 )
 @click.option("--compare", is_flag=True, help="16 bit, a8, switch and a4 from one seed, side by side, with PSNR.")
