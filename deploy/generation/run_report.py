@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cache
@@ -17,6 +16,7 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.request import GenerateResult
 from dvdquant.deploy.switching.controller import StepRecord
 from dvdquant.errors import OutputError
+from dvdquant.system.processor import processor_name
 from dvdquant.system.versions import installed_versions
 from dvdquant.system.whole_file import write_whole
 from dvdquant.text import json_text
@@ -91,14 +91,7 @@ def machine() -> str:
     """Processor and number of usable cores, and the GPU if PyTorch sees one."""
     import torch
 
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = names[0] if names else name
-    parts = [f"{name}, {len(os.sched_getaffinity(0))} cores"]
+    parts = [f"{processor_name()}, {len(os.sched_getaffinity(0))} cores"]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
     return "; ".join(parts)
