@@ -26,7 +26,7 @@ help:
 	@echo "make stress  the fault tests at their full counts: 500 kills, 200 races, 100 000 mutations"
 	@echo "make campaign  more than 400 000 mutations over the parsers, command lines, 200 kills, as a table (CAMPAIGN= names some parts)"
 	@echo "make variants  the numeric tests as other processors run them: threads, instruction sets (VARIANTS= names some)"
-	@echo "make kernels        the CUDA kernels' library (needs nvcc); kernels-check also reads its machine code"
+	@echo "make kernels        the CUDA kernels' library (needs nvcc, or FETCH_NVCC=1); kernels-check also reads its machine code"
 	@echo "make kernels plugin HOST=aarch64 SM=\"87 110\"  both for a Jetson, on x86-64"
 	@echo "make edge-check  that library and the plugin's harness under qemu-user (aarch64-linux-gnu-g++, qemu-aarch64, nvcc, TENSORRT_ROOT)"
 	@echo "make wheel   dist/*.whl, with the kernels' library where it was built (HOST=aarch64: with that of a Jetson)"
@@ -155,17 +155,19 @@ format: $(INSTALLED_TEST)
 	$(BIN)/ruff format .
 
 # Needs nvcc (PATH or CUDA_HOME) for the GPU library; objects are cached by content in build/kernels. HOST=aarch64 compiles for
-# that processor on x86-64, into build/kernels-aarch64; SM="87 110" for these GPUs alone.
+# that processor on x86-64, into build/kernels-aarch64; SM="87 110" for these GPUs alone; FETCH_NVCC=1 fetches nvcc's wheels where
+# there is none.
 HOST ?=
 SM ?=
-KERNELS_FLAGS = --jobs $(JOBS) $(if $(HOST),--host $(HOST)) $(if $(SM),--architectures $(SM))
+FETCH_NVCC ?=
+KERNELS_FLAGS = --jobs $(JOBS) $(if $(HOST),--host $(HOST)) $(if $(SM),--architectures $(SM)) $(if $(FETCH_NVCC),--fetch-nvcc)
 kernels: $(INSTALLED)
 	$(BIN)/python kernels/build.py $(KERNELS_FLAGS)
 
 kernels-check: $(INSTALLED)
 	$(BIN)/python kernels/check_sass.py $(KERNELS_FLAGS)
 
-# Three minutes of CPU the first time; objects are cached.
+# Five minutes of CPU the first time; objects are cached.
 edge-check: $(INSTALLED_TEST)
 	@$(MAKE) --no-print-directory kernels HOST=aarch64 SM="87 110"
 	$(BIN)/python -m pytest -q tests/kernels/test_cross_build.py $(PYTEST_ARGS)

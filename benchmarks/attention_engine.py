@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from make_checkpoint import HeavyTailed  # noqa: E402  # the script's own folder comes first
 
 from dvdquant.artifact.transaction import ExportTransaction  # noqa: E402
-from dvdquant.checkpoint.reader import open_checkpoint  # noqa: E402
+from dvdquant.checkpoint.opening import open_checkpoint  # noqa: E402
 from dvdquant.export.engines import BuildReport, build_engine  # noqa: E402
 from dvdquant.export.graph.trace import profile_shapes, trace_graph  # noqa: E402
 from dvdquant.export.graph.writer import GraphWriter  # noqa: E402
@@ -35,7 +35,7 @@ from dvdquant.model.plan import ModelPlan, build_skeleton, plan_model  # noqa: E
 from dvdquant.quantize.checkpoint import quantize_checkpoint  # noqa: E402
 from dvdquant.recipe import get_recipe  # noqa: E402
 from dvdquant.system.progress import Progress  # noqa: E402
-from dvdquant.system.safetensors_io import StreamingWriter  # noqa: E402
+from dvdquant.system.safetensors_writer import StreamingWriter  # noqa: E402
 
 # Latent frames, height and width: 480p is 21 × 60 × 104, 32760 tokens.
 SIZES = Sizes(Axis(1, 21, 41), Axis(16, 60, 60), Axis(16, 104, 104), text_tokens=512)

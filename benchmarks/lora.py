@@ -19,14 +19,14 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 
 READ = """
 import resource, sys, time
 from pathlib import Path
 from dvdquant.checkpoint.lora.fuse import with_loras
 from dvdquant.checkpoint.lora.spec import LoraSpec
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 
 checkpoint = open_checkpoint(sys.argv[1])
 largest = max(checkpoint.tensors.values(), key=lambda info: info.nbytes)

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from dvdquant.model.plan import build_skeleton
-from dvdquant.system.safetensors_io import StreamingWriter
+from dvdquant.system.safetensors_writer import StreamingWriter
 
 SHARD_BYTES = 5 << 30
 NAME = "diffusion_pytorch_model"

@@ -23,7 +23,7 @@ import torch
 from dvdquant.deploy.sessions import weights
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.system.files import hash_file
-from dvdquant.system.safetensors_io import StreamingWriter
+from dvdquant.system.safetensors_writer import StreamingWriter
 
 NAME = "onnx/transformer.safetensors"
 TENSORS = 64

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Manifest
     from dvdquant.checkpoint.lora.spec import LoraSpec
     from dvdquant.deploy.planning.planner import Plan
-    from dvdquant.export.pipeline import ExportResult
+    from dvdquant.export.result import ExportResult
     from dvdquant.system.progress import Progress
 
 __all__ = ["export_model", "inspect_export", "plan_schedule"]

@@ -11,11 +11,13 @@ import json
 import re
 import shlex
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 __all__ = [
     "amount",
     "escape_json",
+    "first_of",
     "json_text",
     "markdown",
     "markdown_code",
@@ -182,6 +184,17 @@ def _shell_escape(character: str) -> str:
     # What os.fsdecode made of a byte becomes that byte again; no other half of a pair can come from a file name.
     errors = "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass"
     return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", errors))
+
+
+def first_of(problems: Sequence[str], count: int = 5) -> str:
+    """Return the first problems as one text, and how many more there are.
+
+    Args:
+        problems: A clause for each.
+        count: The number of those that are written out.
+    """
+    more = f" and {len(problems) - count} more" if len(problems) > count else ""
+    return "; ".join(problems[:count]) + more
 
 
 def amount(nbytes: float) -> str:

@@ -17,8 +17,8 @@ from dvdquant.hardware.capabilities import sm_number
 from dvdquant.model.held_weights import held_weights
 from dvdquant.model.lora_inputs import reserved_bytes
 from dvdquant.model.plan import ModelPlan
-from dvdquant.quantize.checkpoint import CHUNK_WEIGHTS
 from dvdquant.quantize.hessian import hessian_bytes
+from dvdquant.quantize.layer import CHUNK_WEIGHTS
 from dvdquant.quantize.layer_inputs import ITEM_TOKENS, noise_levels
 from dvdquant.recipe import WeightSpec
 from dvdquant.system.memory import memory_limit

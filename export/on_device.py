@@ -30,6 +30,7 @@ from dvdquant.system.gpu import Gpu
 from dvdquant.system.memory import memory_limit
 from dvdquant.system.plugin_file import machine_name, read_plugin
 from dvdquant.system.progress import Progress
+from dvdquant.text import amount
 
 __all__ = [
     "CheckEngine",
@@ -145,14 +146,14 @@ def check_memory(builder: int, held: int, gpu: Gpu | None, what: str, limit: int
     """
     if builder > limit:
         raise ResourceError(
-            f"{what}: the builder takes about {builder / 2**30:.1f} GiB of memory",
-            available=f"{limit / 2**30:.1f} GiB" + (f"; fits: {', '.join(fitting)}" if fitting else ""),
+            f"{what}: the builder takes about {amount(builder)} of memory",
+            available=amount(limit) + (f"; fits: {', '.join(fitting)}" if fitting else ""),
             fix="end other programs, add swap for the build, or export a smaller model or fewer sizes",
         )
     if gpu is not None and held > gpu.memory_bytes:
         raise ResourceError(
-            f"{what}: its weights take {held / 2**30:.1f} GiB of device memory",
-            available=f"{gpu.memory_bytes / 2**30:.1f} GiB on {gpu.name}"
+            f"{what}: its weights take {amount(held)} of device memory",
+            available=f"{amount(gpu.memory_bytes)} on {gpu.name}"
             + (f"; fits: {', '.join(fitting)}" if fitting else ""),
             fix="export a smaller model",
         )

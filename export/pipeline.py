@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import math
-import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dvdquant import __version__
-from dvdquant.artifact.entries import BuildEntry, EngineEntry, GraphEntry, LayerEntry, LoraEntry, Verified
+from dvdquant.artifact.entries import BuildEntry, EngineEntry, GraphEntry, LayerEntry
 from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.artifact.verify_files import verify_files
@@ -39,80 +34,23 @@ from dvdquant.export.graph.trace import trace_graph
 from dvdquant.export.graph.writer import FLAVOURS, GraphWriter
 from dvdquant.export.layouts.comfy import comfy_path, stored_reader, write_comfy
 from dvdquant.export.model_card import model_card
-from dvdquant.export.plan import ExportPlan, check_previous, shapes_of, source_of
+from dvdquant.export.plan import ExportPlan, check_previous, source_of
+from dvdquant.export.recorded import graph_tools, lora_entries, recorded_manifest
+from dvdquant.export.result import ExportResult, WriteReport
 from dvdquant.export.source_words import source_lines
 from dvdquant.export.steps import is_step
 from dvdquant.export.verify.export import verify_export
 from dvdquant.export.verify.graph import GraphCheck
 from dvdquant.export.verify.links import check_links
 from dvdquant.export.verify.stored import StoredCheck, verify_stored
-from dvdquant.quantize.checkpoint import (
-    PackedWeights,
-    quantize_checkpoint,
-    rotated_weight,
-)
+from dvdquant.quantize.checkpoint import PackedWeights, quantize_checkpoint
+from dvdquant.quantize.layer import rotated_weight
 from dvdquant.system.copies import copy_file, link_file
 from dvdquant.system.files import FileEntry, hash_file
 from dvdquant.system.progress import Progress
-from dvdquant.system.safetensors_io import read_tensor
+from dvdquant.system.safetensors_reader import read_tensor
 
-__all__ = ["ExportResult", "WriteReport", "run_export"]
-
-
-@dataclass
-class ExportResult:
-    """The result of an export.
-
-    Args:
-        out: The folder of the export.
-        manifest: Its manifest.
-        checks: The checks of its graphs by ``--verify``.
-        stored: The comparisons of what is stored with the checkpoints by ``--verify``, one per transformer.
-        seconds: The time of each stage in seconds, by its name.
-        builds: A report for every engine that was built: its path and ``BuildReport.to_json()``.
-        up_to_date: True if the export was there already and nothing was done.
-    """
-
-    out: Path
-    manifest: Manifest
-    checks: list[GraphCheck] = field(default_factory=list)
-    stored: list[StoredCheck] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    builds: list[dict[str, Any]] = field(default_factory=list)
-    up_to_date: bool = False
-
-
-class WriteReport(Protocol):
-    """A writer of ``report.html`` in the tree of an unfinished export.
-
-    :func:`dvdquant.deploy.report.page.add_report` is one. The report draws clips, which needs the runtime. So the
-    writer is given to the exporter, which does not know the runtime.
-    """
-
-    def __call__(
-        self,
-        tree: Path,
-        manifest: Manifest,
-        known: dict[str, FileEntry],
-        *,
-        checks: Sequence[Mapping[str, Any]],
-        out: Path,
-        samples: int | None,
-        checkpoint_bytes: int,
-        progress: Progress,
-    ) -> None:
-        """Write ``report.html``.
-
-        Args:
-            tree: The folder of the unfinished export.
-            manifest: Its manifest, without the files.
-            known: Hashes that are already known, by relative path.
-            checks: The checks of the graphs, ``GraphCheck.to_json()`` of each.
-            out: The folder that the export will be in.
-            samples: The number of prompts to show clips of; None means the writer's default.
-            checkpoint_bytes: The size of the checkpoints in bytes.
-            progress: The place that stages report to.
-        """
+__all__ = ["run_export"]
 
 
 def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport | None = None) -> ExportResult:
@@ -154,7 +92,7 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
             progress.say(f"weights and graphs in {options.out} are up to date")
             previous = transaction.previous
             same = (previous.lora, previous.sampling, previous.source.get("pipeline")) == (
-                run.loras(),
+                lora_entries(plan),
                 options.sampling,
                 source_of(plan).get("pipeline"),
             )
@@ -518,7 +456,7 @@ class _Run:
         if previous is None:
             return
         # 1. The files fit together.
-        plan, now = self.plan, self._tools()
+        plan, now = self.plan, graph_tools()
         check_links(tree, previous.files, self.graphs, self.engines, plan.components, previous.layers)
         # 2. Other versions of the tools write other graphs, which cannot be compared byte by byte.
         other = [name for name, version in now.items() if previous.tools.get(name, version) != version]
@@ -570,7 +508,7 @@ class _Run:
         if component in self.packed:
             return dict(self.packed[component].tensors)
         from dvdquant.quantize.checkpoint import plan_shards
-        from dvdquant.system.safetensors_io import read_header
+        from dvdquant.system.safetensors_reader import read_header
 
         plan = self.plan.plans[self.plan.components.index(component)]
         return {
@@ -594,7 +532,17 @@ class _Run:
         for component, checkpoint in zip(plan.components, plan.checkpoints):
             name = "config.json" if component == plan.components[0] else f"{component}.config.json"
             (tree / name).write_text(json.dumps(checkpoint.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        manifest = self._manifest()
+        manifest = recorded_manifest(
+            plan,
+            tree,
+            layers=self._layers(),
+            nonfinite=[name for packed in self.packed.values() for name in packed.nonfinite],
+            graphs=self.graphs,
+            engines=self.engines,
+            later=self.later,
+            stored=self.stored,
+            previous=self.previous,
+        )
         (tree / "README.md").write_text(model_card(manifest), encoding="utf-8")
         if (script := build_script(manifest.builds)) is not None:
             (tree / SCRIPT).write_text(script, encoding="utf-8")
@@ -620,85 +568,3 @@ class _Run:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
                 with contextlib.suppress(OSError):  # others are left there
                     path.parent.rmdir()
-
-    def _manifest(self) -> Manifest:
-        """Return the manifest without its files, which the transaction fills in."""
-        plan = self.plan
-        nonfinite = tuple(name for packed in self.packed.values() for name in packed.nonfinite)
-        if self.previous is not None:
-            nonfinite = self.previous.nonfinite
-        kept = [name for model_plan in plan.plans for name in model_plan.kept_linears]
-        tools = {**self._tools(), **_versions("onnxruntime-gpu", "onnxruntime")}
-        tools["device"] = _device_name(plan.options.torch_device)
-        if self.previous is not None and "device" in self.previous.tools:
-            tools["device"] = self.previous.tools["device"]  # it made the weights, which are still the same
-        return Manifest(
-            source=source_of(plan),
-            family=plan.plans[0].family.name,
-            config_sha256=hash_file(self.transaction.tree / "config.json")["sha256"],
-            recipe=plan.options.recipe.to_json(),
-            shapes=shapes_of(plan),
-            layers=self._layers(),
-            kept=tuple(dict.fromkeys(kept)),
-            nonfinite=nonfinite,
-            graphs=tuple(self.graphs),
-            engines=tuple(self.engines),
-            components=plan.components,
-            tools=tools,
-            verified=self._verified(),
-            lora=self.loras(),
-            lora_rank=plan.options.lora_rank,
-            sampling=plan.options.sampling,
-            builds=tuple(self.later),
-        )
-
-    def loras(self) -> tuple[LoraEntry, ...]:
-        """Return the LoRAs that were fused into each transformer."""
-        return tuple(
-            LoraEntry(
-                component=component,
-                path=os.path.abspath(lora.spec.path),
-                sha256=lora.sha256,
-                scale=float(lora.spec.scale),
-                format=lora.format,
-                layers=lora.layers,
-            )
-            for component, checkpoint in zip(self.plan.components, self.plan.checkpoints)
-            if checkpoint.lora is not None
-            for lora in checkpoint.lora.fused
-        )
-
-    def _tools(self) -> dict[str, str]:
-        """Return the versions of the packages that graphs depend on besides dvdquant itself."""
-        return _versions("torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
-
-    def _verified(self) -> Verified | None:
-        """Return the extent of this run's comparisons.
-
-        If this run did not verify, return that of the previous export whose weights and graphs are used, or None.
-        """
-        if not self.stored:
-            return None if self.previous is None else self.previous.verified
-        return Verified(
-            dvdquant=__version__,
-            layers=sum(check.layers for check in self.stored),
-            rows=sum(check.rows for check in self.stored),
-            kept=sum(check.kept for check in self.stored),
-            graphs=[graph["path"] for graph in self.graphs],
-        )
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    """Return the versions of those of the packages that are installed; ONNX Runtime has several names."""
-    found = {}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _device_name(device: torch.device) -> str:
-    """Return the name of the device for the manifest, such as "cpu" or "cuda (NVIDIA H100)"."""
-    return "cpu" if device.type == "cpu" else f"cuda ({torch.cuda.get_device_name(device)})"

@@ -14,8 +14,9 @@ from dvdquant.artifact.output_folder import check_output
 from dvdquant.checkpoint.formats.files import check_order
 from dvdquant.checkpoint.formats.translate import few_bits
 from dvdquant.checkpoint.lora.fuse import components_of, model_fingerprint, with_loras
+from dvdquant.checkpoint.opening import open_checkpoint, read_config_file
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
-from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint, read_config_file
+from dvdquant.checkpoint.reader import Checkpoint
 from dvdquant.errors import CheckpointError, EngineError, UnsupportedError
 from dvdquant.export.engines import load_backend
 from dvdquant.export.engines.attention import attention_wish
@@ -32,7 +33,7 @@ from dvdquant.quantize.checkpoint import (
     check_weights,
     reading_bytes,
 )
-from dvdquant.system.safetensors_io import DTYPES
+from dvdquant.system.safetensors_reader import DTYPES
 from dvdquant.text import shown
 
 __all__ = ["ExportPlan", "check_previous", "plan_export", "shapes_of", "source_of"]

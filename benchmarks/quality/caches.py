@@ -2,12 +2,14 @@
 
     python -m benchmarks.quality caches                      16 clips; the table in docs/quality/index.md
     python -m benchmarks.quality caches --clips 128 --processes 2
+    python -m benchmarks.quality caches --along              recorded clips, of other words and seeds; minutes
     python -m benchmarks.quality caches --try "a8 easycache 0.08 output 6 0.1" --no-page
 
 Every clip is drawn with the layers of ``w4a4``, on a8 or switched as ``dvdq-run`` has it, without a cache and with each
 policy at several thresholds, and held against the fp32 clip of its prompt and seed. A setting is written as mode (``a8``,
-``a4``, ``switch`` or ``switch=δ``), policy, threshold, what is reused, the longest run of skipped steps and the warm-up. A
-killed run goes on where it was. Where a8 is not among what is drawn, its clips are those that ``run`` keeps here.
+``a4``, ``switch`` or ``switch=δ``), policy, threshold, what is reused, the longest run of skipped steps, the warm-up and, where
+it is not ``none``, the weighting. A killed run goes on where it was. Where a8 is not among what is drawn, its clips are those
+that ``run`` keeps here.
 """
 
 from __future__ import annotations
@@ -29,15 +31,19 @@ MODEL = HERE.parent.parent / "examples" / "tiny-wan"
 PAGE = HERE.parent.parent / "docs" / "quality" / "index.md"
 CHUNK = 16
 METHOD = "dvdquant w4a4"
-# Without a cache; the default policy at its own threshold and at others; the other policies at shares like these; EasyCache
-# and MagCache as they are published, but that MagCache's ratios are extrapolated.
+# Without a cache; the default policy and `line` at their own thresholds and at others; the other policies at shares like these;
+# EasyCache and MagCache as they are published, but that MagCache's ratios are extrapolated.
 FIXED = (
     "a8",
     "a8 forecast 0.02 output 3 0",
     "a8 forecast 0.05 output 3 0",
+    "a8 line 0.04 line 5 0 step",
+    "a8 line 0.06 line 5 0 step",
 )
 SWITCHED = (
     "switch",
+    "switch line 0.06 line 5 0 step",
+    "switch=0.06 line 0.06 line 5 0 step",
     "switch forecast 0.02 output 3 0",
     "switch forecast 0.05 output 3 0",
     "switch=0.06 forecast 0.05 output 3 0",
@@ -55,6 +61,16 @@ OTHERS = (
     "a4",
 )
 SETTINGS = (*FIXED, *SWITCHED, *OTHERS)
+# On recorded clips: what is returned, how far apart computed steps may be, and the weight of a step, one by one.
+ALONG = (
+    *(f"a8 forecast {threshold} output 3 0" for threshold in (0.02, 0.05)),
+    *(f"a8 forecast {threshold} line 3 0" for threshold in (0.02, 0.05)),
+    *(f"a8 forecast {threshold} output 3 0 step" for threshold in (0.02, 0.06)),
+    *(f"a8 forecast {threshold} output 5 0 step" for threshold in (0.04, 0.06)),
+    *(f"a8 line {threshold} line 3 0 step" for threshold in (0.02, 0.06)),
+    *(f"a8 line {threshold} line 5 0 step" for threshold in (0.02, 0.03, 0.04, 0.06, 0.08)),
+    *(f"a8 line {threshold} line 7 0 step" for threshold in (0.04, 0.06)),
+)
 
 Job = tuple[str, str, int]  # model, setting, chunk of clips
 
@@ -74,8 +90,9 @@ def controller_of(setting: str) -> Any:
     mode, _, delta = words[0].partition("=")
     cache = None
     if len(words) > 1:
-        policy, threshold, residual, most, warm_up = words[1:]
-        cache = StepCachePolicy(float(threshold), residual, int(most), policy, float(warm_up))  # type: ignore[arg-type]
+        policy, threshold, residual, most, warm_up, *weighting = words[1:]
+        given: Any = (float(threshold), residual, int(most), policy, float(warm_up), *weighting)
+        cache = StepCachePolicy(*given)
     rule = {"delta": float(delta or DEFAULT_DELTA)} if mode == "switch" else {}
     return make_controller(mode, component="transformer", family="wan", bits=(4, 8), cache=cache, **rule)
 
@@ -205,6 +222,25 @@ def table_of(rows: Sequence[dict[str, Any]], settings: Sequence[str]) -> str:
     return table(head, lines)
 
 
+def along(settings: Sequence[str], models: Sequence[str]) -> str:
+    """Return a table with a line for every model and setting: what is left out, and what that does to recorded clips.
+
+    Args:
+        settings: The settings, in words.
+        models: Names of the models.
+    """
+    from benchmarks.quality.report import table
+
+    lines = []
+    for model in models:
+        for setting in settings:
+            bits, errors = _runner.worker.skips(model, lambda _, words=setting: controller_of(words))
+            share = sum(each.count(None) / len(each) for each in bits) / len(bits)
+            rms = (sum(error**2 for error in errors) / len(errors)) ** 0.5
+            lines.append([model, setting, f"{share:.0%}", f"{100 * rms:.2f}"])
+    return table(["model", "setting", "skipped", "error of the latent, %"], lines)
+
+
 def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -214,6 +250,7 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=CHUNK, help=f"a multiple of {CHUNK}")
     parser.add_argument("--only", nargs="+", default=[], help="settings by part of their words")
     parser.add_argument("--try", dest="tried", nargs="+", default=[], metavar="SETTING", help="these settings instead")
+    parser.add_argument("--along", action="store_true", help="what skips do to 8 recorded fp32 clips; no clip is drawn")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, help="stop after so long; started again, it goes on")
     parser.add_argument("--eager", action="store_true", help="do not compile the model: for a few clips")
@@ -224,8 +261,6 @@ def main() -> int:
         os.environ[name] = "1"
     from benchmarks.quality.attention import rows_of
     from benchmarks.quality.outliers import write
-    from benchmarks.quality.report import replace_blocks
-    from benchmarks.quality.run import commit, hardware
 
     started = time.time()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -234,7 +269,8 @@ def main() -> int:
     if not (folders[f"{plain}-outliers"] / "transformer" / "config.json").exists():
         write(options.model, folders[f"{plain}-outliers"], count=5, largest=60.0)
     models = [name for name, kind in zip(folders, ("plain", "outliers")) if kind in options.models]
-    settings = [s for s in options.tried or SETTINGS if not options.only or any(part in s for part in options.only)]
+    known = ALONG if options.along else SETTINGS
+    settings = [s for s in options.tried or known if not options.only or any(part in s for part in options.only)]
     for setting in settings:
         controller_of(setting)  # a wrong one is refused before anything is drawn
     results = options.work / "caches.jsonl"
@@ -251,6 +287,12 @@ def main() -> int:
     start(*given)  # what processes share is made once
     for model in models:
         _runner.worker.held_out(model)
+    if options.along:
+        text = along(settings, models)
+        print(text)
+        if not options.no_page:
+            _write(options.page, "caches-along", text, "8 recorded clips")
+        return 0
     pool: Any = None
     if options.processes > 1:
         pool = multiprocessing.get_context("spawn").Pool(options.processes, start, given)
@@ -269,13 +311,19 @@ def main() -> int:
     text = table_of(rows, list(SETTINGS) + [s for s in settings if s not in SETTINGS])
     print(text)
     if not options.no_page:
-        words = (
-            f"{hardware()}, {time.strftime('%Y-%m-%d')}, {options.clips} clips; at {commit()}:\n\n"
-            f"    python -m benchmarks.quality caches {' '.join(sys.argv[1:])}"
-        )
-        page = options.page.read_text(encoding="utf-8")
-        options.page.write_text(replace_blocks(page, {"caches": f"{text}\n\n{words}"}), encoding="utf-8")
+        _write(options.page, "caches", text, f"{options.clips} clips")
     return 0
+
+
+def _write(path: Path, block: str, text: str, clips: str) -> None:
+    """Put a table into its block of the page, with what made it."""
+    from benchmarks.quality.report import replace_blocks
+    from benchmarks.quality.run import commit, hardware
+
+    command = f"    python -m benchmarks.quality caches {' '.join(sys.argv[1:])}"
+    words = f"{hardware()}, {time.strftime('%Y-%m-%d')}, {clips}; at {commit()}:\n\n{command}"
+    page = path.read_text(encoding="utf-8")
+    path.write_text(replace_blocks(page, {block: f"{text}\n\n{words}"}), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -195,11 +194,9 @@ def hardware() -> str:
     """Return processor, cores and the version of torch, in words."""
     import torch
 
-    model = next(
-        (l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")),
-        platform.machine(),
-    )
-    return f"{os.cpu_count()} cores of {model}, no GPU used, torch {torch.__version__}"
+    from dvdquant.system.processor import processor_name
+
+    return f"{os.cpu_count()} cores of {processor_name()}, no GPU used, torch {torch.__version__}"
 
 
 def commit() -> str:

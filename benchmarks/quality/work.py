@@ -15,12 +15,12 @@ from benchmarks.quality.compared.studies import STUDIES
 from benchmarks.quality.simulation.compiled import CompiledModel, EagerModel
 from benchmarks.quality.simulation.predict import noise_run, predicted_inputs
 from benchmarks.quality.simulation.simulate import Layer, Simulated, layers_of, sampled_inputs
-from benchmarks.quality.toy.clips import Bench, Clips, Prompt, bench_prompts, generate
+from benchmarks.quality.toy.clips import Bench, Clips, Prompt, bench_prompts, generate, skips_along
 from benchmarks.quality.toy.shapes import CHOICES, measure
 from benchmarks.switching.measure import place_high
 from benchmarks.switching.metrics import ssim
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.checkpoint.prompt_table import frames_from_latents
-from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.deploy.generation.video import psnr
 from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.gbs import Weighting, delta_for_average_bits, relative_change, weighted_changes
@@ -248,7 +248,7 @@ class Worker:
         def make(_: int) -> StepController:
             if "place" in variant:
                 return StepController("planned", schedule=place_high(variant["place"], variant["high"], steps))
-            cache = StepCachePolicy.for_family("wan") if variant.get("cache") else None
+            cache = StepCachePolicy(0.02) if variant.get("cache") else None
             weighting: Weighting = "step" if variant.get("weighted") else "none"
             rule: dict[str, Any] = {"last_high": variant.get("last_high", 0), "weighting": weighting}
             return StepController(delta=variant["delta"], cache=cache, **rule)
@@ -256,6 +256,15 @@ class Worker:
         rows = self.score(model, name, "A6", index, chunk, self.switched_clips(model, method, chunk, make))
         extra = {"kind": "delta", "name": variant["name"], "delta": variant.get("delta"), "method": name}
         return [{**row, **extra} for row in rows]
+
+    def skips(self, model: str, make: Any) -> tuple[list[list[int | None]], list[float]]:
+        """Return what skipped steps do to the latents of the held-out fp32 clips, see :func:`skips_along`.
+
+        Args:
+            model: Name of the model, a key of ``folders``.
+            make: Makes the controller of a clip from its place in the batch.
+        """
+        return skips_along(self.bench(model), self._held(model)["trajectory"], make)
 
     def steps(self, model: str, name: str, width: str) -> list[Row]:
         """Return the relative L2 of the output at every second step and the last, on held-out fp32 trajectories.

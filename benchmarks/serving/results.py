@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
+
+from dvdquant.system.processor import processor_name
 
 __all__ = ["machine", "save"]
 
@@ -18,11 +19,9 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 def machine() -> dict[str, Any]:
     """Return the day and what the machine is, with the load that others made before."""
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    names = re.findall(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "cpu": names[0].strip() if names else "an unknown CPU",
+        "cpu": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 1),
     }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks.switching.metrics import bootstrap
+from dvdquant.system.processor import processor_name
 
 Row = dict[str, Any]
 MARK = "<!-- measured: {} -->"
@@ -77,21 +77,13 @@ def _setting(
         f"guidance 3; δ {', '.join(f'{v:.4g} for {k} bits' for k, v in deltas.items())}, planned on four others.",
         "PSNR and SSIM of uint8 frames against the fp32 PyTorch model; mean and 95 % bootstrap interval over the clips.",
         "Relative cost: 8 bit 1, 4 bit 1.75 / 2.12 (published for HunyuanVideo, an assumption here), skipped 0.",
-        f"{datetime.now(UTC).date()}, {_processor()}, {os.cpu_count()} cores, ONNX Runtime {onnxruntime.__version__}, "
+        f"{datetime.now(UTC).date()}, {processor_name()}, {os.cpu_count()} cores, ONNX Runtime {onnxruntime.__version__}, "
         f"torch {torch.__version__}; {work / 60:.0f} minutes of generation in all, {seconds / 60:.0f} in the last run;",
         f"the controller took {1e3 * per_step:.2f} ms a step.",
         "",
         f"    {command}",
     ]
     return "\n".join(lines)
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [
-        line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-    ]
-    return names[0] if names else platform.processor()
 
 
 def _placements(table: dict[str, list[Row]], deltas: dict[str, float]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dvdquant.checkpoint.lora.fuse import Loras
+from dvdquant.checkpoint.lora.terms import Loras
 from dvdquant.checkpoint.untrusted import UntrustedFolder
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.admission import stage_bytes
@@ -30,7 +30,7 @@ from dvdquant.deploy.generation.text_encoder import TEXT_BITS
 from dvdquant.deploy.sessions.lora_needs import lora_bytes
 from dvdquant.hardware.capabilities import sm_number
 from dvdquant.hardware.weights import WeightPolicy
-from dvdquant.system.safetensors_io import TensorInfo, read_header, read_header_from
+from dvdquant.system.safetensors_reader import TensorInfo, read_header, read_header_from
 
 __all__ = ["Part", "parts_of_run", "run_bytes"]
 

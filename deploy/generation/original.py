@@ -20,7 +20,8 @@ from dvdquant.checkpoint.formats.translate import DIFFUSERS_FOLDER
 from dvdquant.checkpoint.locate import hub_file
 from dvdquant.checkpoint.lora.recorded import with_recorded
 from dvdquant.checkpoint.lora.spec import LoraSpec
-from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
+from dvdquant.checkpoint.reader import Checkpoint
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal, cancel_inside, check_cancelled
 from dvdquant.deploy.switching.controller import StepRecord

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,8 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.request import GenerateResult
 from dvdquant.deploy.switching.controller import StepRecord
 from dvdquant.errors import OutputError
+from dvdquant.system.processor import processor_name
+from dvdquant.system.versions import installed_versions
 from dvdquant.system.whole_file import write_whole
 from dvdquant.text import json_text
 
@@ -91,14 +91,7 @@ def machine() -> str:
     """Processor and number of usable cores, and the GPU if PyTorch sees one."""
     import torch
 
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = names[0] if names else name
-    parts = [f"{name}, {len(os.sched_getaffinity(0))} cores"]
+    parts = [f"{processor_name()}, {len(os.sched_getaffinity(0))} cores"]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
     return "; ".join(parts)
@@ -139,7 +132,7 @@ def write_trace(path: Path, artifact: Artifact, clips: Sequence[dict[str, Any]])
         "format_version": TRACE_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "dvdquant_version": __version__,
-        "versions": _versions(),
+        "versions": installed_versions(*_PACKAGES),
         "machine": machine(),
         "export": {
             "folder": str(artifact.root),
@@ -161,16 +154,6 @@ def write_trace(path: Path, artifact: Artifact, clips: Sequence[dict[str, Any]])
             fix="leave --trace out, and report the value with the line you ran",
         ) from error
     write_whole(path, text.encode())
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _plain(value: Any) -> Any:

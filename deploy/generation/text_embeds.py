@@ -19,7 +19,8 @@ from dvdquant.deploy.generation.request import DISTILLED, MAX_PROMPT, GenerateRe
 from dvdquant.errors import CheckpointError, ShapeError
 from dvdquant.model.families import Family, Sizes
 from dvdquant.system.files import open_regular, strict_json
-from dvdquant.system.safetensors_io import PAD, Header, StreamingWriter, read_header_from, read_tensor_from
+from dvdquant.system.safetensors_reader import Header, read_header_from, read_tensor_from
+from dvdquant.system.safetensors_writer import PAD, StreamingWriter
 from dvdquant.system.whole_file import atomic_path
 from dvdquant.text import json_text, shown
 

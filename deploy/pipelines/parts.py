@@ -15,7 +15,7 @@ from dvdquant.checkpoint.untrusted import UntrustedFolder, fix_of, reason_of
 from dvdquant.deploy.pipelines.schedulers import CONDITIONS, check_scheduler_config, read_scheduler_config
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.model.families import Family, ImageInputs
-from dvdquant.system.safetensors_io import read_header_from
+from dvdquant.system.safetensors_reader import read_header_from
 
 __all__ = ["PIPELINES", "PipelineClass", "PipelineFolder", "open_pipeline_folder", "pipeline_for"]
 

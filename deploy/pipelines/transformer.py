@@ -14,13 +14,12 @@ engine that the step controller picks.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import logging
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -30,13 +29,14 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.clashes import Clash, refuse_clashes
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal
 from dvdquant.deploy.pipelines.adapters import get_adapter
+from dvdquant.deploy.pipelines.fixed_place import FixedPlace
+from dvdquant.deploy.pipelines.lora_adapters import Adapters, LoraAdapters
 from dvdquant.deploy.pipelines.request_state import RequestTable, RunnerView
-from dvdquant.deploy.pipelines.unsupported import COPIED, LOADED, WholeEngine, keep_in_from_pipe, refuse
+from dvdquant.deploy.pipelines.unsupported import COPIED, WholeEngine, keep_in_from_pipe, refuse
 from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.sessions.guidance_pair import paired
 from dvdquant.deploy.switching.controller import StepController, StepInfo, StepRecord
@@ -49,7 +49,6 @@ from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.hub.locate import locate_export
 from dvdquant.model.diffusers_hooks import check_pipeline_hooks
-from dvdquant.system.torch_hooks import parse_to
 
 __all__ = ["DvdqTransformer", "at_step"]
 
@@ -77,15 +76,7 @@ def at_step(step: int | None, steps: int = 0) -> None:
     _LOOP.set(None if step is None else (step, steps))
 
 
-@dataclasses.dataclass
-class _Adapters:
-    """LoRAs beside the weights of a session, by name, and whether they run; all transformers on the session share them."""
-
-    specs: dict[str, LoraSpec] = dataclasses.field(default_factory=dict)
-    on: bool = True
-
-
-class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
+class DvdqTransformer(LoraAdapters, FixedPlace, WholeEngine, ModelMixin, ConfigMixin):
     """The transformer of a diffusers pipeline, executed by the engines of an export, one bit-width per denoising step.
 
     It has no blocks, and only one parameter, which is empty. ``config`` is that of the exported transformer. ``dtype``
@@ -116,8 +107,8 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         # Accelerate's offloading asks for the device of a module's first parameter.
         placement = torch.empty(0, dtype=session.dtype, device=session.device)
         self.register_parameter("placement", torch.nn.Parameter(placement, requires_grad=False))
-        self._placed = False
-        self._adapters = _Adapters()
+        self._moved = False
+        self._adapters = Adapters()
         self._requests = RequestTable(session, controller)
         self.eval()
 
@@ -166,8 +157,8 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             schedule: A schedule of ``dvdq-plan``, or the path of one.
             callback: A function that is asked for the bits of every step.
             cache: The settings of the step cache. A number is a threshold for the policy.
-            cache_policy: What predicts which steps can be skipped: ``forecast``, ``easycache`` or ``magcache``. It switches
-                the cache on, with a threshold of its own where ``cache`` is None. The default is the family's.
+            cache_policy: What predicts which steps can be skipped: ``forecast``, ``line``, ``easycache`` or ``magcache``.
+                It switches the cache on, with a threshold of its own where ``cache`` is None. The default is the family's.
             branch_policy: ``shared`` or ``separate`` decisions of the branches of guidance, see
                 :class:`StepController`.
             last_high: The number of last steps of ``switch`` that run on 8 bits. The default is 2; the published rule
@@ -303,95 +294,6 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         self._session.close()
         self._requests.forget_outputs()
 
-    # -------------------------------------------------------------------------------------------------------------- LoRAs
-
-    def load_lora_adapter(
-        self, path: str | Path, scale: float = 1.0, adapter_name: str = "default", **unknown: Any
-    ) -> None:
-        """Run a LoRA beside the quantized weights, in 16 bit; an adapter of this name that is there already is replaced.
-
-        It is a branch of its own next to every layer that it changes: W_q·x + scale · alpha / rank · B·(A·x). LoRAs that
-        were fused when the model was exported stay in the weights.
-
-        Args:
-            path: The safetensors file.
-            scale: Its strength.
-            adapter_name: Its name, for :meth:`set_adapters` and :meth:`delete_adapters`.
-            **unknown: Refused: a pipeline's ``load_lora_weights`` comes with tensors that it has converted.
-
-        Raises:
-            UnsupportedError: The export reserves no inputs for it and the backend is not ``pytorch``, its rank is larger than
-                what is reserved, or it is no path.
-            CheckpointError: The file is no LoRA of this model.
-        """
-        if unknown or not isinstance(path, (str, Path)):
-            refuse(
-                "load_lora_weights of a pipeline",
-                "a LoRA is read from its file here",
-                "call pipe.transformer.load_lora_adapter(FILE, scale)",
-            )
-        self._set_loras(
-            {**self._adapters.specs, adapter_name: LoraSpec(Path(path).expanduser(), float(scale))}, self._adapters.on
-        )
-
-    def set_adapters(self, adapter_names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
-        """Run these adapters at these scales, and no others; the others stay loaded at scale 0.
-
-        Args:
-            adapter_names: The names they were loaded under.
-            weights: A scale for each, or one for all. The default is 1.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        scales = list(weights) if isinstance(weights, Sequence) else [1.0 if weights is None else weights] * len(names)
-        if len(scales) != len(names):
-            raise UnsupportedError(
-                f"{len(scales)} scales for {len(names)} adapters", fix="give one for each, or one for all"
-            )
-        self._require_adapters(names)
-        chosen = dict(zip(names, scales))
-        loras = {n: dataclasses.replace(s, scale=float(chosen.get(n, 0.0))) for n, s in self._adapters.specs.items()}
-        self._set_loras(loras, True)
-
-    def active_adapters(self) -> list[str]:
-        """Return the names of the adapters that run."""
-        return [name for name, spec in self._adapters.specs.items() if spec.scale and self._adapters.on]
-
-    def enable_lora(self) -> None:
-        """Switch the loaded adapters on again."""
-        self._set_loras(self._adapters.specs, True)
-
-    def disable_lora(self) -> None:
-        """Switch the loaded adapters off: the outputs are those of the export, bit by bit."""
-        self._set_loras(self._adapters.specs, False)
-
-    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Unload some adapters.
-
-        Args:
-            adapter_names: The names they were loaded under.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._require_adapters(names)
-        self._set_loras(
-            {name: spec for name, spec in self._adapters.specs.items() if name not in names}, self._adapters.on
-        )
-
-    def unload_lora(self) -> None:
-        """Unload all adapters."""
-        self._set_loras({}, True)
-
-    def _require_adapters(self, names: Sequence[str]) -> None:
-        if unknown := [name for name in names if name not in self._adapters.specs]:
-            raise UnsupportedError(
-                f"no adapter is called {unknown[0]!r:.100}",
-                available=list(self._adapters.specs),
-                fix="load_lora_adapter first",
-            )
-
-    def _set_loras(self, loras: Mapping[str, LoraSpec], on: bool) -> None:
-        self._session.set_loras([spec for spec in loras.values() if spec.scale] if on else ())
-        self._adapters.specs, self._adapters.on = dict(loras), on
-
     # --------------------------------------------------------------------------------------------- the pipeline's calls
 
     @contextlib.contextmanager
@@ -488,108 +390,7 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
             place.note(latents, whole)
         return whole.to(arguments["hidden_states"].device)
 
-    # ---------------------------------------------------------------------------------------------- dtype, device, mode
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype of the export."""
-        return self._session.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the engines."""
-        return self._session.device
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Accept the engines' own device and dtype, and the CPU, but leave the engines where they were opened.
-
-        Offloading moves everything to the CPU, so that device is accepted.
-
-        Args:
-            *args: The arguments of ``torch.nn.Module.to``.
-            **kwargs: The keyword arguments of ``torch.nn.Module.to``.
-
-        Raises:
-            UnsupportedError: The device is another accelerator, or the dtype is not the export's.
-        """
-        device, dtype = parse_to(*args, **kwargs)
-        if dtype not in (None, self.dtype):
-            refuse(f".to({dtype})", "its dtype is that of the export", "export again with --dtype", str(self.dtype))
-        if device is not None and not _same_device(device, self.device):
-            if device.type != "cpu":
-                refuse(
-                    f".to({str(device)!r})",
-                    f"its engines were opened on {self.device}",
-                    f"open it there: DvdqTransformer.from_pretrained(OUT, device={str(device)!r})",
-                    str(self.device),
-                )
-            if not self._placed:
-                log.info(
-                    "the engines of %s stay on %s; close() gives their memory back",
-                    self._session.component,
-                    self.device,
-                )
-                self._placed = True
-        return self
-
-    def cuda(self, device: int | torch.device | None = None) -> Self:
-        """Accept the engines' own CUDA device, see :meth:`to`.
-
-        Args:
-            device: A CUDA device or its index. The default is ``cuda``.
-        """
-        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
-
-    def cpu(self) -> Self:
-        """Accept the CPU but leave the engines where they are, see :meth:`to`."""
-        return self.to("cpu")
-
-    def half(self, *args: Any) -> Self:
-        """Accept float16 if it is the export's dtype, see :meth:`to`.
-
-        Args:
-            *args: As for the method of :class:`torch.nn.Module`.
-        """
-        return self.to(torch.float16)
-
-    def bfloat16(self) -> Self:
-        """Accept bfloat16 if it is the export's dtype, see :meth:`to`."""
-        return self.to(torch.bfloat16)
-
-    def float(self, *args: Any) -> Self:
-        """Refuse float32, which is no export's dtype, see :meth:`to`.
-
-        Args:
-            *args: As for the method of :class:`torch.nn.Module`.
-        """
-        return self.to(torch.float32)
-
-    def double(self) -> Self:
-        """Refuse float64, which is no export's dtype, see :meth:`to`."""
-        return self.to(torch.float64)
-
-    def type(self, dst_type: Any) -> Self:
-        """Accept a dtype if it is the export's, see :meth:`to`.
-
-        Args:
-            dst_type: The dtype.
-        """
-        return self.to(dst_type)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Accept only this module's own state, which holds no weights.
-
-        Args:
-            state_dict: The state of this module.
-            *args: Further arguments of ``torch.nn.Module.load_state_dict``.
-            **kwargs: Further keyword arguments of ``torch.nn.Module.load_state_dict``.
-
-        Raises:
-            UnsupportedError: The state is another one.
-        """
-        if set(state_dict) != {"placement"}:
-            refuse("load_state_dict", *LOADED)
-        return super().load_state_dict(state_dict, *args, **kwargs)
+    # ------------------------------------------------------------------------------------------------- copies, what it is
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return another transformer on the same engines, with its own requests. Closing one closes both."""
@@ -610,20 +411,6 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         """
         refuse("pickle", *COPIED)
 
-    def train(self, mode: bool = True) -> Self:
-        """Refuse the training mode.
-
-        Args:
-            mode: True for the training mode, False for the evaluation mode.
-
-        Raises:
-            UnsupportedError: ``mode`` is True.
-        """
-        if mode:
-            refuse("training", "an engine has no gradients", "train the original checkpoint and export it again")
-        super().train(False)
-        return self
-
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Return the bytes held between calls: weights once, engines and scratch.
 
@@ -638,10 +425,6 @@ class DvdqTransformer(WholeEngine, ModelMixin, ConfigMixin):
         session = self._session
         bits = " and ".join(f"a{bits}" for bits in session.bits)
         return f"{self.config['_class_name']} {session.component}, {bits}, {session.backend} on {session.device}"
-
-
-def _same_device(one: torch.device, other: torch.device) -> bool:
-    return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
 
 
 def _check_options(

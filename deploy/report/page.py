@@ -20,8 +20,8 @@ from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.provenance import model_name, source_of
 from dvdquant.checkpoint.lora.fuse import model_fingerprint
 from dvdquant.checkpoint.lora.recorded import with_recorded
+from dvdquant.checkpoint.opening import open_checkpoint, read_config_file
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
-from dvdquant.checkpoint.reader import open_checkpoint, read_config_file
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.report.charts import error_chart, line_chart, schedule_chart
 from dvdquant.deploy.report.text import (
@@ -40,7 +40,7 @@ from dvdquant.model.families.base import ImageInputs
 from dvdquant.recipe import error_name, looks_at_inputs
 from dvdquant.system.files import FileEntry, hash_file
 from dvdquant.system.progress import Progress
-from dvdquant.system.safetensors_io import read_header
+from dvdquant.system.safetensors_reader import read_header
 
 if TYPE_CHECKING:
     from dvdquant.deploy.report.run_trace import RunClip

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from dvdquant.deploy.sessions.fx_nodes import as_float, is_call, is_method, value_of
+from dvdquant.deploy.sessions.fx_nodes import as_float, inverse_rms, is_call, value_of
 from dvdquant.deploy.sessions.rope_fusion import fuse_attention
 from dvdquant.errors import DvdquantError
 from dvdquant.ops.cuda_linear import CudaKernels, usable_kernels
@@ -137,9 +137,14 @@ def kernels_fuse(kernels: CudaKernels, device: torch.device, dtype: torch.dtype)
         rope = Rope(
             64, "all", 1e-6, True, 1 + scale[0].to(device), *_angles(33, device), torch.full((1,), 8.0, device=device)
         )
-        coded, wanted = run_rope_quantize(kernels, x[None], rope).float(), apply_rope(x[None], rope).float()
-        if (coded - wanted).norm() > 0.01 * wanted.norm():
-            return "the codes of q and k differ from those of their definition"
+        # As CogVideoX: 3 tokens of text in front, tables with a value for each channel, and 16 bits.
+        cosines, sines = (table.repeat_interleave(2, 1) for table in _angles(30, device))
+        weight, bias = (part[0, :64].to(device) for part in (scale, shift))
+        behind = Rope(64, "layer", 1e-6, False, weight, cosines, sines, None, bias, 3, True)
+        for through in (rope, behind):
+            coded, wanted = run_rope_quantize(kernels, x[None], through).float(), apply_rope(x[None], through).float()
+            if (coded - wanted).norm() > 0.01 * wanted.norm():
+                return "q and k differ from those of their definition"
     except (DvdquantError, RuntimeError) as error:
         return f"the fused kernel failed: {str(error).splitlines()[0]:.200}"
     return None
@@ -333,15 +338,12 @@ def _norm(node: Any) -> _Found | None:
     # diffusers' RMSNorm without a weight: x · rsqrt(mean(x²) + eps).
     wide, inverse = node.args
     x = _narrow_source(wide)
-    if x is None or not is_call(inverse, {torch.rsqrt}) or not is_call(inverse.args[0], _ADDS):
+    found = inverse_rms(inverse)
+    if x is None or found is None:
         return None
-    mean, eps = inverse.args[0].args
-    if not is_method(mean, "mean", -1) or not mean.kwargs.get("keepdim"):
-        return None
-    power = mean.args[0]
-    if not is_method(power, "pow", 2) or _narrow_source(power.args[0]) is not x:
-        return None
-    if len(value_of(mean).shape) != 3:  # over heads: not a layer's input
+    squared, eps, _ = found
+    # Of a tensor with heads it is no layer's input.
+    if _narrow_source(squared) is not x or value_of(squared).ndim != 3:
         return None
     return _Found(x, norm="rms", eps=eps)
 

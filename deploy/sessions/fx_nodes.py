@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Container
 from typing import Any
 
+import torch
 from torch import fx
 
-__all__ = ["as_float", "is_call", "is_method", "value_of"]
+__all__ = ["as_float", "inverse_rms", "is_call", "is_method", "value_of"]
 
 
 def value_of(node: Any) -> Any:
@@ -40,6 +42,22 @@ def is_method(node: Any, name: str, *arguments: Any) -> bool:
     return bool(
         isinstance(node, fx.Node) and (node.op, node.target) == ("call_method", name) and node.args[1:] == arguments
     )
+
+
+def inverse_rms(node: Any) -> tuple[Any, Any, tuple[Any, ...]] | None:
+    """Return x, eps and the nodes between where a node is ``rsqrt(mean(x²) + eps)`` over the last axis, or None.
+
+    Args:
+        node: A node, or another argument of one.
+    """
+    if not is_call(node, {torch.rsqrt}) or not is_call(node.args[0], {operator.add, torch.add}):
+        return None
+    total = node.args[0]
+    mean, eps = total.args
+    if not is_method(mean, "mean", -1) or not mean.kwargs.get("keepdim") or not is_method(mean.args[0], "pow", 2):
+        return None
+    power = mean.args[0]
+    return power.args[0], eps, (total, mean, power)
 
 
 def as_float(graph: fx.Graph, node: Any) -> Any:

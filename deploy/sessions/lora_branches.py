@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dvdquant.checkpoint.lora.fuse import Loras, Term
+from dvdquant.checkpoint.lora.terms import Loras, Term
 from dvdquant.model.layers import QuantLinear
 
 __all__ = ["LoraBranches"]

@@ -7,8 +7,9 @@ from collections.abc import Callable, Container, Sequence
 import torch
 from torch import Tensor
 
-from dvdquant.checkpoint.lora.fuse import Loras, Term, read_loras
+from dvdquant.checkpoint.lora.fuse import read_loras
 from dvdquant.checkpoint.lora.spec import LoraSpec
+from dvdquant.checkpoint.lora.terms import Loras, Term
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import EngineError, UnsupportedError
 from dvdquant.model.layers import LayerSpec

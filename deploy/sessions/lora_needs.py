@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dvdquant.checkpoint.lora.fuse import Loras, Term, read_loras
+from dvdquant.checkpoint.lora.fuse import read_loras
 from dvdquant.checkpoint.lora.spec import LoraSpec
+from dvdquant.checkpoint.lora.terms import Loras, Term
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.lora_inputs import LoraInputs
 from dvdquant.errors import UnsupportedError

@@ -14,7 +14,7 @@ from torch import Tensor
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.private_copy import PrivateCopy, fits_in_memory, private_copy
 from dvdquant.errors import OutputError
-from dvdquant.system.safetensors_io import DTYPES, TensorInfo, read_header
+from dvdquant.system.safetensors_reader import DTYPES, TensorInfo, read_header
 
 __all__ = ["WeightFiles"]
 

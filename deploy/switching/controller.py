@@ -397,10 +397,10 @@ class StepController:
             return None
         if self.steps is not None and step >= self.steps - max(1, self.last_high):
             return None
-        total = forecast.pending + error
+        total = (forecast.pending + error) * cache.weight(forecast.moves(timestep), self.steps)
         if not total < cache.threshold:
             return None
-        what = "change" if cache.policy == "forecast" else f"error ({cache.policy})"
+        what = "change" if isinstance(forecast, ChangeForecast) else f"error ({cache.policy})"
         reason = f"cache: predicted {what} {total:.4g} < {cache.threshold:.4g}, skip {forecast.skips + 1} in a row"
         return Decision(None, reason, self._sum(history, step, timestep))
 

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 __all__ = ["CACHE_POLICIES", "CachePolicy", "DEFAULT_DELTA", "LAST_HIGH", "WEIGHTINGS"]
 
 # The first one is the default; see deploy/switching/forecasts.py.
-CachePolicy = Literal["forecast", "easycache", "magcache"]
+CachePolicy = Literal["forecast", "line", "easycache", "magcache"]
 CACHE_POLICIES: tuple[CachePolicy, ...] = get_args(CachePolicy)
 # The middle of the range .06 to .18 that the paper reports. dvdq-plan finds a δ for a model.
 DEFAULT_DELTA = 0.12

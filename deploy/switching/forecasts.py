@@ -10,6 +10,8 @@ step j is below its threshold (:mod:`.step_cache`). Norms are L1.
 
 with r' the rate before r. The growth matters at the end, where a rectified flow's output turns ever faster.
 
+``line`` predicts as ``forecast`` does. It skips more, because a skipped step returns the line through the last two outputs.
+
 ``easycache`` (arXiv 2507.02860) takes the change of the output to be in proportion to that of the latent, which is known
 before the step is computed:
 
@@ -173,12 +175,16 @@ class SkipForecast(ABC):
             growth: As for :meth:`ran`.
         """
 
-    def _length(self, timestep: float) -> float:
-        """Return the distance from the last step to a timestep."""
+    def moves(self, timestep: float) -> float:
+        """Return the distance from the last step to a timestep.
+
+        Args:
+            timestep: The timestep of the coming step.
+        """
         return (abs(timestep - self.timestep) if self.timestep is not None else 0.0) or self.spacing
 
     def _move(self, timestep: float) -> None:
-        self.spacing = self._length(timestep)
+        self.spacing = self.moves(timestep)
         self.timestep = timestep
 
 
@@ -196,7 +202,7 @@ class ChangeForecast(SkipForecast):
 
     def predict(self, timestep: float, moved: Moved = NOT_MOVED) -> float | None:
         """Return ε = L̂1 from the last step to ``timestep``, see :meth:`SkipForecast.predict`."""
-        return None if self.rate is None else self.rate * self.growth * self._length(timestep)
+        return None if self.rate is None else self.rate * self.growth * self.moves(timestep)
 
     def _learn(self, distance: float, change: float | None, moved: Moved, growth: Growth) -> None:
         if change is None or not distance:
@@ -244,12 +250,12 @@ class MagnitudeForecast(SkipForecast):
         """Return ε = |1 − Γ|, see :meth:`SkipForecast.predict`."""
         if self.rate is None:
             return None
-        power = self.rate * self.growth * (self.travelled + self._length(timestep))
+        power = self.rate * self.growth * (self.travelled + self.moves(timestep))
         return abs(math.expm1(power)) if power < 700 else math.inf
 
     def skipped(self, timestep: float, moved: Moved = NOT_MOVED) -> float:
         """Note a skipped step, see :meth:`SkipForecast.skipped`."""
-        length = self._length(timestep)
+        length = self.moves(timestep)
         error = super().skipped(timestep, moved)
         self.travelled += length
         return error
@@ -267,6 +273,7 @@ class MagnitudeForecast(SkipForecast):
 # The forecast of every policy, by its name.
 FORECASTS: dict[str, type[SkipForecast]] = {
     "forecast": ChangeForecast,
+    "line": ChangeForecast,
     "easycache": EasyForecast,
     "magcache": MagnitudeForecast,
 }

@@ -17,7 +17,7 @@ from dvdquant.deploy.switching.forecasts import Growth, Moved, moved_since
 from dvdquant.deploy.switching.gbs import change_from_sums, change_sums
 from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.deploy.switching.schedule import average_bits
-from dvdquant.deploy.switching.step_cache import keep_residual, residual_norm, reuse
+from dvdquant.deploy.switching.step_cache import Kept, Residual, keep, residual_norm, reuse
 from dvdquant.errors import DvdquantError, EngineError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -36,14 +36,14 @@ class _Part:
 
     Args:
         output: A copy of the output.
-        residual: The tensor that a skipped step reuses, see :func:`.step_cache.keep_residual`.
+        kept: What a skipped step reuses, see :func:`.step_cache.keep`.
         shape: The shape of the latent.
         step: The last step that the slice took part in, computed or reused.
         magnitude: ‖output − latent‖₁ of the last computed step, if the step cache watches it.
     """
 
     output: Tensor
-    residual: Tensor
+    kept: Kept
     shape: tuple[int, ...]
     step: int
     magnitude: float = 0.0
@@ -294,7 +294,7 @@ class StepRunner:
         started, before = time.perf_counter(), self.controller_seconds
         bits, reason, retried = decision.bits, decision.reason, False
         try:
-            output, sums = self._attempt(inputs, key, bits)
+            output, sums = self._attempt(inputs, current, key, bits)
         except _Failure as failure:
             if bits in (None, self.controller.high):
                 raise self._error(current, key[0], bits, failure) from failure.__cause__
@@ -304,7 +304,7 @@ class StepRunner:
                 torch.cuda.empty_cache()
             check_cancelled(self.cancel, "a failed step ran again")
             try:
-                output, sums = self._attempt(inputs, key, bits)
+                output, sums = self._attempt(inputs, current, key, bits)
             except _Failure as again:
                 raise self._error(current, key[0], bits, again) from again.__cause__
         # 2. History and trace.
@@ -319,7 +319,7 @@ class StepRunner:
         return output
 
     def _attempt(
-        self, inputs: Mapping[str, Tensor], key: tuple[str, int], bits: int | None
+        self, inputs: Mapping[str, Tensor], current: _Step, key: tuple[str, int], bits: int | None
     ) -> tuple[Tensor, list[float]]:
         """Compute or reuse one output, and check it.
 
@@ -334,7 +334,7 @@ class StepRunner:
         try:
             if bits is None:
                 assert part is not None
-                output = reuse(part.residual, inputs[LATENT], self._residual)
+                output = reuse(part.kept, inputs[LATENT], current.timestep)
             else:
                 output = self.session.run(inputs, bits)
             if output.is_cuda:
@@ -361,7 +361,7 @@ class StepRunner:
         return self.controller.cache is not None and self.controller.cache.watches_residual
 
     @property
-    def _residual(self) -> Any:
+    def _residual(self) -> Residual:
         return self.controller.cache.residual if self.controller.cache is not None else "output"
 
     def _remember(
@@ -384,9 +384,10 @@ class StepRunner:
         else:
             # The output is copied: the caller may change it in place, and an engine may write its next output there.
             copy, latent = output.detach().clone(), inputs[LATENT]
-            residual = copy if self._residual == "output" else keep_residual(copy, latent, "latent")
             before, magnitude = self._parts.get(key), sums[3] if len(sums) > 3 else 0.0
-            self._parts[key] = _Part(copy, residual, tuple(latent.shape), current.index, magnitude)
+            last = before.kept if before is not None else None
+            kept = keep(copy, latent, self._residual, current.timestep, bits, last)
+            self._parts[key] = _Part(copy, kept, tuple(latent.shape), current.index, magnitude)
             high = bits == self.controller.high or current.ran.get(name) == self.controller.high
             current.ran[name] = self.controller.high if high else bits
             if before is not None and before.output.shape == output.shape:

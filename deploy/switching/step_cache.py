@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dvdquant.deploy.kinds import is_number, is_whole
 from dvdquant.deploy.switching.defaults import CACHE_POLICIES, CachePolicy
 from dvdquant.deploy.switching.forecasts import FORECASTS, SkipForecast
+from dvdquant.deploy.switching.gbs import Weighting, step_weight
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.records import brief
 
@@ -23,15 +24,16 @@ if TYPE_CHECKING:
 __all__ = [
     "FAMILY_CACHE",
     "POLICIES",
+    "Kept",
     "Residual",
     "StepCachePolicy",
     "check_cache_policy",
-    "keep_residual",
+    "keep",
     "residual_norm",
     "reuse",
 ]
 
-Residual = Literal["output", "latent"]
+Residual = Literal["output", "latent", "line"]
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,17 @@ class StepCachePolicy:
     Args:
         threshold: The limit for the sum of predicted errors since the last computed step. 0 never skips.
         residual: ``output`` returns the last output again (constant velocity). ``latent`` adds to the step's latent
-            what the last computed step had added to its own latent (output − latent).
+            what the last computed step had added to its own latent (output − latent). ``line`` goes on along the line
+            through the last two computed outputs (constant acceleration), see :func:`reuse`.
         max_skips: The largest number of skipped steps in a row.
-        policy: The forecast that predicts the errors: ``forecast``, ``easycache`` or ``magcache``, see
-            :mod:`.forecasts`. Thresholds of different policies do not compare.
+        policy: The forecast that predicts the errors: ``forecast``, ``line`` (the same, with other settings in
+            :data:`POLICIES`), ``easycache`` or ``magcache``, see :mod:`.forecasts`. Thresholds of
+            different policies do not compare.
         warm_up: The share of the steps, at the beginning, that are computed in any case, from 0 to 1. If the number of
             steps is not known, the share is of 50.
+        weighting: ``step`` multiplies the sum by how far the step moves the timestep, if the number of steps is known,
+            as δ-GBS does (:mod:`.gbs`): the error of a step enters the latent in proportion to the step's length.
+            ``none`` takes the sum as it is.
 
     Raises:
         UnsupportedError: A field is out of range.
@@ -60,14 +67,15 @@ class StepCachePolicy:
     max_skips: int = 3
     policy: CachePolicy = CACHE_POLICIES[0]
     warm_up: float = 0.0
+    weighting: Weighting = "none"
 
     def __post_init__(self) -> None:
         if not (is_number(self.threshold) and self.threshold >= 0 and math.isfinite(self.threshold)):
             raise UnsupportedError(
                 f"the step cache's threshold is {brief(self.threshold)}", available="a number from 0 up"
             )
-        if self.residual not in ("output", "latent"):
-            raise UnsupportedError(f"the step cache cannot reuse {self.residual!r:.40}", available=("output", "latent"))
+        if self.residual not in get_args(Residual):
+            raise UnsupportedError(f"the step cache cannot reuse {self.residual!r:.40}", available=get_args(Residual))
         if not is_whole(self.max_skips) or self.max_skips < 1:
             raise UnsupportedError(
                 f"max_skips is {brief(self.max_skips)}",
@@ -77,6 +85,8 @@ class StepCachePolicy:
         check_cache_policy(self.policy)
         if not (is_number(self.warm_up) and 0 <= self.warm_up <= 1):
             raise UnsupportedError(f"warm_up is {brief(self.warm_up)}", available="a share of the steps, from 0 to 1")
+        if self.weighting not in get_args(Weighting):
+            raise UnsupportedError(f"unknown weighting {self.weighting!r:.40}", available=get_args(Weighting))
 
     @classmethod
     def for_family(
@@ -121,6 +131,15 @@ class StepCachePolicy:
         """
         return max(2, round(self.warm_up * (steps or _USUAL_STEPS)))
 
+    def weight(self, moved: float, steps: int | None) -> float:
+        """Return what the sum of predicted errors is multiplied by before it is compared with the threshold.
+
+        Args:
+            moved: How far the timestep falls in the step.
+            steps: The number of steps of the request, or None if it is not known.
+        """
+        return step_weight(moved, steps) if self.weighting == "step" and steps else 1.0
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values, for a trace."""
         return asdict(self)
@@ -146,10 +165,12 @@ _USUAL_STEPS = 50
 #   forecast   .02  54 % of the steps skipped, −.21 dB (64 clips) and −.15 dB (16);  .05  66 %, −.84 dB (64)
 #   easycache  .02  58 %, +.32 and −.34 dB (16);                                     .03  69 %, −.34 dB (16)
 #   magcache   .12  62 %, −.15 and −.76 dB (16);                                     .24  68 %, −.91 dB (16)
-# Of 16 clips one decides; only the interval of forecast .05 leaves out 0. All return the last output: along a rectified
-# flow the velocity changes less than its difference to the latent.
+# Of 16 clips one decides; only the interval of forecast .05 leaves out 0. These return the last output: along a rectified
+# flow the velocity changes less than its difference to the latent. No clip of line is judged yet. It was chosen by
+# --along on recorded clips, where the skipped steps of line .04 leave less error in the latent than those of forecast .02.
 POLICIES: Mapping[str, StepCachePolicy] = {
     "forecast": StepCachePolicy(0.02),
+    "line": StepCachePolicy(0.04, "line", 5, "line", weighting="step"),
     "easycache": StepCachePolicy(0.02, "output", 10, "easycache"),
     "magcache": StepCachePolicy(0.12, "output", 3, "magcache"),
 }
@@ -157,29 +178,75 @@ POLICIES: Mapping[str, StepCachePolicy] = {
 FAMILY_CACHE: Mapping[str, StepCachePolicy] = {}
 
 
-def keep_residual(output: Tensor, latent: Tensor, residual: Residual) -> Tensor:
-    """Return the tensor to keep of a computed step.
+# Quantization noise of outputs with fewer bits is larger than what the line corrects.
+_LINE_BITS = 8
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of the last computed step for the steps that are skipped after it.
 
     Args:
-        output: The output of the step.
+        tensor: v_j, or v_j − x_j for ``latent``.
+        residual: How it is reused, see :class:`StepCachePolicy`.
+        timestep: τ_j.
+        bits: The activation bits that step j ran on.
+        before: v_{j'} of the computed step before, if the residual is ``line`` and there is a line, or None.
+        distance: τ_j − τ_{j'}, or 0 without a line.
+    """
+
+    tensor: Tensor
+    residual: Residual
+    timestep: float
+    bits: int
+    before: Tensor | None = None
+    distance: float = 0.0
+
+
+def keep(
+    output: Tensor, latent: Tensor, residual: Residual, timestep: float, bits: int, last: Kept | None = None
+) -> Kept:
+    """Return what to keep of a computed step.
+
+    Args:
+        output: The output of the step. It is kept itself unless the residual is ``latent``, so nobody may change it.
         latent: The latent that the step was given. It may have more channels than the output.
-        residual: ``output`` or ``latent``, see :class:`StepCachePolicy`.
-
-    Returns:
-        A copy of the output, or output − latent in the output's dtype.
+        residual: See :class:`StepCachePolicy`.
+        timestep: The timestep of the step.
+        bits: The activation bits that it ran on.
+        last: What was kept of the computed step before it, or None. There is a line if both steps ran on 8 bits or
+            more, at different timesteps: the line amplifies the quantization noise of both outputs.
     """
-    return output.clone() if residual == "output" else output - _like(latent, output)
+    if residual == "latent":
+        return Kept(output - _like(latent, output), residual, timestep, bits)
+    if residual == "output" or last is None or last.tensor.shape != output.shape or min(bits, last.bits) < _LINE_BITS:
+        return Kept(output, residual, timestep, bits)
+    distance = timestep - last.timestep
+    return Kept(output, residual, timestep, bits, last.tensor if distance else None, distance)
 
 
-def reuse(kept: Tensor, latent: Tensor, residual: Residual) -> Tensor:
-    """Return the output of a skipped step.
+def reuse(kept: Kept, latent: Tensor, timestep: float) -> Tensor:
+    """Return the output of a skipped step, in a new tensor.
+
+    With v_j and v_{j'} the last two computed outputs at the timesteps τ_j and τ_{j'}, the residual ``line`` gives
+
+        v_j + r·(v_j − v_{j'}),   r = min(1, (τ − τ_j) / (τ_j − τ_{j'}))
+
+    The line is followed no farther than it is known. A farther point would amplify the noise of the outputs more.
 
     Args:
-        kept: The result of :func:`keep_residual` for the last computed step.
+        kept: The result of :func:`keep` for the last computed step.
         latent: The latent of the skipped step.
-        residual: ``output`` or ``latent``, see :class:`StepCachePolicy`.
+        timestep: τ, the timestep of the skipped step.
     """
-    return kept.clone() if residual == "output" else kept + _like(latent, kept)
+    if kept.residual == "latent":
+        return kept.tensor + _like(latent, kept.tensor)
+    if kept.before is None:
+        return kept.tensor.clone()
+    import torch  # here, because a request is checked without torch
+
+    reach = min(1.0, (timestep - kept.timestep) / kept.distance)
+    return torch.lerp(kept.before, kept.tensor, 1.0 + max(0.0, reach))
 
 
 def residual_norm(output: Tensor, latent: Tensor) -> Tensor:

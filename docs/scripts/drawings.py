@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from dvdquant.checkpoint.reader import open_checkpoint  # noqa: E402
+from dvdquant.checkpoint.opening import open_checkpoint  # noqa: E402
 from dvdquant.deploy.switching.gbs import relative_change, switch_bits  # noqa: E402
 from dvdquant.numerics.hadamard import Rotation, rotate  # noqa: E402
 from dvdquant.quantize.bgr import quantize_weight  # noqa: E402

@@ -159,11 +159,11 @@ WALKS = (
                 "dvdq-bundle out/orin -o orin.tar",
                 "Pack them. The page packs the plugin's library as well, which wants a cross compiler.", on_page=False,
             ),
-            Step("dvdq-build orin.tar --dry-run", "On the device: what would be built?"),
             Step(
-                "dvdq-build orin.tar -o orin", "Here there is neither a Jetson nor TensorRT, and it says so.",
-                code=2, on_page=False,
+                "dvdq-build orin.tar --dry-run",
+                "On the device: what would be built? Here there is neither a Jetson nor TensorRT, and it says so.", code=2,
             ),
+            Step("dvdq-build orin.tar -o orin", "So nothing is unpacked.", code=2, on_page=False),
         ),
     ),
     Walk(

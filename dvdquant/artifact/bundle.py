@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal, NotRequired
 
 from pydantic import Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # typing's own from Python 3.12 on
@@ -72,6 +72,7 @@ class BundleFacts(TypedDict):
         tensorrt_major: The major version of TensorRT that its plugin library is for; null if it holds none.
         builder_bytes: The memory that the largest build takes.
         held_bytes: The device memory for the weights of the smallest of its engines.
+        builders: The builders that its engines need; older bundles do not say it.
         files: Its files, in their order.
     """
 
@@ -82,6 +83,7 @@ class BundleFacts(TypedDict):
     tensorrt_major: Annotated[int, Field(ge=8, le=99)] | None
     builder_bytes: Size
     held_bytes: Size
+    builders: NotRequired[Annotated[list[Literal["tensorrt", "tensorrt_rtx"]], Field(min_length=1, max_length=2)]]
     files: Annotated[list[_Member], Field(min_length=1, max_length=MAX_FILES)]
 
 
@@ -159,6 +161,8 @@ def write_bundle(
         held_bytes=min((entry["held_bytes"] for entry in manifest.builds), default=0),
         files=members,
     )
+    if builders := sorted({entry["backend"] for entry in manifest.builds}):
+        facts["builders"] = builders
     record = (json.dumps(facts, indent=1) + "\n").encode()
     require_disk(path.parent, sum(_padded(m["bytes"]) + BLOCK for m in members) + len(record), "the bundle")
     # 2. Write it: the same export gives the same bytes.

@@ -12,6 +12,7 @@ from dvdquant.artifact.manifest import Manifest, check_relpath
 from dvdquant.errors import OutputError, ResourceError
 from dvdquant.system.files import FileEntry, hash_descriptor, read_all
 from dvdquant.system.memory import memory_limit
+from dvdquant.text import first_of
 
 __all__ = ["read_verified", "verify_files"]
 
@@ -44,10 +45,9 @@ def verify_files(
             found.append((name, error))
     if found:
         problems = [f"{name} {error.reason}" for name, error in found]
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         linked = all(error.reason == LINKED for _, error in found)
         raise OutputError(
-            f"{out} does not match its manifest: {'; '.join(problems[:5])}{more}",
+            f"{out} does not match its manifest: {first_of(problems)}",
             fix=NO_LINKS if linked else "export again",
         )
 

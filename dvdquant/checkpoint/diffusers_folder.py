@@ -19,7 +19,7 @@ from dvdquant.checkpoint.locate import CONVERT, PICKLED, recognize_file
 from dvdquant.checkpoint.untrusted import FileIdentity, UntrustedFolder, few, fix_of, reason_of
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.system.recognize import PICKLED_FILE, recognize_config, recognize_folder
-from dvdquant.system.safetensors_io import read_header_from
+from dvdquant.system.safetensors_reader import read_header_from
 
 __all__ = [
     "INDEX",

@@ -20,7 +20,7 @@ from torch import Tensor
 from dvdquant.checkpoint.prompt_words import EMPTY_WORD, PROMPTS, PromptWords
 from dvdquant.checkpoint.untrusted import UntrustedFolder, few, fix_of, reason_of
 from dvdquant.errors import CheckpointError, ShapeError
-from dvdquant.system.safetensors_io import read_header_from, read_tensor_from
+from dvdquant.system.safetensors_reader import read_header_from, read_tensor_from
 
 __all__ = [
     "EMPTY_WORD",

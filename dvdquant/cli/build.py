@@ -16,6 +16,7 @@ from dvdquant.errors import OutputError, UnsupportedError
 from dvdquant.text import amount, json_text
 
 if TYPE_CHECKING:
+    from dvdquant.artifact.bundle import BundleFacts
     from dvdquant.artifact.manifest import Manifest
     from dvdquant.export.on_device import DeviceBuild, DeviceResult
     from dvdquant.system.gpu import Gpu
@@ -91,7 +92,7 @@ def main(
         folder = out or Path(source.name.removesuffix(".tar"))
         if folder.resolve() == source.resolve():
             raise UnsupportedError(f"{source} has no .tar to leave out of its name", fix="give a folder with -o")
-        with _refusals(source, gpu, dry_run) as unpack:
+        with _refusals(source, gpu, plugins, dry_run) as unpack:
             if unpack is None:
                 return
             manifest = unpack(folder, progress)
@@ -123,25 +124,31 @@ def main(
 
 
 @contextlib.contextmanager
-def _refusals(source: Path, gpu: Gpu | None, dry_run: bool) -> Iterator[Any]:
+def _refusals(source: Path, gpu: Gpu | None, plugins: tuple[Path, ...], dry_run: bool) -> Iterator[Any]:
     """Open a bundle, refuse what this machine cannot build, and yield the function that unpacks it; None in a dry run."""
     from dvdquant.artifact.bundle import open_bundle, unpack_bundle
     from dvdquant.artifact.layout import MANIFEST
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.backends import load_backend
+    from dvdquant.export.elsewhere import PLUGIN_PLACE
     from dvdquant.export.on_device import check_memory, check_sm
     from dvdquant.system.memory import memory_limit
     from dvdquant.system.plugin_file import machine_name
 
     with open_bundle(source) as bundle:
         facts = bundle.facts
-        if facts["tensorrt_major"] is not None:
+        tensorrt = facts["tensorrt_major"] is not None or facts.get("builders") == ["tensorrt"]
+        holds_plugin = any(member["path"] == PLUGIN_PLACE for member in facts["files"])
+        if dry_run:
+            echo(_bundle_text(source, facts, tensorrt, holds_plugin))
+        if tensorrt:
             check_sm(facts["sm"], gpu, str(source))
             version = load_backend("tensorrt").version
-            if int(version.partition(".")[0]) != facts["tensorrt_major"]:
+            major = int(version.partition(".")[0])
+            if facts["tensorrt_major"] not in (None, major):
                 raise UnsupportedError(
                     f"{source} is for TensorRT {facts['tensorrt_major']}, and this machine has {version}",
-                    fix=f"make the bundle with a plugin library for TensorRT {version.partition('.')[0]}",
+                    fix=f"make the bundle with a plugin library for TensorRT {major}",
                 )
         if facts["machine"] not in (None, machine_name()):
             raise UnsupportedError(
@@ -150,14 +157,18 @@ def _refusals(source: Path, gpu: Gpu | None, dry_run: bool) -> Iterator[Any]:
             )
         check_memory(facts["builder_bytes"], facts["held_bytes"], gpu, str(source), memory_limit())
         if dry_run:
-            total = sum(member["bytes"] for member in facts["files"])
-            echo(
-                f"{source}: {len(facts['files'])} files of {amount(total)} for SM {', '.join(facts['sm'])}, by dvdquant "
-                f"{facts['dvdquant']}; a build takes up to {amount(facts['builder_bytes'])} of memory\n"
-                "dry run: nothing was unpacked"
-            )
+            echo("dry run: nothing was unpacked")
             yield None
             return
+        if (tensorrt and not plugins) or (not holds_plugin and BUNDLED in map(str, plugins)):
+            raise UnsupportedError(
+                f"TensorRT engines need the dvdquant plugin library, and {source} holds none"
+                if plugins or not holds_plugin
+                else f"TensorRT engines need the dvdquant plugin library, and --plugin does not say which is loaded for {source}",
+                fix="--plugin bundled takes that of the bundle"
+                if holds_plugin
+                else "give --plugin the library that make plugin built for this machine, or bundle one: dvdq-bundle --plugin",
+            )
 
         def unpack(folder: Path, progress: Progress) -> Manifest:
             """Unpack into the folder, unless it holds this very bundle already; return the manifest that is there."""
@@ -175,6 +186,17 @@ def _refusals(source: Path, gpu: Gpu | None, dry_run: bool) -> Iterator[Any]:
                 return unpack_bundle(bundle, folder, stage.update)
 
         yield unpack
+
+
+def _bundle_text(source: Path, facts: BundleFacts, tensorrt: bool, holds_plugin: bool) -> str:
+    """Return what a bundle is, and what builds it, in words."""
+    total = sum(member["bytes"] for member in facts["files"])
+    line = f"{source}: {len(facts['files'])} files of {amount(total)} for SM {', '.join(facts['sm'])}, by dvdquant "
+    line += f"{facts['dvdquant']}; a build takes up to {amount(facts['builder_bytes'])} of memory"
+    if tensorrt:
+        library = "bundled" if holds_plugin else "FILE, for it holds no plugin library"
+        line += f"\nbuild it with TensorRT {facts['tensorrt_major'] or ''}".rstrip() + f" and --plugin {library}"
+    return line
 
 
 def _plugin(path: Path, folder: Path, manifest: Manifest, place: str) -> Path:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Manifest
     from dvdquant.system.plugin_file import PluginFile
 
-WHEELS = {"aarch64": "manylinux_2_28_aarch64", "x86_64": "manylinux_2_28_x86_64"}
+_WHEEL = f"dvdquant-{__version__}-*.whl"
 # Of another processor than this machine's, or the builder of another target.
 _NOT_THERE = ("tensorrt-rtx", "nvidia-modelopt")
 
@@ -80,7 +80,8 @@ def main(out: Path, target: Path, plugin: Path | None, wheels: Path | None, verb
     others["requirements.txt"] = "".join(f"{line}\n" for line in _requirements(manifest)).encode()
     packed = replace(manifest, engines=(), files=listed)
     # 2. The page. The card of the export tells what it is, the first part what to do.
-    page = _page(packed, target, machine, library, wheels is not None) + model_card(packed).partition("---\n\n")[2]
+    own = any(name.startswith("wheels/dvdquant-") for name in others)
+    page = _page(packed, target, machine, library, wheels is not None, own) + model_card(packed).partition("---\n\n")[2]
     others["README.md"] = page.encode()
     total = sum(entry["bytes"] for entry in listed.values())
     with Progress("text").stage("bundle", total, "B") as stage:
@@ -94,13 +95,18 @@ def main(out: Path, target: Path, plugin: Path | None, wheels: Path | None, verb
             tensorrt_major=None if library is None else library.tensorrt_major,
             progress=stage.update,
         )
-    echo(
-        f"{target} written: {len(listed) + len(others)} files, {amount(target.stat().st_size)}, for SM {', '.join(sms)}"
-    )
+    count = 1 + len(listed) + len(others)  # the manifest is a file, too
+    echo(f"{target} written: {count} files, {amount(target.stat().st_size)}, for SM {', '.join(sms)}")
     echo(f"SHA-256   {digest}")
     echo(f"on the device: {_build_line(target, library)}")
     if library is None and any(entry["backend"] == "tensorrt" for entry in manifest.builds):
         echo("without a plugin library: TensorRT engines need one, which --plugin packs, or which is built there")
+    if wheels is not None and not own:
+        echo(f"{wheels} has no wheel of dvdquant, which the device needs as well: {_make_wheel(machine)}")
+    if wheels is None:
+        echo(
+            f"without internet there: tar -xf {target.name} requirements.txt && {_download(machine)}, and then --wheels wheels"
+        )
 
 
 def _machine(sms: list[str], library: PluginFile | None) -> str:
@@ -112,8 +118,17 @@ def _machine(sms: list[str], library: PluginFile | None) -> str:
 
 
 def _download(machine: str) -> str:
-    """Return the command that fetches the wheels for a device."""
-    return f"pip download -r requirements.txt --only-binary=:all: --platform {WHEELS[machine]} --python-version 3.12 -d wheels"
+    """Return the command that fetches the wheels for a device, all but dvdquant's own."""
+    # Wheels for glibc 2.34 and older: pip does not count down by itself.
+    platforms = f"$(seq -f '--platform manylinux_2_%g_{machine}' 34 -1 17) --platform manylinux2014_{machine}"
+    return f"pip download -r requirements.txt --only-binary=:all: {platforms} --python-version 3.12 -d wheels"
+
+
+def _make_wheel(machine: str) -> str:
+    """Return the command that makes the wheel of dvdquant for a device."""
+    import platform
+
+    return "`make wheel`" if machine == platform.machine() else f"`make wheel HOST={machine}`"
 
 
 def _build_line(target: Path, library: PluginFile | None) -> str:
@@ -122,11 +137,14 @@ def _build_line(target: Path, library: PluginFile | None) -> str:
 
 
 def _requirements(manifest: Manifest) -> list[str]:
-    """Return the packages that dvdquant needs, at the versions of this machine, which this export was made with."""
+    """Return the packages that dvdquant needs there, at the versions of this machine, which this export was made with.
+
+    dvdquant itself is in no index and is installed from its wheel, without what only its other targets need.
+    """
     import importlib.metadata
     import re
 
-    lines = [f"dvdquant=={__version__}"]
+    lines = []
     for requirement in importlib.metadata.requires("dvdquant") or ():
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
         if name is None or "extra ==" in requirement:
@@ -141,14 +159,15 @@ def _requirements(manifest: Manifest) -> list[str]:
     return lines
 
 
-def _page(manifest: Manifest, target: Path, machine: str, library: PluginFile | None, wheels: bool) -> str:
-    """Return what to do on the device, as Markdown."""
+def _page(manifest: Manifest, target: Path, machine: str, library: PluginFile | None, wheels: bool, own: bool) -> str:
+    """Return what to do on the device, as Markdown; ``own`` where the wheels have that of dvdquant."""
     from dvdquant.export.elsewhere import PLUGIN_PLACE, SCRIPT
 
     sms = ", ".join(sorted({sm for entry in manifest.builds for sm in entry["sm"]}, key=float))
     backends = {entry["backend"] for entry in manifest.builds}
     folder = target.name.removesuffix(".tar")
     source = "--no-index --find-links wheels" if wheels else "--find-links wheels"
+    wheel = f"wheels/{_WHEEL}" if own else _WHEEL
     builder = max(entry["builder_bytes"] for entry in manifest.builds)
     held = max(entry["held_bytes"] for entry in manifest.builds)
     steps = [
@@ -156,8 +175,11 @@ def _page(manifest: Manifest, target: Path, machine: str, library: PluginFile | 
         + (f" {library.tensorrt_major}" if library is not None and library.tensorrt_major else "")
         + ". JetPack brings the last two.",
         f"2. The packages of `requirements.txt`, in a virtual environment that sees TensorRT: "
-        f"`python3 -m venv --system-site-packages env && env/bin/pip install {source} -r requirements.txt`"
-        + ("" if wheels else f". Without internet: fetch them elsewhere by `{_download(machine)}`."),
+        f"`tar -xf {shell_line([target.name])} requirements.txt{' wheels' if wheels else ''} && "
+        f"python3 -m venv --system-site-packages env && env/bin/pip install {source} -r requirements.txt`"
+        + ("." if wheels else f". Without internet: fetch them elsewhere by `{_download(machine)}`.")
+        + f" Then dvdquant by its wheel: `env/bin/pip install --no-deps {wheel}`"
+        + ("." if own else f", which {_make_wheel(machine)} makes."),
         f"3. `{_build_line(target, library)}`. It refuses what does not fit before it works, and can be repeated with "
         "`--resume`.",
         f"4. `dvdq-run {folder}{f' --plugin {folder}/{PLUGIN_PLACE}' if library else ''} --prompt …`, "
@@ -167,8 +189,8 @@ def _page(manifest: Manifest, target: Path, machine: str, library: PluginFile | 
         [
             f"# Bundle for SM {sms} ({machine})",
             "",
-            f"Made by dvdquant {__version__}. A build takes up to {builder / 2**30:.1f} GiB of memory, the weights of one "
-            f"transformer then up to {held / 2**30:.1f} GiB.",
+            f"Made by dvdquant {__version__}. A build takes up to {amount(builder)} of memory, the weights of one transformer "
+            f"then up to {amount(held)}.",
             "",
             *steps,
             "",

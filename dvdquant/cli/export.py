@@ -21,8 +21,8 @@ from dvdquant.text import amount, json_text
 if TYPE_CHECKING:
     from dvdquant.export.estimate import Estimate
     from dvdquant.export.options import ExportOptions
-    from dvdquant.export.pipeline import ExportResult
     from dvdquant.export.plan import ExportPlan
+    from dvdquant.export.result import ExportResult
 
 FOR_GRAPH = {
     "tensorrt": "TensorRT with the plugin; ONNX Runtime by its function bodies",
@@ -352,7 +352,8 @@ def _check_early(options: ExportOptions) -> None:
     """
     from dvdquant.artifact.output_folder import check_output
     from dvdquant.checkpoint.locate import is_remote
-    from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint, read_config_file
+    from dvdquant.checkpoint.opening import open_checkpoint, read_config_file
+    from dvdquant.checkpoint.reader import Checkpoint
     from dvdquant.export.options import check_text
 
     check_text(options)

@@ -51,8 +51,10 @@ def _speed(choice: Choice) -> str:
         elif known.measured:
             what = "measured with PyTorch sessions on"
             words.append(f"SM {sm}: {what} {known.measured} as fast; other cards of this SM are not measured")
-        elif slow := slower_in_int8(sm_number(sm)):
-            words.append(f"SM {sm}: no, slower than the original: {slow}; nothing of this has run there")
+        elif slower_in_int8(sm_number(sm)):
+            words.append(
+                f"SM {sm}: no, by reported rates slower than the original in bf16, see above; nothing has run on it"
+            )
         else:
             words.append(f"SM {sm}: not known, our kernels compile for it and have not run on it")
     return "; ".join(words)

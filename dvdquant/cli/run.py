@@ -165,7 +165,8 @@ class GroupedCommand(ExamplesCommand):
 @click.option(
     "--cache-policy",
     type=click.Choice(CACHE_POLICIES),
-    help="What predicts that error. forecast: how fast the output changed. easycache: how far the latent moves. magcache: "
+    help="What predicts that error. forecast: how fast the output changed. line: the same, "
+    "and a skipped step goes on along the line through the last two outputs. easycache: how far the latent moves. magcache: "
     "how the size of output - latent grows.  [default: forecast]",
 )
 @click.option("--compare", is_flag=True, help="16 bit, a8, switch and a4 from one seed, side by side, with PSNR.")
@@ -220,6 +221,7 @@ class GroupedCommand(ExamplesCommand):
 def main(out: Path, revision: str | None, log_format: str, verbose: int, **options: Any) -> None:
     """Generate video with the export OUT, a folder or user/name on the hub, and write clips to -o."""
     setup_logging(verbose, log_format)
+    # 1. What the options alone tell.
     settings = RunOptions(**options)
     prompts = [] if no_prompts(settings) else read_prompts(settings.prompt, settings.prompts)
     if settings.negative_prompt is not None:
@@ -238,14 +240,16 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
     loras = parse_loras(settings.lora)
     memory = parse_memory(settings.memory)
     check_device_word(settings.device)
+    # 2. The export, before PyTorch, which takes seconds to load.
     out = locate_export(out, revision)
-    manifest = load_manifest(out)  # before PyTorch, which takes seconds to load
+    manifest = load_manifest(out)
     loading("PyTorch and the runtime", log_format)
     from dvdquant.cli.run_memory import arranged
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.generate import open_generator
     from dvdquant.system.progress import Progress
 
+    # 3. The engines. Every request is checked, and every engine loaded, before the first clip is drawn.
     artifact = Artifact.of(out, manifest)
     progress = Progress("json" if log_format == "json" else "text")
     with ExitStack() as stack:
@@ -274,7 +278,6 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
         prompts = prompts or generator.prompts()
         if draws and writer is None:
             writer = Writer.open(settings, len(prompts))
-        # Every request is checked, and every engine loaded, before the first clip is drawn.
         plan = [[generator.check(r) for r in requests_for(settings, artifact, p)] for p in prompts]
         if settings.save_text_embeds is not None:
             generator.save_text_embeds(settings.save_text_embeds, [requests[0] for requests in plan])
@@ -290,6 +293,7 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
         if memory is not None:
             progress.event("memory", **arrangement.plan.to_json())
             progress.say(arrangement.text())
+        # 4. The clips.
         assert writer is not None
         generator.encode_ahead([requests[0] for requests in plan])
         for request in plan[0]:

@@ -84,105 +84,116 @@ def check_options(settings: RunOptions) -> None:
     Raises:
         UnsupportedError: Two of them contradict each other.
     """
-    mode, backend, cache_policy = settings.mode, settings.backend, settings.cache_policy
-    original = mode == "16"  # the original checkpoint, in PyTorch
+    refuse_clashes([*loading_clashes(vars(settings)), *_written(settings), *_switched(settings), *_placed(settings)])
+    if settings.output is None and not settings.save_text_embeds and not settings.dry_run:
+        raise UnsupportedError("nothing says where the clip goes", fix="give -o clip.mp4, or --dry-run")
+    parse_cache(settings.cache)
+
+
+def _written(settings: RunOptions) -> list[Clash]:
+    """Return the pairs of options of what is written."""
+    return [
+        Clash(
+            settings.save_text_embeds and settings.output,
+            "--save-text-embeds draws nothing, so -o does not apply",
+        ),
+        Clash(
+            settings.save_text_embeds and settings.text_embeds,
+            "--save-text-embeds loads a text encoder, and --text-embeds takes its place",
+        ),
+        Clash(
+            settings.save_text_embeds and settings.dry_run,
+            "--save-text-embeds writes a file, and --dry-run nothing",
+        ),
+        Clash(
+            settings.save_text_embeds and settings.alternate,
+            "--save-text-embeds loads the text encoder alone, and --alternate the transformer after it",
+        ),
+        Clash(
+            settings.save_text_embeds and settings.memory,
+            "--save-text-embeds draws nothing, so --memory does not apply",
+        ),
+        Clash(
+            settings.text_embeds and settings.alternate,
+            "--text-embeds takes the text encoder's place, so --alternate does not apply",
+        ),
+    ]
+
+
+def _switched(settings: RunOptions) -> list[Clash]:
+    """Return the pairs of options of which engine each step runs on."""
+    mode, cache_policy = settings.mode, settings.cache_policy
     fixed = mode in ("a4", "a8", "16")
     delta_decides_not = fixed or (settings.schedule and settings.average_bits is None)
     skips = None if settings.cache in (None, "off") else "--cache"
     skips = skips if cache_policy is None else "--cache-policy"
-    refuse_clashes(
-        [
-            *loading_clashes(vars(settings)),
-            # What is written.
-            Clash(
-                settings.save_text_embeds and settings.output,
-                "--save-text-embeds draws nothing, so -o does not apply",
-            ),
-            Clash(
-                settings.save_text_embeds and settings.text_embeds,
-                "--save-text-embeds loads a text encoder, and --text-embeds takes its place",
-            ),
-            Clash(
-                settings.save_text_embeds and settings.dry_run,
-                "--save-text-embeds writes a file, and --dry-run nothing",
-            ),
-            Clash(
-                settings.save_text_embeds and settings.alternate,
-                "--save-text-embeds loads the text encoder alone, and --alternate the transformer after it",
-            ),
-            Clash(
-                settings.save_text_embeds and settings.memory,
-                "--save-text-embeds draws nothing, so --memory does not apply",
-            ),
-            Clash(
-                settings.text_embeds and settings.alternate,
-                "--text-embeds takes the text encoder's place, so --alternate does not apply",
-            ),
-            # Which engine each step runs on.
-            Clash(settings.compare and mode, f"--compare draws every mode, so --mode {mode} does not apply"),
-            Clash(
-                settings.delta is not None and fixed,
-                f"--delta switches engines, and --mode {mode} does not",
-            ),
-            Clash(
-                settings.schedule and fixed,
-                f"--schedule says the bits of each step, and so does --mode {mode}",
-            ),
-            Clash(
-                settings.schedule and settings.delta is not None,
-                "--schedule says the bits of each step, so --delta does not apply",
-            ),
-            Clash(
-                settings.weighting is not None and delta_decides_not,
-                "--weighting is for switching engines by delta",
-            ),
-            Clash(
-                settings.last_high is not None and delta_decides_not,
-                "--last-high is for switching engines by delta",
-            ),
-            Clash(
-                settings.average_bits is not None and not settings.schedule,
-                "--average-bits is read from a schedule, and none was given",
-                fix="give --schedule PATH, made by dvdq-plan",
-            ),
-            Clash(
-                settings.schedule and settings.average_bits is None and skips,
-                f"--schedule says which steps are skipped, so {skips} does not apply",
-            ),
-            Clash(
-                skips and original,
-                f"{skips} skips steps of the engines, and --mode 16 runs the original checkpoint",
-            ),
-            Clash(
-                settings.cache == "off" and cache_policy,
-                f"--cache-policy {cache_policy} skips steps, and --cache is off",
-            ),
-            # Where it runs.
-            Clash(
-                settings.compile and original,
-                "--compile is for the quantized transformer, and --mode 16 runs the original",
-            ),
-            Clash(
-                settings.cuda_graphs and original,
-                "--cuda-graphs is for the quantized transformer, and --mode 16 runs the original",
-            ),
-            Clash(
-                settings.fuse and original,
-                "--fuse is for the quantized transformer, and --mode 16 runs the original",
-            ),
-            Clash(
-                settings.cfg_parallel is not None and settings.compare,
-                "--cfg-parallel is for the engines, and --compare also runs the original checkpoint",
-            ),
-            Clash(
-                original and backend not in ("auto", "pytorch"),
-                f"--mode 16 runs the original checkpoint in PyTorch, so --backend {backend} does not apply",
-            ),
-        ]
-    )
-    if settings.output is None and not settings.save_text_embeds and not settings.dry_run:
-        raise UnsupportedError("nothing says where the clip goes", fix="give -o clip.mp4, or --dry-run")
-    parse_cache(settings.cache)
+    return [
+        Clash(settings.compare and mode, f"--compare draws every mode, so --mode {mode} does not apply"),
+        Clash(
+            settings.delta is not None and fixed,
+            f"--delta switches engines, and --mode {mode} does not",
+        ),
+        Clash(
+            settings.schedule and fixed,
+            f"--schedule says the bits of each step, and so does --mode {mode}",
+        ),
+        Clash(
+            settings.schedule and settings.delta is not None,
+            "--schedule says the bits of each step, so --delta does not apply",
+        ),
+        Clash(
+            settings.weighting is not None and delta_decides_not,
+            "--weighting is for switching engines by delta",
+        ),
+        Clash(
+            settings.last_high is not None and delta_decides_not,
+            "--last-high is for switching engines by delta",
+        ),
+        Clash(
+            settings.average_bits is not None and not settings.schedule,
+            "--average-bits is read from a schedule, and none was given",
+            fix="give --schedule PATH, made by dvdq-plan",
+        ),
+        Clash(
+            settings.schedule and settings.average_bits is None and skips,
+            f"--schedule says which steps are skipped, so {skips} does not apply",
+        ),
+        Clash(
+            skips and mode == "16",
+            f"{skips} skips steps of the engines, and --mode 16 runs the original checkpoint",
+        ),
+        Clash(
+            settings.cache == "off" and cache_policy,
+            f"--cache-policy {cache_policy} skips steps, and --cache is off",
+        ),
+    ]
+
+
+def _placed(settings: RunOptions) -> list[Clash]:
+    """Return the pairs of options of where and how the engines run."""
+    original, backend = settings.mode == "16", settings.backend  # the original checkpoint runs in PyTorch
+    return [
+        Clash(
+            settings.compile and original,
+            "--compile is for the quantized transformer, and --mode 16 runs the original",
+        ),
+        Clash(
+            settings.cuda_graphs and original,
+            "--cuda-graphs is for the quantized transformer, and --mode 16 runs the original",
+        ),
+        Clash(
+            settings.fuse and original,
+            "--fuse is for the quantized transformer, and --mode 16 runs the original",
+        ),
+        Clash(
+            settings.cfg_parallel is not None and settings.compare,
+            "--cfg-parallel is for the engines, and --compare also runs the original checkpoint",
+        ),
+        Clash(
+            original and backend not in ("auto", "pytorch"),
+            f"--mode 16 runs the original checkpoint in PyTorch, so --backend {backend} does not apply",
+        ),
+    ]
 
 
 def parse_memory(text: str | None) -> int | Literal["auto"] | None:

@@ -22,7 +22,7 @@ from dvdquant.errors import OutputError
 from dvdquant.hub.names import hub_failure, is_hub_name
 from dvdquant.system.files import read_limited
 from dvdquant.system.hub_client import one_listing
-from dvdquant.text import amount, shown
+from dvdquant.text import amount, first_of, shown
 
 __all__ = ["differences", "listing", "locate_export"]
 
@@ -105,9 +105,8 @@ def _compare(repo: str, commit: str, manifest: Manifest) -> None:
         OutputError: A file is missing or another one.
     """
     if problems := differences(repo, commit, manifest):
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise OutputError(
-            f"the repository {repo} does not match its manifest: {'; '.join(problems[:5])}{more}",
+            f"the repository {repo} does not match its manifest: {first_of(problems)}",
             fix="take another revision, or tell its author to push the export again with dvdq-push",
         )
 

@@ -1,4 +1,4 @@
-"""q or k on its way to attention: RMS norm, rope, a Hadamard matrix over each head, and e4m3 codes or 16 bits.
+"""q or k on its way to attention: a norm, rope, a Hadamard matrix over each head, and e4m3 codes or 16 bits.
 
 Each of these operations reads and writes all of q when it runs by itself. The kernel (``kernels/csrc/rope_quantize.cu``) does
 them in registers, in one pass. :func:`apply_rope` is the definition that it is compared with.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dvdquant.errors import ShapeError
+from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.numerics.hadamard import hadamard_matrix
 from dvdquant.ops.attention.definition import E4M3_MAX, e4m3_codes
 from dvdquant.ops.cuda.arguments import ROPE_NORMS, RopePointers
@@ -29,13 +29,17 @@ class Rope:
 
     Args:
         head: d.
-        norm: ``none``, ``all`` (over C) or ``head`` (over d): an RMS norm.
-        eps: What it adds to the mean of squares.
+        norm: ``none``, ``all`` (over C) or ``head`` (over d), an RMS norm, or ``layer``, a layer norm over d.
+        eps: What it adds to the mean of squares, or the variance.
         rotated: Whether each head is multiplied by the Hadamard matrix / √d.
         weight: Of the norm, fp32 [C] or [d], or None for ones.
-        cosines: fp32 [S, d/2], or [S, C/2] where every head has its own; None for no rope.
+        cosines: fp32 [R, d/2], or [R, C/2] where every head has its own; None for no rope. With ``per_channel``, [R, d]
+            or [R, C]. R is up to S - ``first`` for the same rows in every sample, or B · S for rows of each.
         sines: The same.
         bound: fp32 [1], the value that becomes 448 of e4m3, or None for 16 bits out.
+        bias: Of the norm, as the weight, or None for zeros.
+        first: The token of a sample that the tables' first row is for. Tokens that have no row are not turned.
+        per_channel: Whether both channels of a pair have a cosine and a sine of their own.
     """
 
     head: int
@@ -46,13 +50,18 @@ class Rope:
     cosines: Tensor | None = None
     sines: Tensor | None = None
     bound: Tensor | None = None
+    bias: Tensor | None = None
+    first: int = 0
+    per_channel: bool = False
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     """Return what q or k becomes.
 
-    ``n = x / sqrt(mean(x²) + eps) · weight``; rope turns the pairs (2i, 2i + 1) of n by their angles; the rotation mixes each
-    head; then ``e4m3(h · 448 / bound)``. All in fp32, and rounded once, at the end. float64 is computed in float64 throughout.
+    ``n = x / sqrt(mean(x²) + eps) · weight + bias``, of x or, for a layer norm, of x less its mean. Rope turns the pairs
+    (2i, 2i + 1) of n by their angles, ``n0 cos - n1 sin`` and ``n1 cos + n0 sin``, in the tokens that have a row of the
+    tables. The rotation mixes each head; then ``e4m3(h · 448 / bound)``. All in fp32, and rounded once, at the end. float64
+    is computed in float64 throughout.
 
     Args:
         x: [B, S, C] of a floating dtype.
@@ -69,20 +78,31 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     h = x.to(wide)
     if rope.norm != "none":
         parts = h if rope.norm == "all" else _split(h, rope.head)
+        parts = parts - parts.mean(-1, keepdim=True) if rope.norm == "layer" else parts
         parts = parts / (parts.square().mean(-1, keepdim=True) + rope.eps).sqrt()
-        h = (parts if rope.weight is None else parts * rope.weight).reshape(x.shape)
+        parts = parts if rope.weight is None else parts * rope.weight
+        h = (parts if rope.bias is None else parts + rope.bias).reshape(x.shape)
     if rope.cosines is not None and rope.sines is not None:
-        width = 2 * rope.cosines.shape[1]
-        first, second = h.reshape(*h.shape[:2], -1, width // 2, 2).unbind(-1)
-        cosines, sines = rope.cosines[:, None], rope.sines[:, None]
-        turned = torch.stack([first * cosines - second * sines, second * cosines + first * sines], -1)
-        h = turned.reshape(x.shape)
+        # A row of each sample's own: all tokens as if of one sample.
+        tokens = h.reshape(1, -1, h.shape[2]) if len(rope.cosines) > h.shape[1] else h
+        last = rope.first + len(rope.cosines)
+        turned = _turn(tokens[:, rope.first : last], rope.cosines, rope.sines, rope.per_channel)
+        h = torch.cat([tokens[:, : rope.first], turned, tokens[:, last:]], 1).reshape(x.shape)
     if rope.rotated:
         matrix = hadamard_matrix(rope.head, wide).to(x.device)
         h = (_split(h, rope.head) @ matrix).reshape(x.shape)
     if rope.bound is None:
         return h.to(x.dtype)
     return e4m3_codes(h * (E4M3_MAX / rope.bound.to(wide).clamp(min=_TINY)), 1.0)
+
+
+def _turn(x: Tensor, cosines: Tensor, sines: Tensor, per_channel: bool) -> Tensor:
+    """Return the pairs of channels of x [B, R, C] turned by their angles."""
+    if not per_channel:
+        cosines, sines = cosines.repeat_interleave(2, 1), sines.repeat_interleave(2, 1)
+    parts = x.reshape(*x.shape[:2], -1, cosines.shape[1])
+    across = torch.stack([-parts[..., 1::2], parts[..., ::2]], -1).flatten(-2)
+    return (parts * cosines[:, None] + across * sines[:, None]).reshape(x.shape)
 
 
 def _split(x: Tensor, head: int) -> Tensor:
@@ -100,46 +120,67 @@ def _check(x: Tensor, rope: Rope) -> None:
         raise ShapeError(
             f"x {tuple(x.shape)}, heads of {rope.head}, norm {rope.norm!r:.20}", available="[B, S, heads · channels]"
         )
-    _, tokens, channels = x.shape
+    batch, tokens, channels = x.shape
     size = channels if rope.norm == "all" else rope.head
-    if rope.weight is not None and tuple(rope.weight.shape) != (size,):
-        raise ShapeError(f"a weight {tuple(rope.weight.shape)} of a norm over {size} channels", available=f"({size},)")
-    for table in (rope.cosines, rope.sines):
-        if table is not None and tuple(table.shape) not in ((tokens, rope.head // 2), (tokens, channels // 2)):
-            raise ShapeError(
-                f"a table {tuple(table.shape)} for {tokens} tokens",
-                available=f"{tokens} rows of {rope.head // 2} or {channels // 2}",
-            )
+    for name, part in (("weight", rope.weight), ("bias", rope.bias)):
+        if part is not None and tuple(part.shape) != (size,):
+            raise ShapeError(f"a {name} {tuple(part.shape)} of a norm over {size} channels", available=f"({size},)")
+    if rope.cosines is None or rope.sines is None:
+        return
+    share = 1 if rope.per_channel else 2
+    widths = (rope.head // share, channels // share)
+    if rope.cosines.ndim != 2 or rope.cosines.shape != rope.sines.shape or rope.cosines.shape[1] not in widths:
+        raise ShapeError(
+            f"tables {tuple(rope.cosines.shape)} and {tuple(rope.sines.shape)} of rope",
+            available=f"both of rows of {widths[0]} or {widths[1]}",
+        )
+    rows = rope.cosines.shape[0]
+    if rope.first < 0 or (rope.first + rows > tokens and (rope.first, rows) != (0, batch * tokens)):
+        raise ShapeError(
+            f"a table of {rows} rows from token {rope.first} of {batch} samples of {tokens} tokens",
+            available=f"up to {tokens - rope.first} rows for all samples, or {batch * tokens} from token 0",
+        )
 
 
-def run_rope_quantize(kernels: CudaKernels, x: Tensor, rope: Rope) -> Tensor:
+def run_rope_quantize(kernels: CudaKernels, x: Tensor, rope: Rope, out: Tensor | None = None) -> Tensor:
     """Compute :func:`apply_rope` in one kernel, which a CUDA graph can capture.
 
     Args:
         kernels: The kernels of x's device.
         x: bf16 or fp16 [B, S, C]. Its tokens may lie apart, such as q in the output of a merged layer.
         rope: What it goes through.
+        out: Where the result is written, of its shape and dtype, contiguous and at a multiple of 16 bytes; None for a new
+            tensor.
 
     Raises:
         ShapeError: The tensors do not fit each other.
-        UnsupportedError: Heads of another size than 32, 64, 128 or 256, or more than 8192 channels.
+        UnsupportedError: Heads of another size than 32, 64, 128 or 256, more than 8192 channels, or another dtype.
     """
     _check(x, rope)
+    if x.dtype not in DTYPE_NAMES:
+        raise UnsupportedError(f"the kernels take no {x.dtype} of q and k", available=DTYPE_NAMES.values())
     batch, tokens, channels = x.shape
     stride = x.stride(1) if tokens > 1 else channels
     apart = batch > 1 and x.stride(0) != tokens * stride
     if x.stride(2) != 1 or apart or stride % 8 or stride < channels or x.data_ptr() % 16:
         x, stride = aligned(x), channels
-    weight, cosines, sines = (
-        None if part is None else aligned(part.float()) for part in (rope.weight, rope.cosines, rope.sines)
+    weight, bias, cosines, sines = (
+        None if part is None else aligned(part.float()) for part in (rope.weight, rope.bias, rope.cosines, rope.sines)
     )
     bound = None if rope.bound is None else rope.bound.float().contiguous()
-    out = kernels.allocate((batch, tokens, channels), x.dtype if bound is None else torch.float8_e4m3fn, x.device)
+    dtype = x.dtype if bound is None else torch.float8_e4m3fn
+    if out is None:
+        out = kernels.allocate((batch, tokens, channels), dtype, x.device)
+    elif out.shape != x.shape or out.dtype != dtype or not out.is_contiguous() or out.data_ptr() % 16:
+        raise ShapeError(
+            f"a place for the result {tuple(out.shape)} {out.dtype}", available=f"contiguous {tuple(x.shape)} {dtype}"
+        )
     if out.numel():
-        width = 0 if rope.cosines is None else 2 * rope.cosines.shape[1]
+        rows, width = (0, 0) if cosines is None else cosines.shape
         pointers = RopePointers(
-            channels, rope.head, DTYPE_NAMES[x.dtype], stride, tokens, width, rope.norm, rope.rotated, rope.eps,
-            pointer_of(weight), pointer_of(cosines), pointer_of(sines), pointer_of(bound),
+            channels, rope.head, DTYPE_NAMES[x.dtype], stride, max(tokens, rope.first + rows),
+            width if rope.per_channel else 2 * width, rope.first, rows, rope.norm, rope.rotated, rope.per_channel, rope.eps,
+            pointer_of(weight), pointer_of(bias), pointer_of(cosines), pointer_of(sines), pointer_of(bound),
         )  # fmt: skip
         with stream_of(x) as stream:
             kernels.library.rope_quantize(pointers, x.data_ptr(), out.data_ptr(), batch * tokens, stream)
@@ -157,6 +198,9 @@ def rope_quantize(
     norm: str,
     eps: float,
     rotated: bool,
+    bias: Tensor | None = None,
+    first: int = 0,
+    per_channel: bool = False,
 ) -> Tensor:
     """Take q or k through norm, rope and rotation.
 
@@ -170,17 +214,22 @@ def rope_quantize(
         norm: As in :class:`Rope`.
         eps: As in :class:`Rope`.
         rotated: As in :class:`Rope`.
+        bias: As in :class:`Rope`.
+        first: As in :class:`Rope`.
+        per_channel: As in :class:`Rope`.
 
     Returns:
         [B, S, C], contiguous: float8_e4m3fn with a bound, else x's dtype.
     """
-    return apply_rope(x, Rope(head, norm, eps, rotated, weight, cosines, sines, bound)).contiguous()
+    return apply_rope(
+        x, Rope(head, norm, eps, rotated, weight, cosines, sines, bound, bias, first, per_channel)
+    ).contiguous()
 
 
 @rope_quantize.register_fake
 def _rope_quantize_fake(
     x: Tensor, weight: Tensor | None, cosines: Tensor | None, sines: Tensor | None, bound: Tensor | None, head: int,
-    norm: str, eps: float, rotated: bool,
+    norm: str, eps: float, rotated: bool, bias: Tensor | None = None, first: int = 0, per_channel: bool = False,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape, dtype=x.dtype if bound is None else torch.float8_e4m3fn)
 
@@ -188,7 +237,7 @@ def _rope_quantize_fake(
 @rope_quantize.register_kernel("cuda")
 def _rope_quantize_cuda(
     x: Tensor, weight: Tensor | None, cosines: Tensor | None, sines: Tensor | None, bound: Tensor | None, head: int,
-    norm: str, eps: float, rotated: bool,
+    norm: str, eps: float, rotated: bool, bias: Tensor | None = None, first: int = 0, per_channel: bool = False,
 ) -> Tensor:  # fmt: skip
-    rope = Rope(head, norm, eps, rotated, weight, cosines, sines, bound)
+    rope = Rope(head, norm, eps, rotated, weight, cosines, sines, bound, bias, first, per_channel)
     return run_rope_quantize(require_kernels(x.device), x, rope)

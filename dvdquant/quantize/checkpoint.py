@@ -6,53 +6,34 @@ offset and journaled, so that a run that was killed continues where it stopped.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dvdquant.artifact.entries import LayerEntry
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.errors import CheckpointError
-from dvdquant.model.layers import LayerSpec
 from dvdquant.model.plan import ModelPlan
-from dvdquant.numerics.hadamard import Rotation, rotate
-from dvdquant.numerics.packing import expand_zero, pack_int4
-from dvdquant.quantize.backends.numba_rows import for_row_parts, hadamard_rows, pack_rows, squared_errors
-from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight
-from dvdquant.quantize.gptq import output_energy
-from dvdquant.quantize.layer_inputs import LayerInputs, predict_inputs
+from dvdquant.quantize.layer import quantize_layer, read_counted
+from dvdquant.quantize.layer_inputs import predict_inputs
 from dvdquant.quantize.magnitudes import Magnitudes
 from dvdquant.system.files import FileEntry
 from dvdquant.system.progress import Progress
-from dvdquant.system.safetensors_io import StreamingWriter, TensorInfo
+from dvdquant.system.safetensors_reader import TensorInfo
+from dvdquant.system.safetensors_writer import StreamingWriter
 
 if TYPE_CHECKING:
     from dvdquant.checkpoint.formats.stored import ShardTensor
     from dvdquant.checkpoint.reader import Checkpoint
 
-__all__ = [
-    "PackedWeights",
-    "check_weights",
-    "left_out_text",
-    "plan_shards",
-    "quantize_checkpoint",
-    "reading_bytes",
-    "rotate_rows",
-    "rotated_weight",
-]
+__all__ = ["PackedWeights", "check_weights", "left_out_text", "plan_shards", "quantize_checkpoint", "reading_bytes"]
 
 SHARD_BYTES = 5 << 30
-# Weights rotated and refined at a time: 32 MiB of fp32.
-CHUNK_WEIGHTS = 1 << 23
 # Kept tensors journaled together.
 BATCH_BYTES = 64 << 20
-# Rows of a layer whose output error goes into the table; at most twice as many.
-SAMPLED_ROWS = 512
 
 Planned = tuple[str, torch.dtype, tuple[int, ...]]
 
@@ -167,7 +148,7 @@ def quantize_checkpoint(
                 stage.update(0, spec.name)
                 if not ready:
                     known = predicted.layer(spec) if predicted else None
-                    tensors, entry, bad = _quantize_layer(
+                    tensors, entry, bad = quantize_layer(
                         checkpoint, plan, spec, known, limits, allow_nonfinite, torch.device(device)
                     )
                     files.store(step, tensors, {"entry": entry, "nonfinite": bad})
@@ -281,233 +262,9 @@ def _batches(plan: ModelPlan) -> Iterator[list[str]]:
         yield batch
 
 
-def _read(checkpoint: Checkpoint, name: str, limits: Magnitudes, allow_nonfinite: bool) -> tuple[Tensor, list[str]]:
-    """Read one tensor, finite and within the limits; return it, and its name if it had NaN or Inf, which are 0 now.
-
-    fp8 comes as bf16, which holds all of its values: few operations know fp8, and so an export is the same as that of the
-    converted checkpoint.
-    """
-    tensor = checkpoint.read(name)
-    if tensor.dtype.is_floating_point and tensor.element_size() == 1:
-        tensor = tensor.to(torch.bfloat16)
-    found = []
-    try:
-        checkpoint.check_finite(name, tensor)
-    except CheckpointError:
-        if not allow_nonfinite:
-            raise
-        found, tensor = [name], _zeroed(tensor)
-    limits.check(checkpoint, name, tensor)
-    return tensor, found
-
-
 def _converted(
     checkpoint: Checkpoint, name: str, limits: Magnitudes, allow_nonfinite: bool, dtype: torch.dtype
 ) -> tuple[Tensor, list[str]]:
     """Read one tensor that stays, in the dtype it is stored in; return it, and its name if it had NaN or infinities."""
-    tensor, found = _read(checkpoint, name, limits, allow_nonfinite)
+    tensor, found = read_counted(checkpoint, name, limits, allow_nonfinite)
     return tensor.to(dtype), found
-
-
-def _zeroed(tensor: Tensor) -> Tensor:
-    """Put 0 in the place of NaN and infinities."""
-    return torch.where(torch.isfinite(tensor), tensor, torch.zeros((), dtype=tensor.dtype))
-
-
-def _quantize_layer(
-    checkpoint: Checkpoint,
-    plan: ModelPlan,
-    spec: LayerSpec,
-    known: LayerInputs | None,
-    limits: Magnitudes,
-    allow_nonfinite: bool,
-    device: torch.device,
-) -> tuple[dict[str, Tensor], LayerEntry, list[str]]:
-    """Return the packed tensors of one (merged) layer, its line of the error table, and its non-finite tensors."""
-    packed, scales, group_scales, zeros, biases = [], [], [], [], []
-    bad: list[str] = []
-    if known is not None and device.type != "cpu":
-        known = replace(known, smooth_scale=known.smooth_scale.to(device), hessian=known.hessian.to(device))
-    # As the graph subtracts it, so that what is added to the bias is the same.
-    shift = None if known is None or known.shift is None else _shift(known.shift, plan.dtype).to(device)
-    sums = _ErrorSums(known, max(1, spec.out_features // SAMPLED_ROWS))
-    for member, rows, has_bias in zip(spec.members, spec.rows, spec.biases):
-        weight, found = _read(checkpoint, f"{member}.weight", limits, allow_nonfinite)
-        bad += found
-        # 1. In chunks of rows: W·shift, balance, rotate, quantize (BGR), round with feedback, add up errors, pack.
-        shifted = []
-        step = max(1, CHUNK_WEIGHTS // spec.features)
-        for start in range(0, rows, step):
-            part = weight[start : start + step].to(device, torch.float32, copy=True)
-            if shift is not None:
-                shifted.append(part.double() @ shift)
-            if known is not None:
-                part *= known.smooth_scale
-            rotated = rotate_rows(part, spec.rotation)
-            limits.check_rotated(checkpoint, spec, member, rotated)
-            quantized = quantize_weight(rotated, plan.recipe.weight)
-            if known is not None:
-                quantized = known.gptq.round(rotated, quantized)
-            if spec.regular:
-                quantized.codes.clamp_(min=-7)  # whose signs change on the way to the regular order: −8 has no opposite
-            sums.add(rotated, quantized, plan, start)
-            packed.append(_packed(quantized.codes))
-            scales.append(quantized.scale)
-            group_scales.append(quantized.group_scale)
-            zeros.append(quantized.zero)
-        # 2. The bias of this member, with W·shift.
-        bias = torch.zeros(rows)
-        if has_bias:
-            stored, found = _read(checkpoint, f"{member}.bias", limits, allow_nonfinite)
-            bias = stored.float()
-            bad += found
-        # W·x = W·(x − shift) + W·shift, the second with the weight as it was.
-        biases.append((bias.double() + torch.cat(shifted).cpu()).float() if shifted else bias)
-    # 3. Members of a merged layer, one below the other.
-    parts = (packed, scales, group_scales, zeros, biases)
-    tensors = dict(zip(spec.tensors(), (torch.cat(p).cpu() for p in parts)))
-    limits.check_bias(checkpoint, spec, tensors[f"{spec.name}.bias"])
-    if spec.shifted:
-        assert shift is not None
-        tensors[f"{spec.name}.pre_quant_shift"] = shift.float().cpu()
-    if spec.smoothed:
-        assert known is not None
-        tensors[f"{spec.name}.pre_quant_scale"] = 1 / known.smooth_scale.cpu()
-    return tensors, sums.entry(checkpoint, spec), bad
-
-
-def _shift(mean: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the constants [K] that are subtracted from a layer's inputs, as the graph has them; fp64.
-
-    Any constants are correct. Channels whose mean is more than half of what ``dtype`` holds keep theirs (the constant
-    is 0): what is left of them might not fit.
-    """
-    fits = mean.abs() <= torch.finfo(dtype).max / 2
-    return torch.where(fits, mean, torch.zeros_like(mean)).to(dtype).double()
-
-
-class _ErrorSums:
-    """Squared errors of a layer and of min-max, summed over its chunks.
-
-    They are errors of the weights, or of the outputs where something is known of the inputs. Output errors take only
-    every ``stride``-th row, as the sum over all rows takes longer than quantizing them.
-    """
-
-    def __init__(self, known: LayerInputs | None, stride: int) -> None:
-        self.known, self.stride = known, stride
-        self.energy = self.error = self.minmax = 0.0
-        self.weight_energy = self.weight_error = 0.0
-
-    def add(self, weight: Tensor, quantized: QuantizedWeight, plan: ModelPlan, start: int) -> None:
-        """Add rows ``start`` and following of one member."""
-        minmax = replace(plan.recipe.weight, solver="minmax")
-        energy, error = _squared_errors(weight, quantized)
-        self.weight_energy += energy
-        self.weight_error += error
-        if self.known is not None:
-            rows = slice(-start % self.stride, None, self.stride)
-            some, hessian = weight[rows].contiguous(), self.known.hessian
-            if len(some):
-                self.energy += output_energy(some, hessian)
-                self.error += output_energy(some - quantized.rows(rows).dequantize(), hessian)
-                self.minmax += output_energy(some - quantize_weight(some, minmax).dequantize(), hessian)
-            return
-        baseline = quantize_weight(weight, minmax)
-        self.energy += energy
-        self.error += error
-        self.minmax += _squared_errors(weight, baseline)[1]
-
-    def entry(self, checkpoint: Checkpoint, spec: LayerSpec) -> LayerEntry:
-        """Return the line of ``spec`` in the error table.
-
-        Raises:
-            CheckpointError: The sums overflowed.
-        """
-        if not all(map(math.isfinite, (self.energy, self.error, self.minmax))):
-            raise CheckpointError(
-                f"{checkpoint.root}: the error of {spec.name} cannot be computed: its weights, or the inputs predicted for it, "
-                "are too large",
-                fix=f"check the checkpoint; --keep '{spec.members[0]}' leaves the layer in 16 bit",
-            )
-
-        def relative(error: float) -> float | None:
-            return error / self.energy if self.energy else None
-
-        entry = LayerEntry(
-            name=spec.name,
-            members=list(spec.members),
-            features_in=spec.features,
-            features_out=spec.out_features,
-            rotation_block=spec.rotation.block,
-            relative_mse=relative(self.error),
-            relative_mse_minmax=relative(self.minmax),
-        )
-        if self.known is not None and self.weight_energy:
-            entry["weight_mse"] = self.weight_error / self.weight_energy
-        return entry
-
-
-def rotate_rows(weight: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate the rows of an fp32 weight; in place where the transform allows it, so pass a tensor of your own.
-
-    Args:
-        weight: fp32 [N, K]; it may be overwritten.
-        rotation: The rotation of the input channels.
-
-    Returns:
-        The rotated weight, fp32 [N, K].
-    """
-    if rotation.identity:
-        return weight
-    if rotation.outer > 1 or not weight.is_contiguous() or weight.device.type != "cpu":
-        return rotate(weight, rotation, torch.float32)
-    rows = weight.numpy()
-    scale = rotation.inner**-0.5
-    for_row_parts(len(rows), lambda part: hadamard_rows(rows[part], rotation.inner, scale))
-    return weight
-
-
-def _packed(codes: Tensor) -> Tensor:
-    """Pack int8 [N, K] to int8 [N, K/2]; the codes come from our own solver, so their range is not checked again."""
-    if codes.device.type != "cpu":
-        return pack_int4(codes).view(torch.int8)
-    packed = torch.empty(codes.shape[0], codes.shape[1] // 2, dtype=torch.int8)
-    source, target = codes.numpy(), packed.numpy()
-    for_row_parts(len(source), lambda part: pack_rows(source[part], target[part]))
-    return packed
-
-
-def _squared_errors(weight: Tensor, quantized: QuantizedWeight) -> tuple[float, float]:
-    """Return (‖w‖², ‖w − ŵ‖²)."""
-    if weight.device.type != "cpu":
-        difference = weight - quantized.dequantize()
-        return float(weight.double().square().sum()), float(difference.double().square().sum())
-    rows = weight.numpy()
-    codes, scale, group_scale, zero = (
-        t.numpy() for t in (quantized.codes, quantized.scale, quantized.group_scale, expand_zero(quantized.zero))
-    )
-    sums: list[np.ndarray] = []
-
-    def work(part: slice) -> None:
-        out = np.zeros(2)
-        squared_errors(rows[part], codes[part], scale[part], group_scale[part], zero[part], out)
-        sums.append(out)
-
-    for_row_parts(len(rows), work)
-    energy, error = np.sum(sums, axis=0)
-    return float(energy), float(error)
-
-
-def rotated_weight(checkpoint: Checkpoint, spec: LayerSpec, pre_quant_scale: Tensor | None = None) -> Tensor:
-    """Return the rotated weight [N, K] of a (merged) layer in fp32, for quantizers other than ours.
-
-    Args:
-        checkpoint: The checkpoint that holds the layer; NaN and infinities count as 0.
-        spec: The layer.
-        pre_quant_scale: fp32 [K], by which columns are divided where the layer is balanced; None where it is not.
-    """
-    parts = []
-    for member in spec.members:
-        weight = _zeroed(checkpoint.read(f"{member}.weight").to(torch.float32, copy=True))
-        parts.append(rotate_rows(weight if pre_quant_scale is None else weight.div_(pre_quant_scale), spec.rotation))
-    return torch.cat(parts)

@@ -29,7 +29,8 @@ from dvdquant.quantize.hessian import (
 )
 from dvdquant.quantize.magnitudes import Magnitudes
 from dvdquant.system.progress import Progress
-from dvdquant.system.safetensors_io import StreamingWriter, TensorInfo, read_header, read_tensor
+from dvdquant.system.safetensors_reader import TensorInfo, read_header, read_tensor
+from dvdquant.system.safetensors_writer import StreamingWriter
 
 if TYPE_CHECKING:
     from dvdquant.checkpoint.reader import Checkpoint

@@ -16,7 +16,7 @@ from dvdquant.export.passes.lowering.store import TensorStore
 from dvdquant.export.passes.set_activation import set_activation
 from dvdquant.model.plan import ModelPlan
 from dvdquant.onnx.expand_attention_mask import expand_attention_mask
-from dvdquant.system.safetensors_io import TensorInfo
+from dvdquant.system.safetensors_reader import TensorInfo
 
 __all__ = ["FLAVOURS", "GraphWriter", "graph_path", "stored_tensors"]
 

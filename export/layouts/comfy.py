@@ -24,7 +24,8 @@ from dvdquant.model.plan import ModelPlan
 from dvdquant.numerics.packing import pack_int4, unpack_int4
 from dvdquant.numerics.regular_hadamard import regular_order
 from dvdquant.system.files import FileEntry
-from dvdquant.system.safetensors_io import StreamingWriter, TensorInfo, read_tensor
+from dvdquant.system.safetensors_reader import TensorInfo, read_tensor
+from dvdquant.system.safetensors_writer import StreamingWriter
 
 __all__ = [
     "BLOCKS",

@@ -12,7 +12,7 @@ from dvdquant.export.verify.layers import choose_layers
 from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan
 from dvdquant.system.progress import Progress
-from dvdquant.system.safetensors_io import TensorInfo
+from dvdquant.system.safetensors_reader import TensorInfo
 
 __all__ = ["verify_export"]
 

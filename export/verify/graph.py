@@ -49,7 +49,7 @@ from dvdquant.model.families import Axis, Sizes
 from dvdquant.model.loading import fill_quantized
 from dvdquant.model.lora_inputs import install_lora_inputs, random_lora
 from dvdquant.model.plan import ModelPlan, quantized_skeleton
-from dvdquant.system.safetensors_io import TensorInfo, read_tensor
+from dvdquant.system.safetensors_reader import TensorInfo, read_tensor
 
 __all__ = [
     "BetweenCheck",

@@ -18,8 +18,9 @@ from dvdquant.artifact.layout import COMMIT, LOCK, MANIFEST, STAGE
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.export.graph.writer import graph_path
 from dvdquant.system.files import FileEntry
-from dvdquant.system.safetensors_io import PAD, TensorInfo, read_header
-from dvdquant.text import shown
+from dvdquant.system.safetensors_reader import TensorInfo, read_header
+from dvdquant.system.safetensors_writer import PAD
+from dvdquant.text import first_of, shown
 
 if TYPE_CHECKING:
     import onnx
@@ -69,9 +70,8 @@ def check_links(
     """
     problems = link_problems(root, files, graphs, engines, components, layers)
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise OutputError(
-            f"the files of {root} do not fit together: {'; '.join(problems[:5])}{more}",
+            f"the files of {root} do not fit together: {first_of(problems)}",
             fix="remove the folder and export again",
         )
 

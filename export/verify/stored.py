@@ -34,10 +34,10 @@ from dvdquant.numerics.packing import expand_zero, unpack_int4
 from dvdquant.numerics.regular_hadamard import regular_signs
 from dvdquant.quantize.backends.numba_rows import for_row_parts
 from dvdquant.quantize.bgr import quantize_weight
-from dvdquant.quantize.checkpoint import CHUNK_WEIGHTS, rotate_rows
 from dvdquant.quantize.hessian import random_signs_of
+from dvdquant.quantize.layer import CHUNK_WEIGHTS, rotate_rows
 from dvdquant.quantize.layer_inputs import DAMPING
-from dvdquant.system.safetensors_io import TensorInfo, read_tensor
+from dvdquant.system.safetensors_reader import TensorInfo, read_tensor
 
 if TYPE_CHECKING:
     from dvdquant.checkpoint.reader import Checkpoint

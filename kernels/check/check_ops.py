@@ -373,7 +373,7 @@ def _tiny_wan(bits: int) -> tuple[nn.Module, dict[str, Tensor]]:
         bits: The bits of the activations, 4 or 8.
     """
     from dvdquant.artifact.transaction import ExportTransaction
-    from dvdquant.checkpoint.reader import open_checkpoint
+    from dvdquant.checkpoint.opening import open_checkpoint
     from dvdquant.export.verify.graph import load_quantized
     from dvdquant.model.plan import plan_model
     from dvdquant.quantize.checkpoint import quantize_checkpoint

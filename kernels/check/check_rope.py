@@ -32,11 +32,14 @@ class RopeCase:
         head: d.
         batch: B.
         tokens: S.
-        norm: ``none``, ``all`` or ``head``.
+        norm: ``none``, ``all``, ``head`` or ``layer``.
         rope: Whether there is rope: ``none``, ``head`` (one table for all heads) or ``all``.
         rotated: Whether heads are rotated.
         codes: Whether e4m3 comes out.
         members: Layers that are merged, so that tokens lie as many times C apart.
+        first: The token where rope begins.
+        rows: Tokens with rope, or -1 for a row of each sample's own; 0 for all tokens, the same in every sample.
+        per_channel: Whether tables have a value for each channel.
     """
 
     heads: int
@@ -48,6 +51,9 @@ class RopeCase:
     rotated: bool
     codes: bool
     members: int = 1
+    first: int = 0
+    rows: int = 0
+    per_channel: bool = False
 
 
 CASES = (
@@ -61,6 +67,11 @@ CASES = (
     RopeCase(5, 256, 1, 4, "all", "head", True, True),
     RopeCase(32, 256, 1, 1, "none", "none", False, True, 2),
     RopeCase(1, 64, 1, 1, "all", "all", False, False),
+    RopeCase(32, 64, 2, 3, "all", "all", True, True, 3, 0, -1, True),  # LTX-Video as diffusers writes it
+    RopeCase(32, 64, 2, 3, "all", "all", False, False, 3, 0, 0, True),
+    RopeCase(24, 128, 2, 5, "head", "head", True, True, 3, 0, 3, True),  # HunyuanVideo's single blocks: text behind
+    RopeCase(48, 64, 2, 5, "layer", "head", False, False, 3, 2, 3, True),  # CogVideoX: text before
+    RopeCase(3, 256, 2, 4, "layer", "head", True, True, 1, 1, 2),
 )
 
 
@@ -82,10 +93,15 @@ def make_rope(case: RopeCase, dtype: str, device: torch.device, seed: int = 0) -
     size = channels if case.norm == "all" else case.head
     weight = None if case.norm == "none" else 1 + 0.5 * torch.randn(size, generator=rng, device=device)
     width = {"none": 0, "head": case.head, "all": channels}[case.rope]
-    angles = 6.3 * torch.rand(case.tokens, width // 2, generator=rng, device=device)
+    rows = {0: case.tokens, -1: case.batch * case.tokens}.get(case.rows, case.rows)
+    # Where every channel has an angle of its own, those of a pair differ: no rotation, but what the definition says.
+    angles = 6.3 * torch.rand(rows, width // (1 if case.per_channel else 2), generator=rng, device=device)
     cosines, sines = (angles.cos(), angles.sin()) if width else (None, None)
     bound = torch.full((1,), 3.0, device=device) if case.codes else None  # some values are beyond it
-    return x, Rope(case.head, case.norm, 1e-6, case.rotated, weight, cosines, sines, bound)
+    bias = 0.5 * torch.randn(size, generator=rng, device=device) if case.norm == "layer" else None
+    return x, Rope(
+        case.head, case.norm, 1e-6, case.rotated, weight, cosines, sines, bound, bias, case.first, case.per_channel
+    )
 
 
 def check_rope(bench: Bench) -> Iterator[Outcome]:
@@ -114,7 +130,11 @@ def judge_rope(kernels: GuardedKernels, x: Tensor, rope: Rope) -> Verdict:
     out = run_rope_quantize(kernels, x, rope)
     if not kernels.intact():
         return Verdict(False, note="written outside of the result")
-    wide = {name: part.double() for name in ("weight", "cosines", "sines") if (part := getattr(rope, name)) is not None}
+    wide = {
+        name: part.double()
+        for name in ("weight", "bias", "cosines", "sines")
+        if (part := getattr(rope, name)) is not None
+    }
     exact = apply_rope(x.double(), replace(rope, **wide, bound=None))
     largest = exact.reshape(*exact.shape[:2], -1, rope.head).abs().amax(-1, keepdim=True)
     slack = (_UNITS * 2.0**-24 * largest.expand(*largest.shape[:-1], rope.head)).reshape(exact.shape)

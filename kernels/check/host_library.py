@@ -390,13 +390,19 @@ class HostLibrary:
         tokens = _view(x, ((m - 1) * rope.stride + rope.channels,), dtype).as_strided(
             (m // rope.period, rope.period, rope.channels), (rope.period * rope.stride, rope.stride, 1)
         )
-        table = (rope.period, rope.rope_channels // 2)
+        table = (rope.rope_tokens, rope.rope_channels // (1 if rope.per_channel else 2))
         cosines, sines = (
             _view(at, table, torch.float32) if rope.rope_channels else None for at in (rope.cosines, rope.sines)
         )
-        weight = _view(rope.weight, (size,), torch.float32) if rope.weight else None
+        weight, bias = (_view(at, (size,), torch.float32) if at else None for at in (rope.weight, rope.bias))
         bound = _view(rope.bound, (1,), torch.float32) if rope.bound else None
-        made = apply_rope(tokens, Rope(rope.head, rope.norm, rope.eps, rope.rotated, weight, cosines, sines, bound))
+        made = apply_rope(
+            tokens,
+            Rope(
+                rope.head, rope.norm, rope.eps, rope.rotated, weight, cosines, sines, bound, bias, rope.rope_first,
+                rope.per_channel,
+            ),
+        )  # fmt: skip
         _view(out, tuple(made.shape), made.dtype).copy_(made)
 
     def search_grid(self, grid: GridShape, weight: int, out: GridPointers, stream: int) -> None:

@@ -19,7 +19,7 @@ dvdq_status check_rope(const dvdq_rope* rope, int64_t m) {
                 static_cast<long long>(rope->period));
   if (rope->dtype != DVDQ_BF16 && rope->dtype != DVDQ_FP16)
     return fail(DVDQ_BAD_ARGUMENT, "%s: dtype %d is unknown", kName, rope->dtype);
-  if (rope->norm < DVDQ_ROPE_NORM_NONE || rope->norm > DVDQ_ROPE_NORM_HEAD)
+  if (rope->norm < DVDQ_ROPE_NORM_NONE || rope->norm > DVDQ_ROPE_NORM_LAYER)
     return fail(DVDQ_BAD_ARGUMENT, "%s: norm %d is unknown", kName, rope->norm);
   if (head != 32 && head != 64 && head != 128 && head != 256)
     return fail(DVDQ_UNSUPPORTED, "%s: heads of %lld channels; available: 32, 64, 128, 256", kName, static_cast<long long>(head));
@@ -35,6 +35,11 @@ dvdq_status check_rope(const dvdq_rope* rope, int64_t m) {
   if (rope->rope_channels != 0 && rope->rope_channels != head && rope->rope_channels != channels)
     return fail(DVDQ_BAD_ARGUMENT, "%s: rope over %lld channels; none, a head's or all", kName,
                 static_cast<long long>(rope->rope_channels));
+  if (rope->rope_channels != 0 &&
+      (rope->rope_first < 0 || rope->rope_tokens < 0 || rope->rope_first > rope->period - rope->rope_tokens))
+    return fail(DVDQ_BAD_ARGUMENT, "%s: rope of %lld tokens from token %lld of samples of %lld", kName,
+                static_cast<long long>(rope->rope_tokens), static_cast<long long>(rope->rope_first),
+                static_cast<long long>(rope->period));
   return DVDQ_OK;
 }
 
@@ -50,6 +55,7 @@ extern "C" dvdq_status dvdq_rope_quantize(const dvdq_rope* rope, const void* x, 
   const Named pointers[] = {{"x", x, false, 16},
                             {"out", out, false, 16},
                             {"rope.weight", rope->weight, true, 16},
+                            {"rope.bias", rope->bias, true, 16},
                             {"rope.cosines", rope->cosines, plain, 16},
                             {"rope.sines", rope->sines, plain, 16},
                             {"rope.bound", rope->bound, true, 4}};

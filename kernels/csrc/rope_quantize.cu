@@ -1,4 +1,4 @@
-// q or k on its way to attention: RMS norm, rope, a Hadamard matrix over each head, and e4m3 codes or 16 bits; one read, one write.
+// q or k on its way to attention: a norm, rope, a Hadamard matrix over each head, and e4m3 codes or 16 bits; one read, one write.
 //
 // A CUDA block holds one token. A vector is 8 consecutive channels, and vector i is thread i % threads's, so that the vectors of a
 // head lie in neighbouring lanes (head / 8 of them, a power of two): its sums and the upper stages of its Hadamard matrix are
@@ -15,17 +15,21 @@ struct RopeParams {
   const uint16_t* x;
   void* out;
   const float* weight;   // [channels] or [head]; null: ones
-  const float* cosines;  // [period, rope_channels / 2]; null: no rope
+  const float* bias;     // the same; null: zeros
+  const float* cosines;  // [rope_tokens, rope_channels / 2], or rope_channels where per_channel; null: no rope
   const float* sines;
   const float* bound;    // null: 16 bits out
   int64_t stride;        // of x
   uint32_t period;
+  uint32_t rope_first;   // the token of a sample that the tables' first row is for
+  uint32_t rope_tokens;
   uint32_t vectors;      // of a token
   uint32_t head_lanes;
   uint32_t weight_channels;
   uint32_t rope_channels;
   int norm;
   int rotated;
+  int per_channel;
   float channels;        // that the norm is over
   float rest;            // 1 / sqrt(head) where rotated, else 1
   float eps;
@@ -46,13 +50,41 @@ DVDQ_DEVICE float sum_over_lanes(float value, uint32_t lanes) {
   return value;
 }
 
+// Takes the mean of its head from a vector, and returns the sum of the squares that are left of it.
+DVDQ_DEVICE float take_mean(const RopeParams& p, float (&v)[8]) {
+  float sum = 0.0f, squares = 0.0f;
+#pragma unroll
+  for (int e = 0; e < 8; ++e) sum = add(sum, v[e]);
+  const float mean = divide(sum_over_lanes(sum, p.head_lanes), p.channels);
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    v[e] = add(v[e], -mean);
+    squares = multiply_add(v[e], v[e], squares);
+  }
+  return squares;
+}
+
 DVDQ_DEVICE float inverse_deviation(const RopeParams& p, float squares) {
   return divide(1.0f, square_root(add(divide(squares, p.channels), p.eps)));
 }
 
+// The same of every channel's own cosine and sine.
+DVDQ_DEVICE void turn_channels(const RopeParams& p, int64_t at, float (&v)[8]) {
+  float cosines[8], sines[8];
+  strip::load_8(p.cosines + at, cosines);
+  strip::load_8(p.sines + at, sines);
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+    const float first = v[i], second = v[i + 1];
+    v[i] = add(multiply(first, cosines[i]), -multiply(second, sines[i]));
+    v[i + 1] = add(multiply(second, cosines[i + 1]), multiply(first, sines[i + 1]));
+  }
+}
+
 // x1 cos - x2 sin, x2 cos + x1 sin of the four pairs of a vector.
-DVDQ_DEVICE void turn_pairs(const RopeParams& p, uint32_t position, uint32_t channel, float (&v)[8]) {
-  const int64_t at = (static_cast<int64_t>(position) * p.rope_channels + channel % p.rope_channels) / 2;
+DVDQ_DEVICE void turn_pairs(const RopeParams& p, uint32_t row, uint32_t channel, float (&v)[8]) {
+  const int64_t whole = static_cast<int64_t>(row) * p.rope_channels + channel % p.rope_channels, at = whole / 2;
+  if (p.per_channel) return turn_channels(p, whole, v);
   const uint4 cosines = load_16(p.cosines + at), sines = load_16(p.sines + at);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -82,7 +114,9 @@ template <bool Half, int Vectors>
 __global__ void __launch_bounds__(kRopeThreads) rope_quantize_kernel(const RopeParams p) {
   float* const partial = reinterpret_cast<float*>(dynamic_shared());
   const int64_t token = blockIdx.x;
-  const uint32_t position = blockIdx.x % p.period, threads = blockDim.x;
+  // Wraps around for tokens before the first, so that they lie beyond the last.
+  const uint32_t row = blockIdx.x % p.period - p.rope_first, threads = blockDim.x;
+  const bool turned = p.cosines != nullptr && row < p.rope_tokens;
   float v[Vectors][8];
   float squares[Vectors];
   float all = 0.0f;
@@ -110,6 +144,7 @@ __global__ void __launch_bounds__(kRopeThreads) rope_quantize_kernel(const RopeP
     const uint32_t vector = threadIdx.x + static_cast<uint32_t>(i) * threads, channel = 8 * vector;
     const bool inside = vector < p.vectors;
     if (p.norm != DVDQ_ROPE_NORM_NONE) {
+      if (p.norm == DVDQ_ROPE_NORM_LAYER) squares[i] = take_mean(p, v[i]);
       const float sum = p.norm == DVDQ_ROPE_NORM_ALL ? all : sum_over_lanes(squares[i], p.head_lanes);
       const float inverse = inverse_deviation(p, sum);
 #pragma unroll
@@ -120,8 +155,14 @@ __global__ void __launch_bounds__(kRopeThreads) rope_quantize_kernel(const RopeP
 #pragma unroll
         for (int e = 0; e < 8; ++e) v[i][e] = multiply(v[i][e], weight[e]);
       }
+      if (p.bias != nullptr && inside) {
+        float bias[8];
+        strip::load_8(p.bias + channel % p.weight_channels, bias);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) v[i][e] = add(v[i][e], bias[e]);
+      }
     }
-    if (p.cosines != nullptr && inside) turn_pairs(p, position, channel, v[i]);
+    if (turned && inside) turn_pairs(p, row, channel, v[i]);
     if (p.rotated) mix_head(p, v[i]);
 #pragma unroll
     for (int e = 0; e < 8; ++e) v[i][e] = multiply(v[i][e], factor);
@@ -155,11 +196,14 @@ dvdq_status rope_quantize(const dvdq_rope& rope, const void* x, void* out, int64
   p.x = static_cast<const uint16_t*>(x);
   p.out = out;
   p.weight = rope.weight;
+  p.bias = rope.bias;
   p.cosines = rope.rope_channels == 0 ? nullptr : rope.cosines;
   p.sines = rope.sines;
   p.bound = rope.bound;
   p.stride = rope.stride;
   p.period = static_cast<uint32_t>(rope.period);
+  p.rope_first = static_cast<uint32_t>(rope.rope_first);
+  p.rope_tokens = static_cast<uint32_t>(rope.rope_tokens);
   p.vectors = static_cast<uint32_t>(rope.channels / 8);
   p.head_lanes = static_cast<uint32_t>(rope.head / 8);
   const bool over_all = rope.norm == DVDQ_ROPE_NORM_ALL;
@@ -167,6 +211,7 @@ dvdq_status rope_quantize(const dvdq_rope& rope, const void* x, void* out, int64
   p.rope_channels = static_cast<uint32_t>(rope.rope_channels);
   p.norm = rope.norm;
   p.rotated = rope.rotated;
+  p.per_channel = rope.per_channel;
   p.channels = static_cast<float>(p.weight_channels);
   p.rest = 1.0f;
   if (rope.rotated) {

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.quality.caches import SETTINGS, controller_of, kept_a8, table_of
-from benchmarks.quality.toy.clips import Bench, bench_prompts, generate
+from benchmarks.quality.caches import ALONG, SETTINGS, controller_of, kept_a8, table_of
+from benchmarks.quality.toy.clips import Bench, bench_prompts, generate, skips_along
 from benchmarks.quality.work import plan
 from dvdquant.checkpoint.prompt_table import EMPTY_WORD
 from dvdquant.deploy.switching.runner import StepRunner
@@ -21,13 +21,14 @@ STEPS = 10
 
 
 def test_settings_are_what_they_say() -> None:
-    for setting in SETTINGS:
+    for setting in (*SETTINGS, *ALONG):
         mode, *words = setting.split()
         controller = controller_of(setting)
         assert controller.mode == ("switch" if mode.startswith("switch") else "fixed")
         cache = controller.cache
         found = [] if cache is None else [cache.policy, cache.threshold, cache.residual, cache.max_skips, cache.warm_up]
-        assert [str(value) for value in found] == [*words[:4], *(str(float(word)) for word in words[4:])]
+        assert [str(value) for value in found] == [*words[:4], *(str(float(word)) for word in words[4:5])]
+        assert cache is None or cache.weighting == (words[5] if len(words) > 5 else "none")
     assert controller_of("switch=0.5").delta == 0.5
 
 
@@ -52,6 +53,27 @@ def test_the_kept_clips_of_a8() -> None:
     assert all(row["psnr"] > 15 and row["setting"] == "a8" and row["right"] in (True, False) for row in rows)
 
 
+def test_what_skips_do_to_recorded_clips() -> None:
+    """Outputs on a line leave no error behind a line; a held one brings in what it lags behind, times the step's length."""
+    bench = replace(Bench.open(TINY_WAN), steps=STEPS)
+    scheduler = copy.deepcopy(bench.scheduler)
+    scheduler.set_timesteps(STEPS)
+    draw = torch.Generator().manual_seed(0)
+    base, way, x = (torch.randn(2, 3, 2, 4, 4, generator=draw) for _ in range(3))
+    recorded = [(x, base + way * float(sigma)) for sigma in scheduler.sigmas[:-1]]
+    steps = torch.diff(scheduler.sigmas.double())
+    bits, errors = skips_along(bench, recorded, lambda _: controller_of("a8 forecast 1e9 output 1 0"))
+    assert bits == [[8, 8, *([None, 8] * 4)]] * 2
+    lagging = sum(float(steps[step]) * -float(steps[step - 1]) for step in (2, 4, 6, 8))
+    ends = (x + float(steps[-1]) * recorded[-1][1]).double()
+    expected = [abs(lagging) * float(w.double().norm() / end.norm()) for w, end in zip(way, ends)]
+    assert errors == pytest.approx(expected, rel=1e-4)
+    # Step 2 is longer than step 1: the line through steps 0 and 1 ends before it. Later ones span two steps.
+    bits, errors = skips_along(bench, recorded, lambda _: controller_of("a8 line 1e9 line 1 0.4"))
+    assert bits == [[8, 8, 8, 8, None, 8, None, 8, None, 8]] * 2
+    assert max(errors) < 0.1 * min(expected)
+
+
 class _Session:
     """The toy model in the place of a session."""
 
@@ -67,7 +89,7 @@ class _Session:
         return found
 
 
-@pytest.mark.parametrize("policy", ["forecast 0.2 output 2 0", "easycache 0.2 output 2 0", "magcache 0.4 latent 2 0"])
+@pytest.mark.parametrize("policy", ["line 0.3 line 3 0 step", "easycache 0.2 output 2 0", "magcache 0.4 latent 2 0"])
 def test_clips_are_skipped_as_the_runtime_skips(policy: str) -> None:
     bench = replace(Bench.open(TINY_WAN), steps=STEPS)
     prompt = bench_prompts(bench.table, 1, seed=3)[0]

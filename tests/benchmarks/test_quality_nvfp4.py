@@ -11,14 +11,14 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.export.passes.lowering.nvfp4 import lower_nvfp4
 from dvdquant.export.verify.intermediates import Intermediate, cut_out, find_intermediates
 from dvdquant.onnx.prepare import prepare_for_onnxruntime
-from dvdquant.quantize.checkpoint import rotated_weight
 from dvdquant.quantize.hessian import InputHessian
-from dvdquant.system.safetensors_io import read_header, read_tensor
+from dvdquant.quantize.layer import rotated_weight
+from dvdquant.system.safetensors_reader import read_header, read_tensor
 from tests.support import session_exports as made
 from tests.support.nvfp4 import TRT_FP4DynamicQuantize
 from tests.support.quality_scripts import script

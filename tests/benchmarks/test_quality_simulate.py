@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.deploy.switching.controller import StepController
 from dvdquant.model.plan import plan_model
 from dvdquant.numerics.hadamard import Rotation, rotate

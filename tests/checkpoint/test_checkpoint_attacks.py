@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.errors import CheckpointError, DvdquantError
 from tests.support.costs import Costs
 from tests.support.helpers_checkpoint import (

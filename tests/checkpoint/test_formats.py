@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from dvdquant.checkpoint.formats.hunyuan_video import HUNYUAN_VIDEO
-from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint, read_config_file
+from dvdquant.checkpoint.opening import open_checkpoint, read_config_file
+from dvdquant.checkpoint.reader import Checkpoint
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.model.families import get_family
 from dvdquant.model.plan import build_skeleton, plan_model

@@ -12,7 +12,8 @@ import torch
 
 from dvdquant.checkpoint.formats.blocks import BLOCKS, dequantize
 from dvdquant.checkpoint.formats.gguf import MAX_VALUES, TYPES
-from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
+from dvdquant.checkpoint.reader import Checkpoint
 from dvdquant.errors import CheckpointError
 from tests.support import other_formats as formats
 from tests.support import tiny_models as tiny

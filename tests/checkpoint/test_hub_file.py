@@ -12,7 +12,8 @@ import torch
 
 from dvdquant.checkpoint.formats.files import names_file
 from dvdquant.checkpoint.locate import hub_file, is_remote
-from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
+from dvdquant.checkpoint.reader import Checkpoint
 from dvdquant.cli import export as export_command
 from dvdquant.errors import CheckpointError
 from dvdquant.export.options import ExportOptions

@@ -13,11 +13,12 @@ import torch
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 
-from dvdquant.checkpoint.lora import fuse
+from dvdquant.checkpoint.lora import terms
 from dvdquant.checkpoint.lora.fuse import components_of, model_fingerprint, with_loras
 from dvdquant.checkpoint.lora.names import aliases
 from dvdquant.checkpoint.lora.spec import LoraSpec, parse_lora, parse_loras
-from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
+from dvdquant.checkpoint.reader import Checkpoint
 from dvdquant.errors import CheckpointError, DvdquantError, UnsupportedError
 from tests.support import tiny_models as tiny
 from tests.support.lora_files import (
@@ -233,7 +234,7 @@ def test_a_scale_of_zero_changes_nothing(folder: Any, tmp_path: Path) -> None:
 
 def test_layers_larger_than_a_chunk(folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, changes = peft()(folder("wan"), tmp_path / "a.safetensors", "wan")
-    monkeypatch.setattr(fuse, "CHUNK_WEIGHTS", 64 * 128)
+    monkeypatch.setattr(terms, "CHUNK_WEIGHTS", 64 * 128)
     fused = open_checkpoint(fused_folder(folder("wan"), tmp_path / "fused", (changes, 1.0)))
     same(tensors_of(with_loras(open_checkpoint(folder("wan")), [LoraSpec(path)])), tensors_of(fused))
 

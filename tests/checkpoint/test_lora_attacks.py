@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from dvdquant.checkpoint.lora.fuse import with_loras
 from dvdquant.checkpoint.lora.spec import LoraSpec
-from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
+from dvdquant.checkpoint.reader import Checkpoint
 from dvdquant.errors import CheckpointError, DvdquantError
 from tests.support import tiny_models as tiny
 from tests.support.costs import Costs

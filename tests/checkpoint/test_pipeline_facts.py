@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dvdquant.artifact.entries import Source
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
 from dvdquant.checkpoint.prompt_table import PromptTable
-from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.pipelines.adapters import get_adapter
 from dvdquant.deploy.report.page import collect

@@ -11,8 +11,8 @@ import torch
 import dvdquant.export.estimate as estimate
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.checkpoint import reader
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.checkpoint.read_once import ReadOnce
-from dvdquant.checkpoint.reader import open_checkpoint
 from dvdquant.model.plan import plan_model
 from dvdquant.quantize.checkpoint import quantize_checkpoint
 from dvdquant.recipe import get_recipe

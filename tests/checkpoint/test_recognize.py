@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.errors import CheckpointError
 from dvdquant.system.recognize import BLOCK_SCALED, CONTENTS, FOLDERS, TENSORS, recognize_tensors
 from tests.support.helpers_checkpoint import CONFIG, entry, raw_safetensors, save_plain, write_index

@@ -20,8 +20,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.checkpoint.prompt_table import PromptTable
-from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
+from dvdquant.checkpoint.reader import Checkpoint
 from dvdquant.checkpoint.untrusted import UntrustedFolder
 from dvdquant.deploy.pipelines.parts import open_pipeline_folder
 from dvdquant.deploy.pipelines.schedulers import open_table_scheduler

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from dvdquant.cli.serve import devices, gpus, hosts, main, read_keys
+from dvdquant.cli.serve import main
+from dvdquant.cli.serve_options import devices, gpus, hosts, read_keys
 from dvdquant.deploy.serve.direct import DirectModel
 from dvdquant.deploy.serve.model_names import named, named_export
 from dvdquant.deploy.serve.settings import Limits, ModelSource, ServerSettings, SessionSettings

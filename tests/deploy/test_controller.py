@@ -25,7 +25,7 @@ from dvdquant.deploy.switching.controller import (
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.deploy.switching.forecasts import ChangeForecast
 from dvdquant.deploy.switching.gbs import switch_bits
-from dvdquant.deploy.switching.step_cache import StepCachePolicy, keep_residual, reuse
+from dvdquant.deploy.switching.step_cache import StepCachePolicy, keep, reuse
 from dvdquant.errors import UnsupportedError
 from tests.deploy.test_gbs import literal
 
@@ -224,14 +224,46 @@ def test_skipped_steps_count_for_delta_until_they_are_measured() -> None:
 def test_residuals() -> None:
     generator = torch.Generator().manual_seed(0)
     output, x, later = (torch.randn(1, 4, 2, 4, 4, generator=generator) for _ in range(3))
-    assert torch.equal(reuse(keep_residual(output, x, "output"), later, "output"), output)
-    torch.testing.assert_close(reuse(keep_residual(output, x, "latent"), later, "latent"), output - x + later)
+    assert torch.equal(reuse(keep(output, x, "output", 900.0, 8), later, 800.0), output)
+    torch.testing.assert_close(reuse(keep(output, x, "latent", 900.0, 8), later, 800.0), output - x + later)
     # Image to video: the latent carries condition channels behind the ones it is denoised in.
     wide_x, wide_later = (torch.cat((t, torch.full_like(t, 7)), dim=1) for t in (x, later))
-    torch.testing.assert_close(reuse(keep_residual(output, wide_x, "latent"), wide_later, "latent"), output - x + later)
-    kept = keep_residual(output, x, "output")
-    output.zero_()
-    assert kept.abs().sum() > 0
+    found = reuse(keep(output, wide_x, "latent", 900.0, 8), wide_later, 800.0)
+    torch.testing.assert_close(found, output - x + later)
+    for residual in ("output", "line"):  # what is returned may be changed in place
+        kept = keep(output, x, residual, 900.0, 8)  # type: ignore[arg-type]
+        reuse(kept, later, 800.0).zero_()
+        assert torch.equal(kept.tensor, output)
+
+
+def test_a_line_goes_through_the_last_two_outputs() -> None:
+    """Outputs that are whole multiples of a power of two, so that every sum is exact."""
+    base, way = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([4.0, 1.0, -8.0])
+
+    def at(timestep: float) -> torch.Tensor:
+        return base + way * timestep / 1024
+
+    first = keep(at(1024), base, "line", 1024.0, 8)
+    assert torch.equal(reuse(first, base, 512.0), at(1024))  # one output makes no line
+    second = keep(at(768), base, "line", 768.0, 8, first)
+    for timestep in (768.0, 704.0, 640.0, 512.0):
+        assert torch.equal(reuse(second, base, timestep), at(timestep))
+    assert torch.equal(reuse(second, base, 256.0), at(512))  # no farther than from the one to the other
+    assert torch.equal(reuse(second, base, 896.0), at(768))  # and never back
+    third = keep(at(704), base, "line", 704.0, 8, second)
+    assert torch.equal(reuse(third, base, 672.0), at(672))
+    again = keep(at(600), base, "line", 704.0, 8, third)  # the same timestep twice: no line
+    assert torch.equal(reuse(again, base, 672.0), at(600))
+    for bits, before in ((4, 8), (8, 4), (4, 4)):
+        last = keep(at(1024), base, "line", 1024.0, before)
+        assert torch.equal(reuse(keep(at(768), base, "line", 768.0, bits, last), base, 512.0), at(768))
+    other = keep(at(1024)[:2], base, "line", 1024.0, 8)
+    assert torch.equal(reuse(keep(at(768), base, "line", 768.0, 8, other), base, 512.0), at(768))
+    for dtype in (torch.float16, torch.bfloat16):
+        last = keep(at(1024).to(dtype), base, "line", 1024.0, 8)
+        found = reuse(keep(at(768).to(dtype), base, "line", 768.0, 8, last), base, 512.0)
+        assert found.dtype == dtype
+        assert torch.equal(found, at(512).to(dtype))
 
 
 @pytest.mark.parametrize(

@@ -248,9 +248,23 @@ def test_where_it_does_not_apply() -> None:
     refused(run(out, "--prompt", PROMPT, "--fuse", "--mode", "16", "-o", "clip.mp4"), "--fuse", "leave one")
 
 
+@pytest.mark.parametrize(
+    ("name", "attentions", "kinds_of"),
+    [
+        ("wan", 1, ("fp8", "int8")),
+        pytest.param("ltx-video", 1, ("fp8",), marks=pytest.mark.stress),
+        pytest.param("hunyuan-video", 2, ("fp8",), marks=pytest.mark.stress),  # a double and a single block
+        pytest.param("cogvideox", 1, ("fp8",), marks=pytest.mark.stress),
+    ],
+)
 @pytest.mark.usefixtures("double")
-def test_q_and_k_come_to_8_bit_attention_by_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norm, rope, rotation and codes of Wan's q and k, from the second call on; before, and for int8, in 16 bit."""
+def test_q_and_k_come_to_8_bit_attention_by_one_kernel(
+    name: str, attentions: int, kinds_of: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norm, rope, rotation and codes of q and k, from the second call on; before, and for int8, in 16 bit.
+
+    CogVideoX's layer norm gives no bound: 16 bit.
+    """
     monkeypatch.setattr(ladder, "MIN_TOKENS", 16)
     found: list[int] = []
     fuse = fusion.fuse_attention
@@ -260,25 +274,25 @@ def test_q_and_k_come_to_8_bit_attention_by_one_kernel(monkeypatch: pytest.Monke
     monkeypatch.setattr(
         operation, "run_rope_quantize", lambda *given: kinds.append((made := rope(*given)).dtype) or made
     )
-    artifact = Artifact.open(made.family_export("wan"))
+    artifact = Artifact.open(made.family_export(name))
     inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
-    for kind in ("fp8", "int8"):
+    with PyTorchSession(artifact, bits=[8]) as session:
+        sixteen = session.run(inputs, 8)
+    for kind in kinds_of:
         options = {"bits": [8], "attention": kind, "attention_backend": "reference"}
         with PyTorchSession(artifact, **options) as session:
             apart = session.run(inputs, 8)
-        with PyTorchSession(artifact, bits=[8]) as session:
-            sixteen = session.run(inputs, 8)
         torch._dynamo.reset()
         with PyTorchSession(artifact, **options, fuse=True) as session:
             session.run(inputs, 8)
             kinds.clear()
             fused = session.run(inputs, 8)
-        codes = torch.float8_e4m3fn if kind == "fp8" else torch.bfloat16
+        codes = torch.float8_e4m3fn if kind == "fp8" and name != "cogvideox" else torch.bfloat16
         assert set(kinds) == {codes}
         # Rounded less often than apart, and as far from attention in 16 bit.
         distance = made.relative(apart, sixteen)
         assert 0.5 * distance < made.relative(fused, sixteen) < 1.3 * distance
-    assert set(found) == {1}
+    assert sum(found) == attentions * len(kinds_of)
 
 
 @pytest.mark.usefixtures("double")

@@ -128,7 +128,7 @@ def test_text_saved_without_guidance(tmp_path: Path) -> None:
 
 
 def _record(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    from dvdquant.system.safetensors_io import read_header
+    from dvdquant.system.safetensors_reader import read_header
 
     return load_file(path), json.loads(read_header(path).metadata["dvdquant"])
 

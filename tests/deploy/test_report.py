@@ -126,7 +126,7 @@ def test_page_holds_the_numbers_of_the_manifest(page: Page, manifest: Manifest) 
 
 
 def test_parameters_are_those_of_the_checkpoint(page: Page, source: Path) -> None:
-    from dvdquant.checkpoint.reader import open_checkpoint
+    from dvdquant.checkpoint.opening import open_checkpoint
 
     checkpoint = open_checkpoint(source, component="transformer")
     elements = sum(math.prod(info.shape) for info in checkpoint.tensors.values())

@@ -17,6 +17,7 @@ from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.defaults import CACHE_POLICIES, CachePolicy
 from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.deploy.switching.forecasts import NOT_MOVED, EasyForecast, Growth, MagnitudeForecast, Moved, moved_since
+from dvdquant.deploy.switching.gbs import Weighting
 from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.deploy.switching.step_cache import POLICIES, StepCachePolicy
 from dvdquant.errors import EngineError, UnsupportedError
@@ -25,7 +26,7 @@ from tests.support.tiny_pipelines import arguments, build_pipeline
 
 STEPS = 24
 # Thresholds at which the trajectories below skip some steps and compute others.
-MIDDLE: dict[CachePolicy, float] = {"forecast": 0.25, "easycache": 0.25, "magcache": 0.06}
+MIDDLE: dict[CachePolicy, float] = {"forecast": 0.25, "line": 0.25, "easycache": 0.25, "magcache": 0.06}
 
 
 def norm(tensor: Tensor) -> float:
@@ -49,19 +50,20 @@ def skips_literally(
             else:
                 rates = []
                 for new, old in zip(computed[:0:-1], computed[-2::-1]):  # the newest first
-                    if policy.policy == "forecast":
+                    if policy.policy in ("forecast", "line"):
                         rate = norm(outputs[new] - outputs[old]) / norm(outputs[old])
                     else:
                         rate = math.log(norm(outputs[new] - latents[new]) / norm(outputs[old] - latents[old]))
                     rates.append(rate / (times[old] - times[new]))
                 growth = max(1.0, abs(rates[0] / rates[1])) if len(rates) > 1 else 1.0
-                if policy.policy == "forecast":
+                if policy.policy in ("forecast", "line"):
                     error = rates[0] * growth * (times[i - 1] - time)
                 else:
                     error = abs(1 - math.exp(rates[0] * growth * (times[j] - time)))
+        weight = (times[i - 1] - time) * len(times) / 1000 if policy.weighting == "step" else 1.0
         first = max(2, round(policy.warm_up * len(times)))
         may = first <= i < len(times) - 1 and len(errors) < policy.max_skips
-        skip = may and error is not None and sum(errors) + error < policy.threshold
+        skip = may and error is not None and (sum(errors) + error) * weight < policy.threshold
         if skip:
             assert error is not None
             errors.append(error)
@@ -126,7 +128,8 @@ def test_decisions_are_the_equations(name: CachePolicy) -> None:
     for seed in range(8):
         world = Trajectory(seed)
         for factor in (0.5, 1.0, 2.0):
-            policy = StepCachePolicy(factor * MIDDLE[name], "output", 2 + seed % 4, name, 0.25 * (seed % 2))
+            weighting: Weighting = "step" if seed > 3 else "none"
+            policy = StepCachePolicy(factor * MIDDLE[name], "line", 2 + seed % 4, name, 0.25 * (seed % 2), weighting)
             runner = drawn(world, StepController("fixed", cache=policy), ("cond", "uncond"))
             expected = skips_literally(policy, world.latents, world.outputs[8], world.times)
             assert skipped(runner) == expected == skipped(runner, "uncond")
@@ -150,6 +153,7 @@ def test_decisions_with_two_engines_and_steps_that_run_again(name: CachePolicy) 
     assert any(record.retried for record in runner.trace)
     assert runner.summary()["cache"] == {
         "threshold": policy.threshold, "residual": policy.residual, "max_skips": 3, "policy": name, "warm_up": 0.0,
+        "weighting": "none",
     }  # fmt: skip
 
 
@@ -230,6 +234,40 @@ def test_how_far_a_latent_moved() -> None:
     assert moved_since(x, None, None) == NOT_MOVED
     assert moved_since(x, x + 1, None) == Moved(1.0, None)
     assert moved_since(x, torch.zeros(2), x.float() - 0.5) == Moved(None, 0.5)
+
+
+class Straight:
+    """Outputs on a straight line over the timestep, another one for each branch, in the place of a session."""
+
+    bits = (4, 8)
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.base, self.way = (torch.randn(2, 1, 4, 2, 4, 4, generator=draw, dtype=torch.float64) for _ in range(2))
+
+    def at(self, branch: int, timestep: float) -> Tensor:
+        return self.base[branch] + self.way[branch] * timestep / 1000
+
+    def run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
+        return self.at(int(inputs["branch"]), float(inputs["timestep"]))
+
+
+def test_outputs_on_a_line_are_reproduced_in_both_branches() -> None:
+    """To rounding, in two requests with other steps: 0, 1, 5, 9, 13 and the last are computed."""
+    world = Straight()
+    runner = StepRunner(world, StepController("fixed", cache=StepCachePolicy(1e9, "line", 3)))  # type: ignore[arg-type]
+    for length in (50, 30):
+        runner.begin_request(16)
+        assert not runner._parts
+        times = [1000.0 - length * step for step in range(16)]
+        for step, time in enumerate(times):
+            for branch, name in enumerate(("cond", "uncond")):
+                given = {"hidden_states": world.base[0], "timestep": torch.tensor(time), "branch": torch.tensor(branch)}
+                output = runner.run(given, branch=name, step=step, steps=16)
+                assert (runner.trace[-1].bits is None) == (step not in (0, 1, 5, 9, 13, 15))
+                # Steps 0 and 1 are known one step from each other, so their line ends at step 2.
+                reached = times[2] if step in (3, 4) else time
+                torch.testing.assert_close(output, world.at(branch, reached), rtol=1e-12, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------ whole pipelines
@@ -332,6 +370,10 @@ def test_policies_that_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UnsupportedError, match=words) as caught:
         make_controller(**{**common, **options})
     assert caught.value.fix or caught.value.available
+    for field in ("residual", "weighting"):
+        with pytest.raises(UnsupportedError, match=f"{field}|reuse") as caught:
+            StepCachePolicy(0.1, **{field: "square"})
+        assert caught.value.available
     for share in (-0.1, 1.5, "0.2", math.nan):
         with pytest.raises(UnsupportedError, match="warm_up"):
             StepCachePolicy(0.1, warm_up=share)  # type: ignore[arg-type]

@@ -216,30 +216,40 @@ def test_inputs_outside_the_profile_are_no_engine_failure(session: FaultySession
 # ----------------------------------------------------------------------------------------------------------- step cache
 
 
-@pytest.mark.parametrize("residual", ["output", "latent"])
+@pytest.mark.parametrize("residual", ["output", "latent", "line"])
 def test_skipped_steps_reuse_what_was_computed(session: FaultySession, residual: str) -> None:
     cache = StepCachePolicy(3.0, residual=residual, max_skips=2)  # type: ignore[arg-type]
-    runner, last, asked = switch(session, cache=cache), None, 0
+    runner, asked, lines = switch(session, cache=cache), 0, 0
+    # Output, latent, timestep and bits of the computed steps.
+    computed: list[tuple[Tensor, Tensor, float, int]] = []
     for step, inputs in walk(session, 20):
         for branch in ("cond", "uncond"):
             output = runner.run(inputs, branch=branch, step=step, steps=20)
             record = runner.trace[-1]
             if record.bits is None:
-                assert last is not None
-                expected = last[0] if residual == "output" else last[0] - last[1] + inputs["hidden_states"]
+                last, latent, time, bits = computed[-1]
+                terms = [last]
+                if residual == "latent":
+                    terms += [-latent, inputs["hidden_states"]]
+                elif residual == "line" and bits == computed[-2][3] == 8:
+                    before, _, began, _ = computed[-2]
+                    reach = min(1.0, (record.timestep - time) / (time - began))
+                    terms += [reach * last.double(), -reach * before.double()]
+                    lines += 1
+                exact = sum(term.double() for term in terms)
                 # Three terms, of which each sum is rounded to the dtype of the outputs at most once.
-                size = sum(term.double().abs() for term in (last[0], last[1], inputs["hidden_states"], expected))
-                bound = UNIT[output.dtype] * 2 * size
-                assert bool(((output.double() - expected.double()).abs() <= bound).all())
+                size = sum(term.double().abs() for term in (*terms, exact))
+                assert bool(((output.double() - exact).abs() <= UNIT[output.dtype] * 2 * size).all())
                 assert record.reason.startswith("cache: predicted change")
                 asked += branch == "cond"
             elif branch == "cond":
-                kept = (output, inputs["hidden_states"])
+                kept = (output, inputs["hidden_states"], record.timestep, record.bits)
         if bits_of(runner)[-1] is not None:
-            last = kept
+            computed.append(kept)
     assert bits_of(runner) == bits_of(runner, "uncond")
     assert runner.summary()["skipped"] == 2 * asked > 0
     assert len(session.calls) == 2 * (20 - asked)
+    assert (lines > 0) == (residual == "line")
 
 
 def test_a_planned_skip(session: FaultySession) -> None:

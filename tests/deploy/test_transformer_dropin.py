@@ -361,7 +361,7 @@ def test_refuses_other_dtypes_and_devices(
         assert "device='cuda" in str(caught.value.fix)
     # As on a GPU: the CPU is where offloading moves things, another GPU is not where the engines are.
     monkeypatch.setattr(transformer.session, "device", torch.device("cuda:0"))
-    with caplog.at_level(logging.INFO, "dvdquant.deploy.pipelines.transformer"):
+    with caplog.at_level(logging.INFO, "dvdquant.deploy.pipelines.fixed_place"):
         transformer.to("cpu").to("cuda").to("cuda:0").cpu()
     assert len([r for r in caplog.records if "stay on cuda:0" in r.getMessage()]) == 1
     with pytest.raises(UnsupportedError, match="cuda:1"):

@@ -213,7 +213,7 @@ def test_what_does_not_fit_is_refused_before_work(out: Path, tmp_path: Path, ten
         (r"is for \w+, and this machine is", {"plugins": [arm, pc]}),
         (r"are for 80, 90a, 100, 120, and this GPU has SM 8\.7", {"plugins": [desktop]}),
         (r"is no plugin library", {"plugins": [tmp_path / "text.so"]}),
-        (r"weights take .* of device memory(?s:.*)GiB on Orin", {"gpu": dataclasses.replace(ORIN, memory_bytes=10**6)}),
+        (r"weights take .* of device memory(?s:.*) on Orin", {"gpu": dataclasses.replace(ORIN, memory_bytes=10**6)}),
         (r"no engine of 6 bits to build(?s:.*)4 bits, 8 bits", {"bits": [6]}),
     ]
     for text, changes in cases:
@@ -289,6 +289,7 @@ def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeyp
     (tmp_path / "wheels" / "some-1.0-py3-none-any.whl").write_bytes(b"a wheel")
     said = pack(made, tmp_path / "orin.tar", "--plugin", plugin, "--wheels", tmp_path / "wheels")
     assert "dvdq-build orin.tar -o orin --plugin bundled" in said
+    assert "has no wheel of dvdquant" in said
     # Refused before anything is unpacked.
     there = tmp_path / "device"
     thor = dataclasses.replace(ORIN, name="Thor", sm="11.0")
@@ -303,6 +304,22 @@ def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeyp
         result = CliRunner().invoke(build_main, [str(tmp_path / "orin.tar"), "-o", str(there), "--plugin", "bundled"])
         assert result.exit_code == 2
         assert text in result.output
+    # A bundle without a plugin library is for that SM just as well, and says what it lacks.
+    pack(made, tmp_path / "bare.tar")
+    library = ("--plugin", "bundled")
+    for gpu, bundle, options, text in (
+        (thor, "bare.tar", (), "is for SM 8.7, and this GPU (Thor) has SM 11.0"),
+        (thor, "bare.tar", ("--dry-run",), "--plugin FILE, for it holds no plugin library"),
+        (ORIN, "bare.tar", (), "holds none"),
+        (ORIN, "bare.tar", library, "holds none"),
+        (ORIN, "orin.tar", (), "--plugin bundled takes that of the bundle"),
+    ):
+        monkeypatch.setattr("dvdquant.system.gpu.read_gpu", lambda gpu=gpu: gpu)
+        monkeypatch.setattr("dvdquant.backends.load_backend", lambda name: Backend(name, None, "11.4.0.1"))
+        result = CliRunner().invoke(build_main, [str(tmp_path / bundle), "-o", str(there), *options])
+        assert result.exit_code == 2
+        assert text in result.output
+    assert not there.exists()
     whole = (tmp_path / "orin.tar").read_bytes()
     (tmp_path / "changed.tar").write_bytes(whole[: len(whole) // 2] + b"?" + whole[len(whole) // 2 + 1 :])
     with (

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dvdquant.artifact.transaction import ExportTransaction
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.export.engines.precision import plan_engines
 from dvdquant.export.estimate import Estimate, engine_weight_bytes, estimate_export, packed_bytes
 from dvdquant.export.options import ExportOptions

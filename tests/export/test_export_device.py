@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dvdquant.artifact.manifest import load_manifest
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.errors import ExportError, UnsupportedError
 from dvdquant.export import pipeline
 from dvdquant.model.plan import plan_model

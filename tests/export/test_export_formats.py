@@ -14,7 +14,8 @@ import torch
 from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.provenance import source_of
 from dvdquant.artifact.transaction import ExportTransaction
-from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
+from dvdquant.checkpoint.reader import Checkpoint
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import open_generator
 from dvdquant.deploy.generation.original import load_original
@@ -26,7 +27,7 @@ from dvdquant.model.plan import plan_model
 from dvdquant.quantize.checkpoint import quantize_checkpoint
 from dvdquant.recipe import get_recipe
 from dvdquant.system.progress import Progress
-from dvdquant.system.safetensors_io import read_header, read_tensor
+from dvdquant.system.safetensors_reader import read_header, read_tensor
 from tests.checkpoint import test_gguf as gguf
 from tests.support import other_formats as formats
 from tests.support import tiny_models as tiny

@@ -22,6 +22,7 @@ from dvdquant.export.graph.trace import profile_shapes
 from dvdquant.export.options import ExportOptions
 from dvdquant.export.passes.fp8_attention import LONG_TOKENS, AttentionScales, fp8_attention
 from dvdquant.export.passes.lowering.int8 import lower_int8
+from dvdquant.export.passes.lowering.nvfp4 import lower_nvfp4
 from dvdquant.export.pipeline import run_export
 from dvdquant.export.plan import plan_export
 from dvdquant.export.verify.attention import attention_intermediates, judge_attention, quantized_attention
@@ -65,8 +66,8 @@ def quantized(export: Export, path: Path | None = None) -> tuple[ir.Model, list[
     return model, fp8_attention(model, export.plan.family.tokens(*export.sizes.at("max")))
 
 
-def build(export: Export, model: ir.Model, sms: tuple[str, ...], folder: Path) -> Any:
-    lower_int8(model)
+def build(export: Export, model: ir.Model, sms: tuple[str, ...], folder: Path, lower: Any = lower_int8) -> Any:
+    lower(model)
     path = export.root / "onnx" / f"{folder.name}.onnx"
     ir.save(model, path)
     profile = profile_shapes(export.plan.family, export.sizes)
@@ -91,6 +92,31 @@ def test_one_fp8_kernel_is_built_for_each_attention(small: Export, tmp_path: Pat
     model, scales = quantized(small)
     assert [each.name for each in scales] == [f"blocks.{i}.attn1" for i in range(2)]
     assert build(small, model, ("8.9", "12.0"), tmp_path).attention == FUSED["wan"]
+
+
+def test_nvfp4_layers_leave_the_attention_in_fp8(small: Export) -> None:
+    """The operands of the attention keep their Q/DQ and scales; every layer has the FP4 products of its own."""
+    model, scales = quantized(small)
+    layers = sum(node.op_type == "QuantLinear" for node in model.graph)
+
+    def operands() -> dict[str, float]:
+        nodes = [node for node in model.graph if node.op_type == "QuantizeLinear" and ".attn1." in (node.name or "")]
+        return {node.name or "": float(node.inputs[1].const_value.numpy()) for node in nodes}  # type: ignore[union-attr]
+
+    before = operands()
+    assert before == {f"{each.name}.{side}_q": getattr(each, side) for each in scales for side in "qkvp"}
+    lower_nvfp4(model)
+    assert operands() == before
+    assert not any(node.op_type == "QuantLinear" for node in model.graph)
+    assert sum(node.op_type == "TRT_FP4DynamicQuantize" for node in model.graph) == layers
+
+
+@pytest.mark.stress  # the graph is judged above
+def test_nvfp4_layers_and_fp8_attention_are_built_into_one_engine(small: Export, tmp_path: Path) -> None:
+    model, _ = quantized(small)
+    report = build(small, model, ("12.0",), tmp_path, lower_nvfp4)
+    assert report.attention == FUSED["wan"]
+    assert any("FP4" in kind for kind in report.products)
 
 
 def test_the_plain_graph_still_builds_16_bit_attention(small: Export, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from dvdquant.export.verify.graph import Verifier, verify_graph
 from dvdquant.model.families import Axis, Sizes
 from dvdquant.model.plan import plan_model
 from dvdquant.recipe import ActivationSpec, Recipe, WeightSpec, get_recipe
-from dvdquant.system.safetensors_io import read_header
+from dvdquant.system.safetensors_reader import read_header
 from tests.support import tiny_models as tiny
 from tests.support.exporting import TINY_WAN, Export, check_layers, export_graphs, with_changes
 from tests.support.traces import traced

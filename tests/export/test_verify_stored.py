@@ -18,7 +18,8 @@ from torch import Tensor
 from dvdquant.artifact.manifest import load_manifest
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.artifact.verify_files import verify_files
-from dvdquant.checkpoint.reader import Checkpoint, open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
+from dvdquant.checkpoint.reader import Checkpoint
 from dvdquant.errors import ExportError
 from dvdquant.export.model_card import model_card
 from dvdquant.export.verify.stored import StoredCheck, verify_stored
@@ -27,7 +28,7 @@ from dvdquant.numerics.packing import pack_int4, unpack_int4
 from dvdquant.quantize.checkpoint import PackedWeights, quantize_checkpoint
 from dvdquant.recipe import RECIPES, get_recipe
 from dvdquant.system.progress import Progress
-from dvdquant.system.safetensors_io import read_header, read_tensor
+from dvdquant.system.safetensors_reader import read_header, read_tensor
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, change, digests, in_process, refused, rehash, run
 

@@ -128,6 +128,8 @@ WRONG: list[tuple[type[HostLibrary], str, int, str]] = [
     (wrong.RoughGelu, "fused", 90, "fused: gelu"),
     (wrong.OneGate, "fused", 90, "fused: layer"),
     (wrong.SwapsTables, "rope", 90, "rope: 16 bit"),
+    (wrong.TurnsTheText, "rope", 90, "rope: 16 bit"),
+    (wrong.ForgetsTheBias, "rope", 90, "rope: e4m3"),
     (wrong.NoRotation, "rope", 90, "rope: e4m3"),
     (wrong.RoundsTwice, "rope", 90, "rope: e4m3"),
     (wrong.WidestGrid, "quantizer", 90, "quantizer: search"),

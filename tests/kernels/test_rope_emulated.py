@@ -13,6 +13,7 @@ import torch
 
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.ops.attention.definition import e4m3_codes
+from dvdquant.ops.cuda.arguments import RopePointers, rope_struct
 from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.rope import Rope, apply_rope, rope_quantize, run_rope_quantize
 from tests.support.emulated_kernels import library as library
@@ -96,8 +97,37 @@ def test_what_is_refused(library: KernelLibrary) -> None:
         run_rope_quantize(kernels, x, replace(rope, head=16, cosines=None, sines=None))
     with pytest.raises(UnsupportedError, match="up to 8192"):
         run_rope_quantize(kernels, torch.zeros(1, 1, 8320, dtype=torch.bfloat16), Rope(128))
-    with pytest.raises(ShapeError, match="a table"):
+    with pytest.raises(UnsupportedError, match=r"take no torch\.float32"):
+        run_rope_quantize(kernels, x.float(), rope)
+    with pytest.raises(ShapeError, match="a table of 9 rows from token 0 of 1 samples of 8 tokens"):
         run_rope_quantize(kernels, x[:, 1:], rope)
+    with pytest.raises(ShapeError, match="a table of 9 rows from token 1"):
+        run_rope_quantize(kernels, x, replace(rope, first=1))
+    with pytest.raises(ShapeError, match="of rows of 128 or 1536"):
+        run_rope_quantize(kernels, x, replace(rope, per_channel=True))
+    with pytest.raises(ShapeError, match="a bias"):
+        run_rope_quantize(kernels, x, replace(rope, bias=x.new_zeros(128)))
+    with pytest.raises(ShapeError, match="a place for the result"):
+        run_rope_quantize(kernels, x, rope, torch.empty_like(x))
     with pytest.raises(ShapeError, match="a weight"):
         run_rope_quantize(kernels, x, replace(rope, norm="head"))
     assert run_rope_quantize(kernels, x[:, :0], Rope(128)).shape == (1, 0, 1536)
+
+
+def test_the_binding_names_what_it_takes() -> None:
+    """And the library what fits into a sample."""
+    pointers = RopePointers(64, 64, "bf16", 64, 4)
+    assert rope_struct(replace(pointers, norm="layer")).norm == 3
+    for wrong, words in (
+        (replace(pointers, dtype="fp8"), "no 'fp8' of q and k"),
+        (replace(pointers, norm="rms"), "no 'rms' norm"),
+    ):
+        with pytest.raises(UnsupportedError, match=words):
+            rope_struct(wrong)
+
+
+def test_rope_beyond_a_sample_is_refused(library: KernelLibrary) -> None:
+    place = torch.zeros(1024, dtype=torch.bfloat16)
+    pointers = RopePointers(64, 64, "bf16", 64, 4, 64, 2, 3, cosines=place.data_ptr(), sines=place.data_ptr())
+    with pytest.raises(ShapeError, match="rope of 3 tokens from token 2 of samples of 4"):
+        library.rope_quantize(pointers, place.data_ptr(), place.data_ptr(), 4, 0)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import CheckpointError, DvdquantError, UnsupportedError
 from dvdquant.export.estimate import estimate_export

@@ -12,7 +12,7 @@ from dvdquant.numerics.hadamard import Rotation, rotate
 from dvdquant.numerics.packing import expand_zero, pack_int4
 from dvdquant.quantize.backends.numba_rows import for_row_parts, hadamard_rows, pack_rows, squared_errors
 from dvdquant.quantize.bgr import quantize_weight, relative_mse
-from dvdquant.quantize.checkpoint import rotate_rows
+from dvdquant.quantize.layer import rotate_rows
 from dvdquant.recipe import WeightSpec
 from tests.support.bounds import LAMBDA, UNIT
 

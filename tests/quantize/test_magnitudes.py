@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dvdquant.artifact.transaction import ExportTransaction
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.errors import CheckpointError
 from dvdquant.model.plan import plan_model
-from dvdquant.quantize.checkpoint import PackedWeights, _shift, quantize_checkpoint, rotated_weight
+from dvdquant.quantize.checkpoint import PackedWeights, quantize_checkpoint
+from dvdquant.quantize.layer import _shift, rotated_weight
 from dvdquant.quantize.layer_inputs import LayerInputs
 from dvdquant.quantize.magnitudes import largest
 from dvdquant.recipe import get_recipe

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dvdquant.quantize.checkpoint as quantize_module
+import dvdquant.quantize.layer as layer_module
 from dvdquant.artifact.transaction import ExportTransaction
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.errors import CheckpointError, OutputError, ShapeError
 from dvdquant.export.graph.trace import trace_graph
 from dvdquant.export.graph.writer import GraphWriter
@@ -27,13 +28,14 @@ from dvdquant.numerics.hadamard import rotate
 from dvdquant.numerics.packing import unpack_int4
 from dvdquant.ops.reference import dequantize_weight
 from dvdquant.quantize.bgr import quantize_weight
-from dvdquant.quantize.checkpoint import PackedWeights, plan_shards, quantize_checkpoint, rotate_rows
+from dvdquant.quantize.checkpoint import PackedWeights, plan_shards, quantize_checkpoint
 from dvdquant.quantize.gptq import gptq_round
 from dvdquant.quantize.hessian import synthetic_hessians
+from dvdquant.quantize.layer import rotate_rows
 from dvdquant.quantize.layer_inputs import LayerInputs, layer_inputs, noise_levels
 from dvdquant.recipe import RECIPES, get_recipe
 from dvdquant.system.progress import Progress
-from dvdquant.system.safetensors_io import read_tensor
+from dvdquant.system.safetensors_reader import read_tensor
 from tests.support import tiny_models as tiny
 
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -156,8 +158,8 @@ def test_sampled_rows_stand_for_all_whatever_the_chunks(
 ) -> None:
     tables = {}
     for name, chunk, rows in (("all", 1 << 23, 1 << 20), ("sampled", 1 << 23, 16), ("in chunks", 128 * 7, 16)):
-        monkeypatch.setattr(quantize_module, "CHUNK_WEIGHTS", chunk)
-        monkeypatch.setattr(quantize_module, "SAMPLED_ROWS", rows)
+        monkeypatch.setattr(layer_module, "CHUNK_WEIGHTS", chunk)
+        monkeypatch.setattr(layer_module, "SAMPLED_ROWS", rows)
         packed = quantize(model, tmp_path / name, plan())
         tables[name] = torch.tensor([[e["relative_mse"], e["relative_mse_minmax"]] for e in packed.layers])
     torch.testing.assert_close(tables["in chunks"], tables["sampled"], rtol=1e-5, atol=0)
@@ -170,7 +172,7 @@ def test_sampled_rows_stand_for_all_whatever_the_chunks(
 
 def test_chunks_do_not_change_a_bit(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize(model, tmp_path / "whole", plan())
-    monkeypatch.setattr(quantize_module, "CHUNK_WEIGHTS", 128 * 7)
+    monkeypatch.setattr(layer_module, "CHUNK_WEIGHTS", 128 * 7)
     monkeypatch.setattr(quantize_module, "BATCH_BYTES", 1000)
     quantize(model, tmp_path / "chunks", plan())
     assert digests(tmp_path / "chunks/tree") == digests(tmp_path / "whole/tree")
@@ -281,18 +283,18 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, target: str, calls: int) -> Call
 @pytest.mark.parametrize("layers", [0, 1, 5, 13])
 def test_resume_is_bit_identical(layers: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = quantize(model, tmp_path / "whole", plan())
-    undo = stop_after(monkeypatch, "_quantize_layer", layers)
+    undo = stop_after(monkeypatch, "quantize_layer", layers)
     with pytest.raises(Interrupted):
         quantize(model, tmp_path / "cut", plan())
     undo()
     counted: list[str] = []
-    real = quantize_module._quantize_layer
+    real = quantize_module.quantize_layer
 
     def count(checkpoint: Any, made: Any, spec: Any, *rest: Any) -> Any:
         counted.append(spec.name)
         return real(checkpoint, made, spec, *rest)
 
-    monkeypatch.setattr(quantize_module, "_quantize_layer", count)
+    monkeypatch.setattr(quantize_module, "quantize_layer", count)
     packed = quantize(model, tmp_path / "cut", plan(), resume=True)
     assert counted == [spec.name for spec in plan().layers][layers:]
     assert digests(tmp_path / "cut/tree") == digests(tmp_path / "whole/tree")
@@ -302,7 +304,7 @@ def test_resume_is_bit_identical(layers: int, model: Path, tmp_path: Path, monke
 def test_resume_after_several_interruptions(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize(model, tmp_path / "whole", plan())
     monkeypatch.setattr(quantize_module, "BATCH_BYTES", 20_000)
-    for target, calls in (("_quantize_layer", 3), ("_quantize_layer", 4), ("_converted", 20)):
+    for target, calls in (("quantize_layer", 3), ("quantize_layer", 4), ("_converted", 20)):
         undo = stop_after(monkeypatch, target, calls)
         with pytest.raises(Interrupted):
             quantize(model, tmp_path / "cut", plan(), resume=True)
@@ -311,7 +313,7 @@ def test_resume_after_several_interruptions(model: Path, tmp_path: Path, monkeyp
     assert digests(tmp_path / "cut/tree") == digests(tmp_path / "whole/tree")
 
 
-@pytest.mark.parametrize(("target", "calls"), [("_quantize_layer", 6), ("_converted", 0)])
+@pytest.mark.parametrize(("target", "calls"), [("quantize_layer", 6), ("_converted", 0)])
 def test_a_tensor_that_did_not_reach_the_disk_is_written_again(
     target: str, calls: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,7 +369,7 @@ def test_nonfinite_names_survive_resume(model: Path, tmp_path: Path, monkeypatch
     for name in NAMES:
         tensors[name].view(-1)[0] = float("nan")
     save_file(tensors, source / SINGLE)
-    undo = stop_after(monkeypatch, "_quantize_layer", 4)
+    undo = stop_after(monkeypatch, "quantize_layer", 4)
     with pytest.raises(Interrupted):
         quantize(source, tmp_path, plan(), allow_nonfinite=True)
     undo()

@@ -9,15 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 from dvdquant.artifact.transaction import ExportTransaction
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.model.layers import QuantLinear, RotationTable
 from dvdquant.model.plan import ModelPlan, plan_model
 from dvdquant.numerics.hadamard import Rotation, rotate
 from dvdquant.ops.prepared_cache import PreparedCache
 from dvdquant.ops.quant_linear import smooth_quant_linear
 from dvdquant.ops.smooth import apply_pre_quant, pack_pre_quant, smooth_input
-from dvdquant.quantize.checkpoint import quantize_checkpoint, rotated_weight
+from dvdquant.quantize.checkpoint import quantize_checkpoint
 from dvdquant.quantize.hessian import random_signs_of
+from dvdquant.quantize.layer import rotated_weight
 from dvdquant.recipe import get_recipe
 from dvdquant.system.progress import Progress
 from tests.support import tiny_models as tiny

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from dvdquant.cli.export import main as export_main
 from dvdquant.system.files import hash_file
-from dvdquant.system.safetensors_io import read_header, read_tensor
+from dvdquant.system.safetensors_reader import read_header, read_tensor
 from tests.support.exporting import REPOSITORY
 
 SINGLE = "diffusion_pytorch_model.safetensors"

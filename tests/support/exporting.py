@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dvdquant.artifact.entries import GraphEntry
 from dvdquant.artifact.transaction import ExportTransaction
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.export.graph.writer import FLAVOURS, GraphWriter
 from dvdquant.export.verify.graph import load_quantized
 from dvdquant.export.verify.intermediates import load_graph

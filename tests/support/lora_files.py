@@ -15,7 +15,7 @@ from torch import Tensor
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.checkpoint.lora.fuse import with_loras
 from dvdquant.checkpoint.lora.spec import LoraSpec
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.model.plan import plan_model
 from dvdquant.quantize.checkpoint import quantize_checkpoint
 from dvdquant.recipe import get_recipe

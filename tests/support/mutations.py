@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.errors import DvdquantError
 from tests.support.costs import Costs
 from tests.support.helpers_checkpoint import memory_folder

@@ -15,18 +15,18 @@ import argparse
 import datetime
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from dvdquant.system.processor import processor_name
 from tests.support.costs import RECORD
 
 ROOT = Path(__file__).resolve().parents[2]
 
 PARTS = {
-    "safetensors": "tests/system/test_safetensors_io.py::test_random_mutations_never_crash[100000]",
+    "safetensors": "tests/system/test_safetensors_reader.py::test_random_mutations_never_crash[100000]",
     "indexes": "tests/checkpoint/test_checkpoint_attacks.py::test_mutated_configs_and_indexes[100000]",
     "gguf": "tests/checkpoint/test_gguf.py::test_mutations[20000]",
     "single-files": "tests/checkpoint/test_formats.py::test_mutations[7000-",
@@ -92,10 +92,9 @@ def _table(lines: list[dict[str, object]]) -> str:
     commit = subprocess.run(
         ["git", "rev-parse", "--short=9", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
-    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     rows = [
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, commit {commit or 'unknown'}, {os.cpu_count()} cores of "
-        f"{model[1] if model else 'an unknown processor'}, Python {sys.version.split()[0]}.",
+        f"{processor_name()}, Python {sys.version.split()[0]}.",
         "",
         "| read by | cases | refused | longest case | memory grew by | failed |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

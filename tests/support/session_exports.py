@@ -16,7 +16,7 @@ from dvdquant.export.verify.graph import load_quantized
 from dvdquant.export.verify.reference import as_float64
 from dvdquant.model.layers import set_activation
 from dvdquant.model.loading import GraphWrapper
-from dvdquant.system.safetensors_io import read_header
+from dvdquant.system.safetensors_reader import read_header
 from tests.support import tiny_models as tiny
 from tests.support.commands import in_process
 from tests.support.folders import shared_folder

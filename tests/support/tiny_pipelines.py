@@ -25,7 +25,7 @@ from dvdquant.model.plan import ModelPlan
 from dvdquant.quantize.checkpoint import plan_shards
 from dvdquant.recipe import RECIPES
 from dvdquant.system.progress import Progress
-from dvdquant.system.safetensors_io import read_header
+from dvdquant.system.safetensors_reader import read_header
 from tests.support import tiny_models as tiny
 from tests.support.folders import shared_folder
 

@@ -10,7 +10,8 @@ import torch
 
 from dvdquant.numerics.hadamard import Rotation
 from dvdquant.quantize.bgr import quantize_weight, refine_grid
-from dvdquant.quantize.checkpoint import _packed, _squared_errors, rotate_rows
+from dvdquant.quantize.error_table import squared_errors_of
+from dvdquant.quantize.layer import _packed, rotate_rows
 from dvdquant.recipe import SOLVERS, ZERO_POINTS, WeightSpec
 
 
@@ -24,7 +25,7 @@ def main() -> None:
                 if zero_point == "paper" and group:
                     continue
                 quantized = quantize_weight(weight, WeightSpec(group, zero_point, solver))  # type: ignore[arg-type]
-                _squared_errors(weight, quantized)
+                squared_errors_of(weight, quantized)
                 _packed(quantized.codes)
 
 

@@ -276,6 +276,20 @@ class SwapsTables(HostLibrary):
         super().rope_quantize(replace(rope, cosines=rope.sines, sines=rope.cosines), x, out, m, stream)
 
 
+class TurnsTheText(HostLibrary):
+    """Turns the first tokens of a sample, wherever rope begins."""
+
+    def rope_quantize(self, rope: Any, x: int, out: int, m: int, stream: int) -> None:
+        super().rope_quantize(replace(rope, rope_first=0), x, out, m, stream)
+
+
+class ForgetsTheBias(HostLibrary):
+    """Leaves the bias of a layer norm out."""
+
+    def rope_quantize(self, rope: Any, x: int, out: int, m: int, stream: int) -> None:
+        super().rope_quantize(replace(rope, bias=0), x, out, m, stream)
+
+
 class NoRotation(HostLibrary):
     """Leaves the rotation of heads out."""
 

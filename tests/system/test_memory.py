@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dvdquant.model.plan import build_skeleton
-from dvdquant.system.safetensors_io import StreamingWriter
+from dvdquant.system.safetensors_writer import StreamingWriter
 from tests.support.exporting import REPOSITORY
 
 CONFIG: dict[str, Any] = {
@@ -39,7 +39,7 @@ import dvdquant.cli.export, dvdquant.export.pipeline, diffusers, onnxruntime, to
 import dvdquant.quantize.backends.numba_search
 from pathlib import Path
 from dvdquant.quantize.bgr import quantize_weight
-from dvdquant.checkpoint.reader import open_checkpoint
+from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.model.plan import plan_model
 from dvdquant.system.progress import Progress
 from dvdquant.quantize.checkpoint import quantize_checkpoint

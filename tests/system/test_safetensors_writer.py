@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from dvdquant.errors import DvdquantError, OutputError, ResourceError
-from dvdquant.system.safetensors_io import ALIGNMENT, DTYPES, StreamingWriter, read_header
+from dvdquant.system.safetensors_reader import DTYPES, read_header
+from dvdquant.system.safetensors_writer import ALIGNMENT, StreamingWriter
 from tests.support.helpers_checkpoint import in_child
 
 PLAN = [

@@ -17,9 +17,9 @@ from dvdquant.deploy.pipelines.schedulers import open_table_scheduler
 from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.forecasts import Growth, moved_since
 from dvdquant.deploy.switching.gbs import relative_change
-from dvdquant.deploy.switching.step_cache import keep_residual, residual_norm, reuse
+from dvdquant.deploy.switching.step_cache import Kept, keep, residual_norm, reuse
 
-__all__ = ["Bench", "Clips", "bench_prompts", "generate"]
+__all__ = ["Bench", "Clips", "bench_prompts", "generate", "skips_along"]
 
 Prompt = tuple[str, ...]
 
@@ -153,6 +153,51 @@ def generate(
     return result
 
 
+class _Recorded(nn.Module):
+    """A recorded output in the place of a model, the same with and without the prompt."""
+
+    output: Tensor
+
+    def forward(self, *_: Any, **__: Any) -> tuple[Tensor]:
+        return (torch.cat((self.output, self.output)),)
+
+
+@torch.inference_mode()
+def skips_along(
+    bench: Bench, trajectory: Sequence[tuple[Tensor, Tensor]], controllers: Callable[[int], StepController]
+) -> tuple[list[list[int | None]], list[float]]:
+    """Return what skipped steps alone do to recorded clips. No step is computed, and none meets a changed latent.
+
+    A step of length Δσ brings Δσ·(ṽ − v) into the latent, with v as recorded and ṽ what the step cache returns.
+
+    Args:
+        bench: The model, for its schedule.
+        trajectory: (x, output with the prompt) of every step, each [B, C, F, H, W].
+        controllers: Makes the controller of a clip from its place in the batch. It may ask for 8 bits alone.
+
+    Returns:
+        The bits of each clip and step, and ‖Σ Δσ·(ṽ − v)‖ / ‖x‖ of each clip, in L2, with x the latent at the end.
+    """
+    scheduler = copy.deepcopy(bench.scheduler)
+    scheduler.set_timesteps(bench.steps)
+    lengths = scheduler.sigmas[1:] - scheduler.sigmas[:-1]
+    bits: list[list[int | None]] = []
+    errors = []
+    for clip in range(len(trajectory[0][0])):
+        known = [(x[clip : clip + 1], v[clip : clip + 1]) for x, v in trajectory]
+        model = _Recorded()
+        word = torch.zeros(1, 1, 1)
+        run = _Switch(bench.steps, {8: model}, lambda _, clip=clip: controllers(clip), 1, word, word)  # type: ignore[misc]
+        bits.append([])
+        error = torch.zeros_like(known[0][1], dtype=torch.float64)
+        for step, (timestep, (x, now)) in enumerate(zip(scheduler.timesteps, known)):
+            model.output = now
+            error += lengths[step] * (run.step(step, timestep, x, bits[-1:])[0] - now)
+        x, now = known[-1]
+        errors.append(float(error.norm() / (x + lengths[-1] * now).double().norm()))
+    return bits, errors
+
+
 def _both(model: nn.Module, x: Tensor, timestep: Tensor, text: Tensor, empty: Tensor) -> Tensor:
     """Return the outputs with the prompt and without it, fp32 [2, B, C, F, H, W].
 
@@ -180,7 +225,7 @@ class _Switch:
         for controller in self.controllers:
             controller.reset(steps)
         self.last: list[Tensor | None] = [None] * count  # F_t of the branch that decides: the one with the prompt
-        self.kept: list[Tensor | None] = [None] * count
+        self.kept: list[Kept | None] = [None] * count
         self.latents: list[Tensor | None] = [None] * count  # x of the last step, and of the last computed one
         self.computed: list[Tensor | None] = [None] * count
 
@@ -202,8 +247,9 @@ class _Switch:
         for i, (controller, width) in enumerate(zip(self.controllers, decided)):
             cache, growth = controller.cache, Growth()
             if width is None:
-                assert cache is not None
-                output[:, i] = reuse(self.kept[i], torch.stack((x[i], x[i])), cache.residual)
+                kept = self.kept[i]
+                assert kept is not None
+                output[:, i] = reuse(kept, torch.stack((x[i], x[i])), float(timestep))
                 change = None
             else:
                 last, before = self.last[i], self.computed[i]
@@ -213,7 +259,8 @@ class _Switch:
                     growth = Growth(grown, float(residual_norm(output[0, i], x[i]) / residual_norm(last, before)))
                 self.last[i], self.computed[i] = output[0, i].clone(), x[i]
                 if cache is not None:
-                    self.kept[i] = keep_residual(output[:, i], torch.stack((x[i], x[i])), cache.residual)
+                    twice, own = torch.stack((x[i], x[i])), output[:, i].clone()
+                    self.kept[i] = keep(own, twice, cache.residual, float(timestep), width, self.kept[i])
             controller.ran("cond", step, float(timestep), width, change, moved[i], growth)
             self.latents[i] = x[i]
             bits[i].append(width)

@@ -19,7 +19,7 @@ from dvdquant.checkpoint.locate import hub_file, locate_hub_file, recognize_star
 from dvdquant.checkpoint.untrusted import FileIdentity, UntrustedFolder, few, fix_of, reason_of
 from dvdquant.errors import CheckpointError
 from dvdquant.system.recognize import tensor_names
-from dvdquant.system.safetensors_io import read_header_from
+from dvdquant.system.safetensors_reader import read_header_from
 from dvdquant.text import shown
 
 __all__ = [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dvdquant.checkpoint.formats.blocks import BLOCKS, dequantize
-from dvdquant.system.safetensors_io import TensorInfo
+from dvdquant.system.safetensors_reader import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

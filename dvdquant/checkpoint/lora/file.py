@@ -17,19 +17,20 @@ from dvdquant.errors import CheckpointError
 from dvdquant.system.files import strict_json
 from dvdquant.system.recognize import SNIFFED, recognize_bytes
 from dvdquant.system.records import first_problem
-from dvdquant.system.safetensors_io import Header, TensorInfo, read_header_from, read_tensor_from
+from dvdquant.system.safetensors_reader import Header, TensorInfo, read_header_from, read_tensor_from
 from dvdquant.text import shown
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AdapterSettings", "LoraFile"]
+__all__ = ["OWN_FUSE", "AdapterSettings", "LoraFile"]
 
 MAX_TENSORS = 50_000
 """More than any LoRA has: a file with three tensors for every layer of the largest models has some thousands."""
 MAX_SETTINGS = 1 << 20
 _BLOCK = 1 << 24
 _ADAPTER = "adapter_config.json"
+OWN_FUSE = "fuse it into the model with the tool that trained it, and export the folder without --lora"
 _CONVERT = (
     "get it as safetensors, or convert it in a place you trust: "
     "save_file(torch.load(FILE, weights_only=True), 'lora.safetensors')"
@@ -217,17 +218,14 @@ def _checked(data: dict[str, Any], where: str) -> AdapterSettings:
             f"{where}: field {problem.field} {problem.state}", available=problem.allowed, fix="save the LoRA again"
         ) from error
     if settings.use_dora:
-        raise CheckpointError(f"{where} says it is a DoRA, which is not fused here", fix=_OWN_FUSE)
+        raise CheckpointError(f"{where} says it is a DoRA, which is not fused here", fix=OWN_FUSE)
     if settings.peft_type not in (None, "LORA"):
-        raise CheckpointError(f"{where} says it is a {settings.peft_type}", available="LORA", fix=_OWN_FUSE)
+        raise CheckpointError(f"{where} says it is a {settings.peft_type}", available="LORA", fix=OWN_FUSE)
     for name in settings.alpha_pattern or {}:
         if not all(c.isalnum() or c in "._-" for c in name):
             raise CheckpointError(
                 f"{where}: alpha_pattern holds the regular expression {name!r:.100}",
                 available="names of layers",
-                fix=_OWN_FUSE,
+                fix=OWN_FUSE,
             )
     return settings
-
-
-_OWN_FUSE = "fuse it into the model with the tool that trained it, and export the folder"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dvdquant.errors import EngineError
 from dvdquant.ops.attention.ladder import Attention
+from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.prepared_linear import kernels_of
 from dvdquant.ops.rope import Rope, run_rope_quantize
 
@@ -74,14 +75,24 @@ def rope_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    text_q: Tensor | None,
+    text_k: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    text_q_weight: Tensor | None,
+    text_k_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
     cosines: Tensor,
     sines: Tensor,
     bounds: Tensor | None,
     norm: str,
     q_eps: float,
     k_eps: float,
+    text_q_eps: float,
+    text_k_eps: float,
+    first: int,
+    per_channel: bool,
     scale: float,
     number: int,
     kernels: int,
@@ -94,21 +105,31 @@ def rope_attention(
     Args:
         q: [B, S, C], and k [B, S, C], of the layers.
         k: See q.
-        v: [B, S, H, d].
+        v: [B, S + T, H, d], and [B, S, H, d] without text of its own.
+        text_q: [B, T, C], text tokens behind those of q, of a layer of their own: they have a norm and no rope. Or None.
+        text_k: The same behind those of k.
         q_weight: fp32 [C] or [d], of the norm of q.
         k_weight: fp32 [C] or [d], of the norm of k.
-        cosines: fp32 [S, d/2] or [S, C/2].
+        text_q_weight: In the same form, of the norm of text_q.
+        text_k_weight: In the same form, of the norm of text_k.
+        q_bias: In the same form, of the norm of q.
+        k_bias: In the same form, of the norm of k.
+        cosines: Tables of the rope of q and k, as of :class:`.Rope`.
         sines: In the same form.
         bounds: fp32 [2], the largest values that q and k can have, or None.
         norm: As of :class:`.Rope`.
         q_eps: What the norm of q adds.
         k_eps: What the norm of k adds.
+        text_q_eps: What the norm of text_q adds.
+        text_k_eps: What the norm of text_k adds.
+        first: As of :class:`.Rope`.
+        per_channel: As of :class:`.Rope`.
         scale: What scores are multiplied by.
         number: Of :func:`number_of`.
         kernels: The number of the kernels, of :func:`.handle_of`.
 
     Returns:
-        [B, S, H, d], contiguous.
+        [B, S + T, H, d], contiguous.
 
     Raises:
         EngineError: The session of this number is gone.
@@ -116,12 +137,36 @@ def rope_attention(
     """
     chosen, library = _chosen(number), kernels_of(kernels)
     head, coded = v.shape[-1], bounds is not None and chosen.takes_codes
-    parts = []
-    for i, (x, weight, eps) in enumerate(((q, q_weight, q_eps), (k, k_weight, k_eps))):
+    operands = []
+    for i, (x, weight, bias, eps, text, text_weight, text_eps) in enumerate(
+        (
+            (q, q_weight, q_bias, q_eps, text_q, text_q_weight, text_q_eps),
+            (k, k_weight, k_bias, k_eps, text_k, text_k_weight, text_k_eps),
+        )
+    ):
         bound = bounds[i : i + 1] if coded and bounds is not None else None
-        rope = Rope(head, norm, eps, coded, weight, cosines, sines, bound)
-        parts.append(run_rope_quantize(library, x, rope).reshape(*x.shape[:2], -1, head))
-    return chosen(parts[0], parts[1], v, scale, bounds).contiguous()
+        parts = [(x, Rope(head, norm, eps, coded, weight, cosines, sines, bound, bias, first, per_channel))]
+        if text is not None:
+            parts.append((text, Rope(head, norm, text_eps, coded, text_weight, bound=bound)))
+        joined = _joined(library, parts)
+        operands.append(joined.reshape(*joined.shape[:2], -1, head))
+    return chosen(operands[0], operands[1], v, scale, bounds).contiguous()
+
+
+def _joined(kernels: CudaKernels, parts: list[tuple[Tensor, Rope]]) -> Tensor:
+    """Return what becomes of several tensors [B, S, C], one behind the other: every kernel writes to its place."""
+    if len(parts) == 1:
+        return run_rope_quantize(kernels, *parts[0])
+    (x, rope), tokens = parts[0], sum(part.shape[1] for part, _ in parts)
+    dtype = x.dtype if rope.bound is None else torch.float8_e4m3fn
+    out = kernels.allocate((x.shape[0], tokens, x.shape[2]), dtype, x.device)
+    for sample in range(x.shape[0]):
+        start = 0
+        for part, through in parts:
+            end = start + part.shape[1]
+            run_rope_quantize(kernels, part[sample : sample + 1], through, out[sample : sample + 1, start:end])
+            start = end
+    return out
 
 
 @rope_attention.register_fake

@@ -16,7 +16,7 @@ __all__ = [
     "declare",
 ]
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 
 class LayerStruct(ctypes.Structure):
@@ -45,14 +45,17 @@ class PrologueStruct(ctypes.Structure):
     ]
 
 
+_ROPE_SIZES = ("channels", "stride", "period", "rope_channels", "rope_first", "rope_tokens")
+
+
 class RopeStruct(ctypes.Structure):
     """``dvdq_rope``: what q or k goes through before attention."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("channels", "stride", "period", "rope_channels")),
-        *((name, ctypes.c_int32) for name in ("head", "dtype", "norm", "rotated")),
+        *((name, ctypes.c_int64) for name in _ROPE_SIZES),
+        *((name, ctypes.c_int32) for name in ("head", "dtype", "norm", "rotated", "per_channel")),
         ("eps", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("weight", "cosines", "sines", "bound")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "cosines", "sines", "bound")),
     ]
 
 

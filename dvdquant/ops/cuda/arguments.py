@@ -32,7 +32,7 @@ __all__ = [
 DTYPES = ("bf16", "fp16")
 CODES = ("s4", "s8", "e4m3")
 NORMS = ("none", "layer", "rms")
-ROPE_NORMS = ("none", "all", "head")
+ROPE_NORMS = ("none", "all", "head", "layer")
 GRID_ZERO_POINTS = ("midrise", "symmetric", "float")
 GRID_SOLVERS = ("minmax", "search")
 
@@ -160,13 +160,17 @@ class RopePointers:
         head: Channels of a head.
         dtype: ``bf16`` or ``fp16``, of x and of the result where it has no codes.
         stride: Elements of x from one token to the next.
-        period: Tokens of a sample, which are the rows of the tables.
+        period: Tokens of a sample.
         rope_channels: Channels of a row of the tables, a head's or all; 0 for no rope.
+        rope_first: The token of a sample that the tables' first row is for.
+        rope_tokens: Rows of the tables.
         norm: One of :data:`ROPE_NORMS`.
         rotated: Whether each head is multiplied by the Hadamard matrix.
+        per_channel: Whether a row of the tables has a value for each channel, else for each pair.
         eps: What the norm adds to the mean of squares.
         weight: Address of fp32 [channels] or [head]; 0 for ones.
-        cosines: Address of fp32 [period, rope_channels / 2]; 0 without rope.
+        bias: Address of as many, added behind the weight; 0 for zeros.
+        cosines: Address of fp32 [rope_tokens, rope_channels / 2 or rope_channels]; 0 without rope.
         sines: The same.
         bound: Address of fp32 [1], what becomes 448; 0 for 16 bits out.
     """
@@ -177,10 +181,14 @@ class RopePointers:
     stride: int
     period: int
     rope_channels: int = 0
+    rope_first: int = 0
+    rope_tokens: int = 0
     norm: str = "none"
     rotated: bool = False
+    per_channel: bool = False
     eps: float = 0.0
     weight: int = 0
+    bias: int = 0
     cosines: int = 0
     sines: int = 0
     bound: int = 0
@@ -241,12 +249,14 @@ def rope_struct(rope: RopePointers) -> RopeStruct:
         rope: Sizes, addresses and settings of it.
 
     Raises:
-        ValueError: The dtype or the norm is not one of the kernels'.
+        UnsupportedError: The kernels have no such dtype or norm.
     """
-    return RopeStruct(
-        rope.channels, rope.stride, rope.period, rope.rope_channels, rope.head, DTYPES.index(rope.dtype),
-        ROPE_NORMS.index(rope.norm), int(rope.rotated), rope.eps, rope.weight, rope.cosines, rope.sines, rope.bound,
-    )  # fmt: skip
+    if rope.dtype not in DTYPES:
+        raise UnsupportedError(f"the kernels take no {rope.dtype!r} of q and k", available=DTYPES)
+    if rope.norm not in ROPE_NORMS:
+        raise UnsupportedError(f"the kernels have no {rope.norm!r} norm of q and k", available=ROPE_NORMS)
+    fields = {**vars(rope), "dtype": DTYPES.index(rope.dtype), "norm": ROPE_NORMS.index(rope.norm)}
+    return RopeStruct(**fields)
 
 
 def grid_struct(grid: GridShape) -> GridStruct:

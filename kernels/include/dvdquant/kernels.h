@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define DVDQ_ABI_VERSION 6
+#define DVDQ_ABI_VERSION 7
 
 typedef void* dvdq_stream;  // cudaStream_t
 
@@ -180,24 +180,34 @@ DVDQ_API dvdq_status dvdq_fused_linear(const dvdq_layer* layer, int32_t sm, cons
 
 // ---- q and k on their way to attention ------------------------------------------------------------------------------------
 
-typedef enum dvdq_rope_norm { DVDQ_ROPE_NORM_NONE = 0, DVDQ_ROPE_NORM_ALL = 1, DVDQ_ROPE_NORM_HEAD = 2 } dvdq_rope_norm;
+typedef enum dvdq_rope_norm {
+  DVDQ_ROPE_NORM_NONE = 0,
+  DVDQ_ROPE_NORM_ALL = 1,    // RMS over all channels of a token
+  DVDQ_ROPE_NORM_HEAD = 2,   // RMS over each head
+  DVDQ_ROPE_NORM_LAYER = 3,  // less its mean and RMS, over each head
+} dvdq_rope_norm;
 
-// n = x / sqrt(mean(x^2) + eps) * weight, over all channels of a token or over each head;
-// r = rope of n: pairs (2i, 2i + 1) become (n0 cos - n1 sin, n1 cos + n0 sin);
+// n = x / sqrt(mean(x^2) + eps) * weight + bias, of x or, with LAYER, of x - mean(x);
+// r = rope of n in tokens rope_first to rope_first + rope_tokens of a sample, else n: pairs (2i, 2i + 1) become
+//     (n0 cos - n1 sin, n1 cos + n0 sin);
 // h = r times the Hadamard matrix / sqrt(head) over each head, or r;
 // out = e4m3 of h * 448 / bound, held to 448; or h in 16 bits. In fp32, and rounded once.
 typedef struct dvdq_rope {
   int64_t channels;       // of a token, all heads; up to 8192
   int64_t stride;         // elements of x from one token to the next, a multiple of 8
-  int64_t period;         // tokens of a sample: token i reads row i % period of the tables
+  int64_t period;         // tokens of a sample: token i reads row i % period - rope_first of the tables
   int64_t rope_channels;  // channels of a row of the tables: a head's or all; 0: no rope
+  int64_t rope_first;
+  int64_t rope_tokens;    // rows of the tables; rope_first + rope_tokens <= period
   int32_t head;           // channels of a head: 32, 64, 128 or 256
   int32_t dtype;          // dvdq_dtype, of x and of out without a bound
   int32_t norm;           // dvdq_rope_norm
   int32_t rotated;        // 0: h = r
+  int32_t per_channel;    // 0: a row has one cosine and sine for each pair; else one for each channel
   float eps;
   const float* weight;    // of the norm, [channels] or [head]; null: ones
-  const float* cosines;   // [period, rope_channels / 2]
+  const float* bias;      // the same; null: zeros
+  const float* cosines;   // [rope_tokens, rope_channels / 2], or rope_channels
   const float* sines;     // the same
   const float* bound;     // [1] on the device, what becomes 448; null: 16 bits out
 } dvdq_rope;

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from dvdquant.errors import CheckpointError
-from dvdquant.system.safetensors_io import DTYPES, StreamingWriter, read_header, read_tensor
+from dvdquant.system.safetensors_reader import DTYPES, read_header, read_tensor
+from dvdquant.system.safetensors_writer import StreamingWriter
 from tests.support.costs import Costs
 from tests.support.helpers_checkpoint import entry, memory_folder, raw_safetensors, tensors
 
