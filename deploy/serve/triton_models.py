@@ -21,6 +21,7 @@ from dvdquant.deploy.serve.wording import public_text
 from dvdquant.deploy.sessions import open_session
 from dvdquant.errors import Cancelled, DvdquantError, ShapeError, UnsupportedError
 from dvdquant.system.files import strict_json
+from dvdquant.system.torch_hooks import compile_in_this_process
 
 __all__ = ["StepModel", "VideoModel"]
 
@@ -146,9 +147,7 @@ def _sessions(settings: dict[str, str], args: dict[str, str]) -> SessionSettings
     sessions = SessionSettings(**json.loads(given))
     if sessions.compile:
         # Inductor compiles in processes that it starts from the interpreter's own program, which is Triton's stub here.
-        from torch._inductor import config
-
-        config.compile_threads = 1
+        compile_in_this_process()
     if sessions.device != "auto" or args.get("model_instance_kind") != "GPU":
         return sessions
     return replace(sessions, device=f"cuda:{args['model_instance_device_id']}")

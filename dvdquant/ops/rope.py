@@ -124,7 +124,11 @@ def _check(x: Tensor, rope: Rope) -> None:
     size = channels if rope.norm == "all" else rope.head
     for name, part in (("weight", rope.weight), ("bias", rope.bias)):
         if part is not None and tuple(part.shape) != (size,):
-            raise ShapeError(f"a {name} {tuple(part.shape)} of a norm over {size} channels", available=f"({size},)")
+            raise ShapeError(
+                f"a {name} {tuple(part.shape)} of a norm over {size} channels",
+                available=f"({size},)",
+                fix="give a value for each channel that the norm is over",
+            )
     if rope.cosines is None or rope.sines is None:
         return
     share = 1 if rope.per_channel else 2
@@ -133,12 +137,14 @@ def _check(x: Tensor, rope: Rope) -> None:
         raise ShapeError(
             f"tables {tuple(rope.cosines.shape)} and {tuple(rope.sines.shape)} of rope",
             available=f"both of rows of {widths[0]} or {widths[1]}",
+            fix="give cosines and sines of one shape, [rows, channels of a head or of all heads]",
         )
     rows = rope.cosines.shape[0]
     if rope.first < 0 or (rope.first + rows > tokens and (rope.first, rows) != (0, batch * tokens)):
         raise ShapeError(
             f"a table of {rows} rows from token {rope.first} of {batch} samples of {tokens} tokens",
             available=f"up to {tokens - rope.first} rows for all samples, or {batch * tokens} from token 0",
+            fix="cut the table to the tokens that rope turns",
         )
 
 
@@ -173,7 +179,9 @@ def run_rope_quantize(kernels: CudaKernels, x: Tensor, rope: Rope, out: Tensor |
         out = kernels.allocate((batch, tokens, channels), dtype, x.device)
     elif out.shape != x.shape or out.dtype != dtype or not out.is_contiguous() or out.data_ptr() % 16:
         raise ShapeError(
-            f"a place for the result {tuple(out.shape)} {out.dtype}", available=f"contiguous {tuple(x.shape)} {dtype}"
+            f"a place for the result {tuple(out.shape)} {out.dtype}",
+            available=f"contiguous {tuple(x.shape)} {dtype}",
+            fix="give a tensor like this, or none",
         )
     if out.numel():
         rows, width = (0, 0) if cosines is None else cosines.shape

@@ -15,6 +15,7 @@ __all__ = [
     "REQUIREMENT",
     "FakeTensorMode",
     "allow_recompiles",
+    "compile_in_this_process",
     "compiler_named",
     "notice_module_hooks",
     "parse_to",
@@ -67,6 +68,13 @@ def notice_module_hooks() -> None:
     hook(
         "torch", "torch._dynamo.config", "to compile a layer anew that gets a LoRA", REQUIREMENT
     ).skip_nnmodule_hook_guards = False
+
+
+def compile_in_this_process() -> None:
+    """Let torch.compile start no processes that compile: one after another, in this process."""
+    why = "to compile where no process can be started"
+    hook("torch", "torch._inductor.config:compile_threads", why, REQUIREMENT)
+    hook("torch", "torch._inductor.config", why, REQUIREMENT).compile_threads = 1
 
 
 def compiler_named(name: str) -> Callable[..., Any]:
