@@ -166,7 +166,7 @@ _USUAL_STEPS = 50
 #   easycache  .02  58 %, +.32 and −.34 dB (16);                                     .03  69 %, −.34 dB (16)
 #   magcache   .12  62 %, −.15 and −.76 dB (16);                                     .24  68 %, −.91 dB (16)
 # Of 16 clips one decides; only the interval of forecast .05 leaves out 0. These return the last output: along a rectified
-# flow the velocity changes less than its difference to the latent. No clip of line is judged yet. It was chosen by
+# flow the velocity changes less than its difference to the latent. Of line .04, 16 clips: 67 %, −1.05 dB. It was chosen by
 # --along on recorded clips, where the skipped steps of line .04 leave less error in the latent than those of forecast .02.
 POLICIES: Mapping[str, StepCachePolicy] = {
     "forecast": StepCachePolicy(0.02),
