@@ -11,6 +11,7 @@ import torch
 from dvdquant.numerics.hadamard import Rotation
 from dvdquant.quantize.bgr import quantize_weight, refine_grid
 from dvdquant.quantize.error_table import squared_errors_of
+from dvdquant.quantize.gptq import gptq_round
 from dvdquant.quantize.layer import _packed, rotate_rows
 from dvdquant.recipe import SOLVERS, ZERO_POINTS, WeightSpec
 
@@ -27,6 +28,7 @@ def main() -> None:
                 quantized = quantize_weight(weight, WeightSpec(group, zero_point, solver))  # type: ignore[arg-type]
                 squared_errors_of(weight, quantized)
                 _packed(quantized.codes)
+                gptq_round(weight, quantized, torch.eye(256))
 
 
 if __name__ == "__main__":
