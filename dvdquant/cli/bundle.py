@@ -47,8 +47,8 @@ def main(out: Path, target: Path, plugin: Path | None, wheels: Path | None, verb
     """
     setup_logging(verbose, "text")
     from dvdquant.artifact.bundle import write_bundle
+    from dvdquant.artifact.layout import PLUGIN_PLACE
     from dvdquant.artifact.manifest import load_manifest
-    from dvdquant.export.elsewhere import PLUGIN_PLACE
     from dvdquant.export.model_card import model_card
     from dvdquant.system.plugin_file import read_plugin
     from dvdquant.system.progress import Progress
@@ -90,9 +90,6 @@ def main(out: Path, target: Path, plugin: Path | None, wheels: Path | None, verb
             out,
             packed,
             others,
-            sms=sms,
-            machine=None if library is None else library.machine,
-            tensorrt_major=None if library is None else library.tensorrt_major,
             progress=stage.update,
         )
     count = 1 + len(listed) + len(others)  # the manifest is a file, too
@@ -161,7 +158,8 @@ def _requirements(manifest: Manifest) -> list[str]:
 
 def _page(manifest: Manifest, target: Path, machine: str, library: PluginFile | None, wheels: bool, own: bool) -> str:
     """Return what to do on the device, as Markdown; ``own`` where the wheels have that of dvdquant."""
-    from dvdquant.export.elsewhere import PLUGIN_PLACE, SCRIPT
+    from dvdquant.artifact.layout import PLUGIN_PLACE
+    from dvdquant.export.elsewhere import SCRIPT
 
     sms = ", ".join(sorted({sm for entry in manifest.builds for sm in entry["sm"]}, key=float))
     backends = {entry["backend"] for entry in manifest.builds}

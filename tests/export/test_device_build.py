@@ -304,8 +304,11 @@ def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeyp
         result = CliRunner().invoke(build_main, [str(tmp_path / "orin.tar"), "-o", str(there), "--plugin", "bundled"])
         assert result.exit_code == 2
         assert text in result.output
-    # A bundle without a plugin library is for that SM just as well, and says what it lacks.
+    # A bundle without a plugin library is for that SM just as well, and says what it lacks; one whose library has other kernels
+    # is no use on this GPU.
     pack(made, tmp_path / "bare.tar")
+    others = plugin_library(tmp_path / "others.so", kernels="90;110")
+    pack(made, tmp_path / "others.tar", "--plugin", others)
     library = ("--plugin", "bundled")
     for gpu, bundle, options, text in (
         (thor, "bare.tar", (), "is for SM 8.7, and this GPU (Thor) has SM 11.0"),
@@ -313,6 +316,15 @@ def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeyp
         (ORIN, "bare.tar", (), "holds none"),
         (ORIN, "bare.tar", library, "holds none"),
         (ORIN, "orin.tar", (), "--plugin bundled takes that of the bundle"),
+        (
+            ORIN,
+            "others.tar",
+            library,
+            "others.tar/plugins/libdvdquant_plugins.so are for 90, 110, and this GPU has SM 8.7",
+        ),
+        (ORIN, "others.tar", ("--dry-run",), "are for 90, 110, and this GPU has SM 8.7"),
+        (ORIN, "orin.tar", ("--plugin", str(others)), "others.so are for 90, 110"),
+        (ORIN, "orin.tar", (*library, "--bits", "6"), "has no engine of 6 bits to build"),
     ):
         monkeypatch.setattr("dvdquant.system.gpu.read_gpu", lambda gpu=gpu: gpu)
         monkeypatch.setattr("dvdquant.backends.load_backend", lambda name: Backend(name, None, "11.4.0.1"))
