@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,7 @@ def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeyp
     said = pack(made, tmp_path / "orin.tar", "--plugin", plugin, "--wheels", tmp_path / "wheels")
     assert "dvdq-build orin.tar -o orin --plugin bundled" in said
     assert "has no wheel of dvdquant" in said
+    assert "wheels has no wheel of accelerate==" in said
     # Refused before anything is unpacked.
     there = tmp_path / "device"
     thor = dataclasses.replace(ORIN, name="Thor", sm="11.0")
@@ -354,6 +356,22 @@ def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeyp
     assert engine_of(there, A4)["libraries"] == [str(there / "plugins" / "libdvdquant_plugins.so")]
 
 
+def test_wheels_that_are_there_are_not_named_as_lacking(made: Path, tmp_path: Path) -> None:
+    pack(made, tmp_path / "a.tar")
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        required = tar.extractfile("requirements.txt").read().decode().split()  # type: ignore[union-attr]
+    (tmp_path / "wheels").mkdir()
+    for line in required:
+        name, _, version = line.partition("==")
+        platform = "any" if name == "click" else "manylinux2014_aarch64.manylinux_2_17_aarch64"
+        if name != "numba":
+            (tmp_path / "wheels" / f"{name.replace('-', '_')}-{version}-py3-none-{platform}.whl").touch()
+    (tmp_path / "wheels" / "numba-0.1-py3-none-any.whl").touch()
+    said = pack(made, tmp_path / "a.tar", "--wheels", tmp_path / "wheels")
+    (numba,) = (line for line in required if line.startswith("numba=="))
+    assert f"wheels has no wheel of {numba}: without internet" in said
+
+
 def test_what_cannot_be_packed(made: Path, tmp_path: Path) -> None:
     def packed(*arguments: object) -> str:
         result = CliRunner().invoke(bundle_main, [str(a) for a in arguments])
@@ -363,6 +381,17 @@ def test_what_cannot_be_packed(made: Path, tmp_path: Path) -> None:
 
     (tmp_path / "empty").mkdir()
     assert "holds no wheel" in packed(made, "-o", tmp_path / "x.tar", "--wheels", tmp_path / "empty")
+    for wheel, words in (
+        (
+            "torch-2.13.0-cp312-cp312-manylinux_2_28_x86_64.whl",
+            "is for manylinux_2_28_x86_64, and the device is Linux on aarch64",
+        ),
+        ("torch-2.13.0-cp312-cp312-win_arm64.whl", "is for win_arm64"),
+        ("torch.whl", "has not the name of a wheel"),
+    ):
+        (tmp_path / "empty" / wheel).touch()
+        assert words in packed(made, "-o", tmp_path / "x.tar", "--wheels", tmp_path / "empty")
+        (tmp_path / "empty" / wheel).unlink()
     assert "is a folder" in packed(made, "-o", tmp_path)
     bare = Path(shutil.copytree(made, tmp_path / "bare"))
     manifest = dataclasses.replace(load_manifest(bare), builds=())
