@@ -68,7 +68,7 @@ def test_what_skips_do_to_recorded_clips() -> None:
     ends = (x + float(steps[-1]) * recorded[-1][1]).double()
     expected = [abs(lagging) * float(w.double().norm() / end.norm()) for w, end in zip(way, ends)]
     assert errors == pytest.approx(expected, rel=1e-4)
-    # Step 2 is longer than step 1: the line through steps 0 and 1 ends before it. Later ones span two steps.
+    # Lines through steps that are one apart would end before the skipped one, as steps grow. These span two.
     bits, errors = skips_along(bench, recorded, lambda _: controller_of("a8 line 1e9 line 1 0.4"))
     assert bits == [[8, 8, 8, 8, None, 8, None, 8, None, 8]] * 2
     assert max(errors) < 0.1 * min(expected)
