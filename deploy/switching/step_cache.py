@@ -170,7 +170,7 @@ _USUAL_STEPS = 50
 # --along on recorded clips, where the skipped steps of line .04 leave less error in the latent than those of forecast .02.
 POLICIES: Mapping[str, StepCachePolicy] = {
     "forecast": StepCachePolicy(0.02),
-    "line": StepCachePolicy(0.04, "line", 5, "line", weighting="step"),
+    "line": StepCachePolicy(0.04, "line", 4, "line", weighting="step"),
     "easycache": StepCachePolicy(0.02, "output", 10, "easycache"),
     "magcache": StepCachePolicy(0.12, "output", 3, "magcache"),
 }
