@@ -20,22 +20,19 @@ from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents
 from dvdquant.deploy.cancel import CancelSignal, check_cancelled
 from dvdquant.deploy.generation.check import TableChecker
+from dvdquant.deploy.generation.executed import executed_original, executed_session
 from dvdquant.deploy.generation.generator import (
     Denoised,
     Embeddings,
     Frames,
     Generator,
     Runner,
-    SessionOptions,
     controller_of,
-    executed_original,
-    executed_session,
 )
-from dvdquant.deploy.generation.original import OriginalRunner, load_original
-from dvdquant.deploy.generation.request import (
-    GenerateRequest,
-    OnStep,
-)
+from dvdquant.deploy.generation.original import load_original
+from dvdquant.deploy.generation.original_calls import OriginalRunner
+from dvdquant.deploy.generation.request import GenerateRequest, OnStep
+from dvdquant.deploy.generation.session_options import SessionOptions
 from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_table_scheduler, rehearse
 from dvdquant.deploy.sessions import EngineSession
 from dvdquant.deploy.switching.runner import StepRunner

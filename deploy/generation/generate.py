@@ -18,9 +18,10 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal
 from dvdquant.deploy.generation.check import PipelineChecker, TableChecker, open_checker
 from dvdquant.deploy.generation.from_table import TableGenerator
-from dvdquant.deploy.generation.generator import Generator, SessionOptions, WrapSession
+from dvdquant.deploy.generation.generator import Generator
 from dvdquant.deploy.generation.limits import Limits
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
+from dvdquant.deploy.generation.session_options import SessionOptions, WrapSession
 from dvdquant.deploy.generation.text_encoder import check_text_bits
 from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy
@@ -150,7 +151,7 @@ def rearranged(generator: Generator, **changes: Any) -> Generator:
 
     Args:
         generator: A generator of :func:`open_generator`.
-        changes: Fields of :class:`.generator.SessionOptions`.
+        changes: Fields of :class:`.session_options.SessionOptions`.
 
     Raises:
         UnsupportedError: The model has no such part, or torchao is missing.

@@ -1,4 +1,4 @@
-"""What every generator of clips shares: its interface, the controller of a request, and what is said of where it ran."""
+"""The interface of every generator of clips, and the controller of a request."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,13 +25,12 @@ from dvdquant.deploy.cancel import CancelSignal, check_cancelled
 from dvdquant.deploy.generation.admission import Admission, device_memory
 from dvdquant.deploy.generation.check import BATCHED, RequestChecker
 from dvdquant.deploy.generation.request import DISTILLED, GenerateRequest, GenerateResult, OnStep
-from dvdquant.deploy.sessions import EngineSession, asks_for_pytorch, best_backend, full_name, open_session
-from dvdquant.deploy.sessions.guidance_pair import paired
+from dvdquant.deploy.generation.session_options import SessionOptions
+from dvdquant.deploy.sessions import EngineSession, best_backend, full_name
 from dvdquant.deploy.sessions.lora_needs import read_beside, without_place
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.errors import UnsupportedError
-from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.system.devices import resolve_device
 
 __all__ = [
@@ -40,17 +39,12 @@ __all__ = [
     "Frames",
     "Generator",
     "Runner",
-    "SessionOptions",
-    "WrapSession",
     "controller_of",
-    "executed_original",
-    "executed_session",
 ]
 
 # The text of a clip as the transformer takes it: a tensor by the name of the pipeline's argument.
 Embeddings = Mapping[str, Tensor]
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
-WrapSession = Callable[[EngineSession], EngineSession]
 
 
 class Runner(Protocol):
@@ -84,90 +78,6 @@ class Runner(Protocol):
     def summary(self) -> dict[str, Any]:
         """Return counts, average bits and seconds of the request."""
         ...
-
-
-@dataclass(frozen=True)
-class SessionOptions:
-    """How a generator opens its sessions.
-
-    Args:
-        backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; of the original model as well.
-        wrap: Applied to every session as soon as it is open, to watch or replace what it runs; None leaves it.
-        compile: Run in PyTorch, with the transformer's blocks compiled.
-        attention: ``16``, ``int8`` or ``fp8`` instead of the recipe's attention, in PyTorch sessions.
-        attention_backend: The library that computes it instead of the first of the ladder that fits.
-        plugins: The TensorRT plugin libraries that engines need.
-        offload: Keep the pipeline's other parts in the host's memory, and move each to the device while it runs.
-        vae_tiling: Encode and decode images in tiles, one after the other.
-        cfg_parallel: A second device for the second branch of guidance, or None to run both on ``device``.
-        alternate: Load the text encoder first, and free it before the transformer is loaded.
-        text_bits: Bits of the text encoder's weights: 16, 4, or 8 with torchao.
-        bits: The activation bits that are loaded; None loads all of the export's.
-        weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
-        fuse: Run in PyTorch, with what comes before quantized layers in their kernels; None where ``compile`` is on.
-        cuda_graphs: Repeat steps as CUDA graphs, where launches count.
-    """
-
-    backend: str = "auto"
-    device: str = "auto"
-    wrap: WrapSession | None = None
-    compile: bool = False
-    attention: str | None = None
-    attention_backend: str | None = None
-    plugins: Sequence[Path] = ()
-    offload: bool = False
-    vae_tiling: bool = False
-    cfg_parallel: str | None = None
-    alternate: bool = False
-    text_bits: int = 16
-    bits: tuple[int, ...] | None = None
-    weights: WeightPolicy = "auto"
-    fuse: bool | None = None
-    cuda_graphs: bool = False
-
-    @property
-    def in_pytorch(self) -> bool:
-        """Whether the other options make sessions run in PyTorch, whatever backend fits best."""
-        return asks_for_pytorch(self.compile, self.fuse, self.attention_backend)
-
-    def open(self, artifact: Artifact, component: str, loras: Sequence[LoraSpec]) -> EngineSession:
-        """Open the session of one transformer; where a LoRA or the wrapper fails, it is closed again.
-
-        Args:
-            artifact: The export.
-            component: ``transformer`` or ``transformer_2``.
-            loras: LoRAs to run beside its weights.
-
-        Raises:
-            DvdquantError: See :func:`.sessions.open_session` and :meth:`EngineSession.set_loras`.
-        """
-        session = self._session(artifact, component, self.device)
-        if self.cfg_parallel is not None:
-            session = paired(session, lambda device: self._session(artifact, component, device), self.cfg_parallel)
-        try:
-            if loras:
-                session.set_loras(loras)
-            return session if self.wrap is None else self.wrap(session)
-        except BaseException:
-            session.close()
-            raise
-
-    def _session(self, artifact: Artifact, component: str, device: str) -> EngineSession:
-        return open_session(
-            artifact,
-            component,
-            backend=self.backend,
-            device=device,
-            bits=self.bits,
-            compile=self.compile,
-            attention=self.attention,
-            attention_backend=self.attention_backend,
-            plugins=self.plugins,
-            weights=self.weights,
-            fuse=self.fuse,
-            cuda_graphs=self.cuda_graphs,
-        )
 
 
 @dataclass
@@ -523,33 +433,3 @@ def controller_of(
         cache_policy=request.cache_policy,
         **rule,
     )
-
-
-def executed_session(session: EngineSession) -> dict[str, Any]:
-    """Return backend, device, dtype and resident bytes of a session, for trace and summary.
-
-    Args:
-        session: The session.
-    """
-    beside = [{"path": str(spec.path), "scale": spec.scale} for spec in session.loras]
-    return {
-        **({"lora": beside} if beside else {}),
-        "backend": session.backend,
-        "device": str(session.device),
-        "dtype": str(session.dtype).removeprefix("torch."),
-        "activation_bits": list(session.bits),
-        "resident_bytes": session.resident_bytes(),
-        "attention": "16" if session.attention is None else session.attention.to_json(),
-        "fused": session.fused,
-    }
-
-
-def executed_original(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what a trace says of the original checkpoint: backend, device, dtype.
-
-    Args:
-        device: The device that PyTorch runs on.
-        dtype: The dtype of the model.
-    """
-    name = str(dtype).removeprefix("torch.")
-    return {"backend": "pytorch, original checkpoint", "device": str(device), "dtype": name}

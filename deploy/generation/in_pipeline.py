@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,25 @@ from torch import Tensor, nn
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.cancel import CancelSignal, cancel_inside, take_turn
 from dvdquant.deploy.generation.check import PipelineChecker
+from dvdquant.deploy.generation.executed import executed_original, executed_session
 from dvdquant.deploy.generation.generator import (
     Denoised,
     Embeddings,
     Frames,
     Generator,
-    SessionOptions,
     controller_of,
-    executed_original,
-    executed_session,
 )
 from dvdquant.deploy.generation.images import Picture, stretch_words
-from dvdquant.deploy.generation.original import LOADING, CallRecorder, load_original, synchronize
+from dvdquant.deploy.generation.original import LOADING, load_original
+from dvdquant.deploy.generation.original_calls import recorded_calls
 from dvdquant.deploy.generation.pipeline_stages import decode_video, encode_text, frames_of, twin, words_of
-from dvdquant.deploy.generation.request import (
-    GenerateRequest,
-    OnStep,
-)
+from dvdquant.deploy.generation.request import GenerateRequest, OnStep
+from dvdquant.deploy.generation.session_options import SessionOptions
 from dvdquant.deploy.generation.text_embeds import save_text_embeds
 from dvdquant.deploy.generation.text_encoder import narrow_text, release_memory
 from dvdquant.deploy.pipelines.schedulers import CONDITIONS, FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer, at_step
 from dvdquant.deploy.sessions import EngineSession
-from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.errors import CheckpointError
 from dvdquant.system.devices import resolve_device
 
@@ -204,7 +199,7 @@ class PipelineGenerator(Generator):
             vae_first = self._vae_until_first_step(transformers.values(), bool(pictures), cancel)
             if request.mode == "16":
                 with (
-                    _recorded(transformers, on_step) as recorders,
+                    recorded_calls(transformers, on_step) as recorders,
                     cancel_inside(transformers.values(), cancel),
                     vae_first,
                 ):
@@ -462,53 +457,3 @@ class PipelineGenerator(Generator):
 
 def _engines(transformers: dict[str, nn.Module]) -> dict[str, DvdqTransformer]:
     return {name: module for name, module in transformers.items() if isinstance(module, DvdqTransformer)}
-
-
-@contextlib.contextmanager
-def _recorded(transformers: dict[str, nn.Module], on_step: OnStep | None) -> Iterator[dict[str, CallRecorder]]:
-    """Record every call of the original transformers while the block runs."""
-    recorders = {name: CallRecorder() for name in transformers}
-    for recorder in recorders.values():
-        recorder.on_step = on_step
-    watch = _Watch()
-    handles = []
-    for name, module in transformers.items():
-        handles.append(module.register_forward_pre_hook(watch.before, with_kwargs=True))
-        handles.append(module.register_forward_hook(watch.after(recorders[name]), with_kwargs=True))
-    try:
-        yield recorders
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Watch:
-    """The place of the loop, for the hooks of the original transformers. Branches are told apart by their order."""
-
-    def __init__(self) -> None:
-        self.position = LoopPosition()
-        self.started = 0.0
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the step of a call that begins."""
-        del module, args
-        timestep = float(kwargs["timestep"].max())
-        if not self.position.at(None, timestep):
-            self.position.enter(None, timestep)
-        self.position.name(None)
-        self.started = time.perf_counter()
-
-    def after(self, recorder: CallRecorder) -> Callable[..., None]:
-        """Return a hook that records a call that ended."""
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            del module, args
-            sample, position = output[0], self.position
-            synchronize(sample.device)
-            seconds = time.perf_counter() - self.started
-            both = kwargs["hidden_states"].shape[0] > 1
-            branch = "cond_uncond" if both else "cond" if len(position.called) == 1 else "uncond"
-            timestep = position.timestep or 0.0
-            recorder.record(sample, step=position.index, branch=branch, timestep=timestep, seconds=seconds)
-
-        return hook

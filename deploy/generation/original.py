@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import os
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dvdquant.artifact.provenance import source_of
 from dvdquant.checkpoint.formats.translate import DIFFUSERS_FOLDER
@@ -23,17 +21,11 @@ from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.checkpoint.reader import Checkpoint
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.cancel import CancelSignal, cancel_inside, check_cancelled
-from dvdquant.deploy.switching.controller import StepRecord
-from dvdquant.deploy.switching.gbs import relative_change
-from dvdquant.errors import CheckpointError, EngineError
-from dvdquant.model.families import Family
+from dvdquant.errors import CheckpointError
 from dvdquant.model.plan import build_skeleton
-from dvdquant.system.threads import one_thread
 
-__all__ = ["LOADING", "CallRecorder", "OriginalRunner", "load_original"]
+__all__ = ["LOADING", "load_original"]
 
-ORIGINAL_BITS = 16
 # diffusers and transformers change torch.nn.Module itself while they load (accelerate's init_empty_weights). Where two
 # threads load at once, the change stays, and every later module of the process is made on the meta device.
 LOADING = threading.RLock()
@@ -143,111 +135,3 @@ def _complete(config: Mapping[str, Any]) -> dict[str, str]:
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     fields = {**defaults, **{k: v for k, v in config.items() if k == "_class_name" or not k.startswith("_")}}
     return {name: json.dumps(value, sort_keys=True, default=str) for name, value in fields.items()}
-
-
-class CallRecorder:
-    """A :class:`StepRecord` for every call of a transformer; L1 of adjacent outputs for each branch."""
-
-    def __init__(self) -> None:
-        self.trace: list[StepRecord] = []
-        self.on_step: Callable[[StepRecord], None] | None = None
-        self.cancel: CancelSignal | None = None
-        self._last: dict[str, Tensor] = {}
-        self._seconds = 0.0
-
-    def begin_request(self, steps: int | None = None) -> None:
-        """Forget the last clip.
-
-        Args:
-            steps: The number of steps, or None if it is not known.
-        """
-        del steps
-        self.trace, self._last = [], {}
-
-    def record(self, output: Tensor, *, step: int, branch: str, timestep: float, seconds: float) -> None:
-        """Note one call. EngineError when the output is not finite.
-
-        Args:
-            output: The output of the transformer.
-            step: The index of the step.
-            branch: The branch of the guidance.
-            timestep: The timestep of the call.
-            seconds: The seconds that the call took.
-        """
-        if not bool(torch.isfinite(output).all()):
-            raise EngineError(
-                f"the original checkpoint gave NaN or infinities at step {step} ({branch})",
-                fix="draw it in another dtype or at another size: the model itself breaks there, without quantization",
-            )
-        last = self._last.get(branch)
-        change = None if last is None or last.shape != output.shape else relative_change(output, last)
-        self._last[branch] = output
-        self.trace.append(
-            StepRecord(
-                step=step,
-                branch=branch,
-                timestep=timestep,
-                bits=ORIGINAL_BITS,
-                reason="original checkpoint",
-                change=change,
-                accumulated=0.0,
-                seconds=seconds,
-                retried=False,
-            )
-        )
-        if self.on_step is not None:
-            self.on_step(self.trace[-1])
-
-    def summary(self) -> dict[str, Any]:
-        """As far as the summary of a StepRunner makes sense here."""
-        return {
-            "steps": len({record.step for record in self.trace}),
-            "average_bits": float(ORIGINAL_BITS),
-            "retries": 0,
-            "seconds": sum(record.seconds for record in self.trace),
-        }
-
-
-class OriginalRunner(CallRecorder):
-    """The original transformer behind the part of StepRunner's interface that a generation needs."""
-
-    def __init__(self, model: nn.Module, family: Family) -> None:
-        super().__init__()
-        self.model, self.family = model, family
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
-
-    @torch.inference_mode()
-    def run(
-        self, inputs: Mapping[str, Tensor], *, branch: str = "cond", step: int | None = None, steps: int | None = None
-    ) -> Tensor:
-        """Return the transformer's output at the graph's inputs by name, given on the model's device and in its dtype.
-
-        Args:
-            inputs: The inputs of the graph by name.
-            branch: The branch of the guidance: ``cond`` or ``uncond``.
-            step: The index of the step, or None.
-            steps: The number of steps of the clip, or None.
-        """
-        del steps
-        check_cancelled(self.cancel, "a call of the transformer")
-        started = time.perf_counter()
-        # The models with a prompt table are too small to gain from threads.
-        threads = one_thread() if self.device.type == "cpu" else contextlib.nullcontext()
-        with threads, cancel_inside([self.model], self.cancel):
-            output: Tensor = self.model(**self.family.forward_kwargs(inputs), return_dict=False)[0]
-        synchronize(self.device)
-        seconds = time.perf_counter() - started
-        timestep = float(inputs["timestep"].flatten()[0])
-        self.record(output, step=step or 0, branch=branch, timestep=timestep, seconds=seconds)
-        return output
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the GPU, so that a time is a time.
-
-    Args:
-        device: The device that PyTorch runs on.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -26,7 +26,8 @@ from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.check import sampling_defaults
 from dvdquant.deploy.generation.generate import Generator, open_generator
-from dvdquant.deploy.generation.original import OriginalRunner, load_original
+from dvdquant.deploy.generation.original import load_original
+from dvdquant.deploy.generation.original_calls import OriginalRunner
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
 from dvdquant.deploy.generation.run_report import average_bits, steps_of
 from dvdquant.deploy.generation.video import enlarge, psnr

@@ -41,7 +41,7 @@ from dvdquant.errors import UnsupportedError
 from dvdquant.text import shown
 
 if TYPE_CHECKING:
-    from dvdquant.deploy.generation.generator import WrapSession
+    from dvdquant.deploy.generation.session_options import WrapSession
 
 __all__ = ["RayArguments", "app", "bound"]
 

@@ -29,8 +29,9 @@ from dvdquant.errors import Cancelled, DvdquantError, OutputError, ResourceError
 from dvdquant.system.out_of_memory import causes, is_out_of_memory
 
 if TYPE_CHECKING:
-    from dvdquant.deploy.generation.generator import Generator, WrapSession
+    from dvdquant.deploy.generation.generator import Generator
     from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
+    from dvdquant.deploy.generation.session_options import WrapSession
     from dvdquant.deploy.switching.controller import StepRecord
 
 __all__ = ["BROKEN", "Worker", "memory_facts", "open_model"]
@@ -499,7 +500,7 @@ def open_model(settings: WorkerSettings, source: ModelSource, wrap_session: Wrap
 
 def _executed(generator: Generator) -> dict[str, Any]:
     """Return backend, device and dtype of what is loaded."""
-    from dvdquant.deploy.generation.generator import executed_session
+    from dvdquant.deploy.generation.executed import executed_session
 
     return next((executed_session(session) for session in generator.sessions().values()), {})
 

@@ -35,7 +35,8 @@ from dvdquant.errors import DvdquantError
 from dvdquant.system.garbage import collect_less_often
 
 if TYPE_CHECKING:
-    from dvdquant.deploy.generation.generator import Generator, WrapSession
+    from dvdquant.deploy.generation.generator import Generator
+    from dvdquant.deploy.generation.session_options import WrapSession
 
 __all__ = ["main", "settings_json", "workers_folder"]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
+from dvdquant.clashes import Clash, refuse_clashes
 from dvdquant.cli.common import ExamplesCommand, echo, loading, paragraphs, setup_logging, table
 from dvdquant.cli.paths import EXPORT, PATH, WORD
 from dvdquant.errors import OutputError
@@ -106,23 +107,9 @@ def main(
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.hub.locate import locate_export
 
-    if samples and page is None:
-        raise OutputError("--samples without --html", fix="give --html PATH too: samples are a part of the page")
-    if graph is not None and (as_json or all_layers):
-        raise OutputError(
-            f"--graph shows one graph, as text, so {'--json' if as_json else '--layers'} does not apply",
-            fix="leave one of the two out",
-        )
-    if weights and (graph is not None or page is not None or all_layers):
-        raise OutputError(
-            f"--weights is a view of its own, so {'--graph' if graph else '--html' if page else '--layers'} does not apply",
-            fix="leave one of the two out",
-        )
-    if trace is not None and (graph is not None or weights or as_json):
-        raise OutputError(
-            f"--trace shows a run, so {'--graph' if graph else '--weights' if weights else '--json'} does not apply",
-            fix="leave one of the two out",
-        )
+    refuse_clashes(
+        _clashes(graph, page, trace, all_layers=all_layers, weights=weights, samples=samples, as_json=as_json)
+    )
     out = locate_export(out, revision)
     manifest = load_manifest(out)
     if page is not None:
@@ -148,6 +135,34 @@ def main(
         echo(_summary(out, manifest, all_layers))
     if check:
         echo(_check_files(out, manifest), err=as_json)
+
+
+def _clashes(
+    graph: str | None,
+    page: Path | None,
+    trace: Path | None,
+    *,
+    all_layers: bool,
+    weights: bool,
+    samples: int,
+    as_json: bool,
+) -> list[Clash]:
+    """Return the pairs of options of which one says that the other has nothing to show."""
+    return [
+        Clash(
+            samples and page is None,
+            "--samples without --html",
+            fix="give --html PATH too: samples are a part of the page",
+        ),
+        Clash(graph and as_json, "--graph shows one graph, as text, so --json does not apply"),
+        Clash(graph and all_layers, "--graph shows one graph, as text, so --layers does not apply"),
+        Clash(weights and graph, "--weights is a view of its own, so --graph does not apply"),
+        Clash(weights and page, "--weights is a view of its own, so --html does not apply"),
+        Clash(weights and all_layers, "--weights is a view of its own, so --layers does not apply"),
+        Clash(trace and graph, "--trace shows a run, so --graph does not apply"),
+        Clash(trace and weights, "--trace shows a run, so --weights does not apply"),
+        Clash(trace and as_json, "--trace shows a run, so --json does not apply"),
+    ]
 
 
 def _trace(path: Path, manifest: Manifest) -> str:

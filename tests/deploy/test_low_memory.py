@@ -79,7 +79,7 @@ def test_a_clip_without_a_text_encoder(saved: Path, tmp_path: Path) -> None:
 
 def test_saving_loads_the_text_encoder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a session nor the VAE: the folder may even lack the VAE's weights by then."""
-    from dvdquant.deploy.generation import generator as module
+    from dvdquant.deploy.generation import session_options as module
 
     def loads(*_args: Any, **_options: Any) -> None:
         raise AssertionError("an engine was opened")
@@ -274,7 +274,7 @@ def test_what_a_run_takes(saved: Path, tmp_path: Path, monkeypatch: pytest.Monke
     import diffusers
     import transformers
 
-    from dvdquant.deploy.generation import generator as module
+    from dvdquant.deploy.generation import session_options as module
 
     monkeypatch.setattr(module, "open_session", lambda *_a, **_k: pytest.fail("an engine was opened"))
     out, pipeline = wan_pipeline()

@@ -130,8 +130,8 @@ def _requests() -> list[GenerateRequest]:
 
 def test_the_text_encoder_is_gone_before_the_transformer_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same frames, bit by bit; and never both in memory."""
-    from dvdquant.deploy.generation import generator as module
     from dvdquant.deploy.generation import in_pipeline
+    from dvdquant.deploy.generation import session_options as module
     from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
 
     out, pipeline = wan_pipeline()

@@ -272,8 +272,8 @@ def test_a_scheduler_that_fails_later_is_refused_before_anything_is_loaded(
     import diffusers
 
     from dvdquant.deploy.artifact import Artifact
-    from dvdquant.deploy.generation import generator
     from dvdquant.deploy.generation import in_pipeline as pipeline_generate
+    from dvdquant.deploy.generation import session_options
     from dvdquant.deploy.generation.generate import open_generator
     from dvdquant.deploy.generation.request import GenerateRequest
 
@@ -286,7 +286,7 @@ def test_a_scheduler_that_fails_later_is_refused_before_anything_is_loaded(
     build_pipeline("wan", original).save_pretrained(folder)
     path = folder / "scheduler" / "scheduler_config.json"
     good = json.loads(path.read_text())
-    monkeypatch.setattr(generator, "open_session", loads)
+    monkeypatch.setattr(session_options, "open_session", loads)
     monkeypatch.setattr(pipeline_generate, "load_original", loads)
     for change, text in (
         ({"num_train_timesteps": 1}, "num_train_timesteps"),

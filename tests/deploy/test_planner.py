@@ -19,8 +19,7 @@ from PIL import Image
 from dvdquant.artifact.manifest import load_manifest
 from dvdquant.cli.plan import main as plan_main
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generation import from_table
-from dvdquant.deploy.generation import generator as generator_module
+from dvdquant.deploy.generation import from_table, session_options
 from dvdquant.deploy.generation.generate import open_generator
 from dvdquant.deploy.generation.request import GenerateRequest, check_request
 from dvdquant.deploy.planning.planner import Goal, Plan, delta_for_seconds, plan
@@ -382,7 +381,7 @@ def test_the_scheduler_of_a_prompt_table_is_tried_before_anything_is_loaded(
     def loads(*_args: Any, **_options: Any) -> None:
         raise AssertionError("something was loaded")
 
-    for module, name in ((generator_module, "open_session"), (from_table, "load_original")):
+    for module, name in ((session_options, "open_session"), (from_table, "load_original")):
         monkeypatch.setattr(module, name, loads)
     shutil.copytree(TINY_WAN, tmp_path / "model")
     path = tmp_path / "model" / "scheduler" / "scheduler_config.json"

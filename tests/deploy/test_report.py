@@ -22,7 +22,8 @@ from dvdquant.checkpoint.prompt_table import PromptTable
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import GenerateRequest, generate
-from dvdquant.deploy.generation.original import OriginalRunner, load_original
+from dvdquant.deploy.generation.original import load_original
+from dvdquant.deploy.generation.original_calls import OriginalRunner
 from dvdquant.deploy.pipelines.schedulers import open_table_scheduler
 from dvdquant.deploy.report.page import check_place, write_report
 from dvdquant.deploy.report.samples import Sample, make_samples, sample_prompts

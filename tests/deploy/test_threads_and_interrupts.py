@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generation import from_table
-from dvdquant.deploy.generation import generator as generator_module
+from dvdquant.deploy.generation import from_table, session_options
 from dvdquant.deploy.generation.generate import GenerateRequest, open_generator
 from dvdquant.deploy.generation.request import GenerateResult
 from dvdquant.deploy.sessions.base import EngineSession
@@ -140,7 +139,7 @@ def test_threads_that_share_a_generator(mode: str, monkeypatch: pytest.MonkeyPat
     artifact = Artifact.open(short_wan_export())
     requests = [GenerateRequest(prompt, steps=4, mode=mode, seed=seed) for seed, prompt in enumerate(PROMPTS)]
     opened: list[Any] = []
-    for module, name in ((generator_module, "open_session"), (from_table, "load_original")):
+    for module, name in ((session_options, "open_session"), (from_table, "load_original")):
         real = getattr(module, name)
 
         def slow(*arguments: Any, real: Any = real, **options: Any) -> Any:
@@ -222,7 +221,7 @@ def test_threads_that_share_a_pipeline_generator() -> None:
 
 def test_a_wrapper_that_fails_leaves_no_session_open(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[EngineSession] = []
-    real = generator_module.open_session
+    real = session_options.open_session
 
     def noted(*arguments: Any, **options: Any) -> EngineSession:
         opened.append(real(*arguments, **options))
@@ -231,7 +230,7 @@ def test_a_wrapper_that_fails_leaves_no_session_open(monkeypatch: pytest.MonkeyP
     def fails(_session: EngineSession) -> EngineSession:
         raise RuntimeError("no wrapper")
 
-    monkeypatch.setattr(generator_module, "open_session", noted)
+    monkeypatch.setattr(session_options, "open_session", noted)
     generator = open_generator(Artifact.open(short_wan_export()), backend="onnxruntime", wrap_session=fails)
     with pytest.raises(RuntimeError, match="no wrapper"), generator:
         generator.prepare(GenerateRequest(PROMPTS[0], mode="a8"))

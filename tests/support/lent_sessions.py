@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generation import generator
+from dvdquant.deploy.generation import session_options
 from dvdquant.deploy.pipelines import transformer
 from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.sessions.base import WrappedSession
@@ -48,7 +48,7 @@ def lend_sessions() -> Iterator[None]:
         return _Lent(session, lambda: there.append(session))
 
     with contextlib.ExitStack() as stack:
-        for module in (generator, transformer):
+        for module in (session_options, transformer):
             stack.enter_context(mock.patch.object(module, "open_session", lent))
         yield
     for sessions in free.values():

@@ -56,8 +56,8 @@ def test_the_original_checkpoint_goes_to_the_device_that_was_named(gpus: None, m
 
     from dvdquant.deploy.generation import from_table as generate
     from dvdquant.deploy.generation import in_pipeline as pipeline_generate
-    from dvdquant.deploy.generation.generator import SessionOptions
     from dvdquant.deploy.generation.request import GenerateRequest
+    from dvdquant.deploy.generation.session_options import SessionOptions
 
     places: list[torch.device] = []
 
