@@ -31,7 +31,6 @@ from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan, plan_model
 from dvdquant.quantize.checkpoint import (
     check_weights,
-    reading_bytes,
 )
 from dvdquant.system.safetensors_reader import DTYPES
 from dvdquant.text import shown
@@ -149,7 +148,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     # 5. Check the output folder and estimate.
     previous = check_output(options.out)
     largest = max(
-        reading_bytes(info) + (c.lora.reading_bytes(info.name, math.prod(info.shape)) if c.lora else 0)
+        info.reading_bytes + (c.lora.reading_bytes(info.name, math.prod(info.shape)) if c.lora else 0)
         for c in opened
         for info in c.tensors.values()
     )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dvdquant.errors import ShapeError
-from dvdquant.ops.repack import ALIGNMENT, LayerShape, PreparedWeight, prepare
+from dvdquant.ops.repack import ALIGNMENT, LayerShape, PreparedWeight, padded, prepare
 
 __all__ = ["expand", "group_bytes", "make_rows", "packed_bytes", "rows_bytes"]
 
@@ -28,7 +28,7 @@ def rows_bytes(layer: LayerShape) -> int:
     Args:
         layer: Its n is read.
     """
-    return ROW_PARTS * _padded(4 * layer.n)
+    return ROW_PARTS * padded(4 * layer.n)
 
 
 def group_bytes(layer: LayerShape) -> tuple[int, int]:
@@ -89,7 +89,7 @@ def expand(
     """
     if len(rows) != rows_bytes(layer):
         raise ShapeError(f"rows of {len(rows)} bytes", available=f"{rows_bytes(layer)} bytes")
-    step = _padded(4 * layer.n)
+    step = padded(4 * layer.n)
     scale, zero, bias = (np.frombuffer(rows, np.float32, layer.n, part * step) for part in range(3))
     if layer.weight_groups == 1:
         # The row's step holds the factor already, and its zero-point is a number.
@@ -105,7 +105,3 @@ def expand(
         group_zero if has_bytes else zero,
         bias,
     )
-
-
-def _padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -44,6 +44,7 @@ __all__ = [
     "PATHS",
     "LayerShape",
     "PreparedWeight",
+    "padded",
     "added_error",
     "dequantize",
     "from_bytes",
@@ -234,7 +235,7 @@ def from_bytes(layer: LayerShape, path: str, buffer: bytes) -> PreparedWeight:
     for dtype, shape in _sections(layer, path):
         count = math.prod(shape)
         arrays.append(np.frombuffer(buffer, dtype, count, position).reshape(shape))
-        position += _padded(arrays[-1].nbytes)
+        position += padded(arrays[-1].nbytes)
     return PreparedWeight(*arrays)
 
 
@@ -245,7 +246,7 @@ def prepared_bytes(layer: LayerShape, path: str) -> int:
         layer: Its n, k, weight_groups and real_zero are read.
         path: One of :data:`PATHS`.
     """
-    return sum(_padded(np.dtype(dtype).itemsize * math.prod(shape)) for dtype, shape in _sections(layer, path))
+    return sum(padded(np.dtype(dtype).itemsize * math.prod(shape)) for dtype, shape in _sections(layer, path))
 
 
 def _sections(layer: LayerShape, path: str) -> list[tuple[Any, tuple[int, ...]]]:
@@ -257,7 +258,12 @@ def _sections(layer: LayerShape, path: str) -> list[tuple[Any, tuple[int, ...]]]
     return [codes, row, row, row, *grouped]
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """Return the bytes of a section with what fills it up to the next multiple of ``ALIGNMENT``.
+
+    Args:
+        size: The bytes of the section.
+    """
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 

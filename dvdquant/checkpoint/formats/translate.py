@@ -80,7 +80,7 @@ class Translated:
 
 
 def is_transformer(names: Mapping[str, Any] | list[str]) -> bool:
-    """Whether these names are those of a transformer that is supported, by anybody's naming.
+    """Return whether these names are those of a transformer that is supported, by anybody's naming.
 
     Args:
         names: The names of the tensors.
