@@ -43,7 +43,7 @@ from dvdquant.export.verify.export import verify_export
 from dvdquant.export.verify.graph import GraphCheck
 from dvdquant.export.verify.links import check_links
 from dvdquant.export.verify.stored import StoredCheck, verify_stored
-from dvdquant.quantize.checkpoint import PackedWeights, quantize_checkpoint
+from dvdquant.quantize.checkpoint import PackedWeights, plan_shards, quantize_checkpoint
 from dvdquant.quantize.layer import rotated_weight
 from dvdquant.system.copies import copy_file, link_file
 from dvdquant.system.files import FileEntry, hash_file
@@ -507,8 +507,6 @@ class _Run:
         """Return the places of a component's packed tensors: name -> (weight file relative to the tree, place)."""
         if component in self.packed:
             return dict(self.packed[component].tensors)
-        from dvdquant.quantize.checkpoint import plan_shards
-
         plan = self.plan.plans[self.plan.components.index(component)]
         return {
             name: (relative, info)

@@ -15,7 +15,7 @@ from dvdquant.cli.common import ExamplesCommand, echo, loading, paragraphs, setu
 from dvdquant.cli.paths import LORA, MODEL, PATH, WORD
 from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.advice import Choice, choose
-from dvdquant.recipe import ATTENTION, RECIPES, get_recipe
+from dvdquant.recipe import ATTENTION, RECIPES, error_name, get_recipe
 from dvdquant.text import amount, json_text
 
 if TYPE_CHECKING:
@@ -614,8 +614,6 @@ def _result_json(result: ExportResult, seconds: float) -> dict[str, Any]:
 
 
 def _result_text(plan: ExportPlan, result: ExportResult, seconds: float) -> str:
-    from dvdquant.recipe import error_name
-
     manifest = result.manifest
     lines = []
     if result.up_to_date:

@@ -15,7 +15,7 @@ from dvdquant.checkpoint.formats.ltx import LTX
 from dvdquant.checkpoint.formats.scaled_fp8 import pair_scales
 from dvdquant.checkpoint.formats.scheme import Piece, Scheme
 from dvdquant.checkpoint.formats.shapes import NEED_CONFIG, Shapes
-from dvdquant.checkpoint.formats.stored import ShardTensor, rows
+from dvdquant.checkpoint.formats.stored import ShardTensor, Stored, rows
 from dvdquant.checkpoint.formats.wan import WAN, is_original_config
 from dvdquant.errors import CheckpointError
 from dvdquant.system.files import strict_json
@@ -255,8 +255,6 @@ def _renamed(tensors: Mapping[str, ShardTensor], scheme: Scheme, place: str) -> 
 
 
 def _piece(info: ShardTensor, piece: Piece, place: str) -> ShardTensor:
-    from dvdquant.checkpoint.formats.stored import Stored
-
     try:
         made = rows(info, *piece.rows) if piece.rows else info
         if piece.swapped:
