@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from dvdquant.hardware.weights import WeightPolicy
 
-__all__ = ["Limits", "ModelSource", "ObjectStore", "ServerSettings", "SessionSettings", "WorkerSettings"]
+__all__ = [
+    "EngineSettings",
+    "Limits",
+    "ModelSource",
+    "ObjectStore",
+    "ServerSettings",
+    "SessionSettings",
+    "WorkerSettings",
+]
 
 
 @dataclass(frozen=True)
@@ -28,13 +36,12 @@ class ModelSource:
     schedules: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class SessionSettings:
-    """How a server that keeps its own queue, Triton or Dynamo, opens sessions.
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How engines run, on whatever device.
 
     Args:
         backend: See :func:`.open_generator`.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         compile: Compile the transformer's blocks.
         fuse: Whether what comes before quantized layers is in their kernels; None where ``compile`` is on.
         cuda_graphs: Repeat steps as CUDA graphs, where launches count.
@@ -42,15 +49,30 @@ class SessionSettings:
     """
 
     backend: str = "auto"
-    device: str = "auto"
     compile: bool = False
     fuse: bool | None = None
     cuda_graphs: bool = False
     weights: WeightPolicy = "auto"
 
+
+@dataclass(frozen=True, kw_only=True)
+class SessionSettings(EngineSettings):
+    """How sessions are opened: how engines run, and where.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """
+
+    device: str = "auto"
+
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of :func:`.open_generator` and :func:`.open_session` by their names."""
-        return asdict(self)
+        return _fields_of(SessionSettings, self)
+
+
+def _fields_of(kind: type[EngineSettings], settings: EngineSettings) -> dict[str, Any]:
+    """Return the values that settings have of a kind's own fields, by their names."""
+    return {each.name: getattr(settings, each.name) for each in fields(kind)}
 
 
 @dataclass(frozen=True)
@@ -99,8 +121,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class WorkerSettings:
-    """What a worker process needs to know.
+class WorkerSettings(SessionSettings):
+    """What a worker process needs to know, with how it opens sessions (:class:`SessionSettings`).
 
     Args:
         name: Its name in the store.
@@ -108,12 +130,6 @@ class WorkerSettings:
         data: The data folder.
         store: The address of a shared store, or None for the file in the data folder.
         files: The object store of the clips, or None for the data folder.
-        device: ``auto``, ``cpu`` or ``cuda:N``.
-        backend: See :func:`.open_generator`.
-        compile: Compile the transformer's blocks.
-        fuse: Whether what comes before quantized layers is in their kernels; None where ``compile`` is on.
-        cuda_graphs: Repeat steps as CUDA graphs, where launches count.
-        weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
         lease: Seconds of a lease.
         keep: Seconds that a clip is kept.
         stall: Seconds without a sign of life after which a job counts as hanging.
@@ -127,12 +143,6 @@ class WorkerSettings:
     data: str
     store: str | None = None
     files: ObjectStore | None = None
-    device: str = "auto"
-    backend: str = "auto"
-    compile: bool = False
-    fuse: bool | None = None
-    cuda_graphs: bool = False
-    weights: WeightPolicy = "auto"
     lease: float = 10.0
     keep: float = 86400.0
     stall: float = 1800.0
@@ -142,8 +152,8 @@ class WorkerSettings:
 
 
 @dataclass(frozen=True)
-class ServerSettings:
-    """What the server needs to know.
+class ServerSettings(EngineSettings):
+    """What the server needs to know, with how its workers run engines (:class:`EngineSettings`).
 
     Args:
         models: The exports.
@@ -153,11 +163,6 @@ class ServerSettings:
         host: The address to listen on.
         port: The port; 0 takes a free one.
         devices: One worker process for each.
-        backend: See :func:`.open_generator`.
-        compile: Compile the transformer's blocks.
-        fuse: Whether what comes before quantized layers is in their kernels; None where ``compile`` is on.
-        cuda_graphs: Repeat steps as CUDA graphs, where launches count.
-        weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
         limits: What a request may ask for.
         api_keys: SHA-256 digests of the keys that are let in; with none, everybody is.
         allowed_hosts: Names that the Host header may have; empty allows all.
@@ -178,11 +183,6 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     devices: tuple[str, ...] = ("auto",)
-    backend: str = "auto"
-    compile: bool = False
-    fuse: bool | None = None
-    cuda_graphs: bool = False
-    weights: WeightPolicy = "auto"
     limits: Limits = field(default_factory=Limits)
     api_keys: tuple[bytes, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
@@ -209,11 +209,7 @@ class ServerSettings:
             store=self.store,
             files=self.files,
             device=device,
-            backend=self.backend,
-            compile=self.compile,
-            fuse=self.fuse,
-            cuda_graphs=self.cuda_graphs,
-            weights=self.weights,
+            **_fields_of(EngineSettings, self),
             lease=self.lease,
             keep=self.keep,
             stall=self.stall,

@@ -493,12 +493,7 @@ def open_model(settings: WorkerSettings, source: ModelSource, wrap_session: Wrap
     return open_generator(
         Artifact.open(source.out),
         pipeline=source.pipeline,
-        backend=settings.backend,
-        device=settings.device,
-        compile=settings.compile,
-        fuse=settings.fuse,
-        cuda_graphs=settings.cuda_graphs,
-        weights=settings.weights,
+        **settings.arguments(),
         wrap_session=wrap_session,
     )
 

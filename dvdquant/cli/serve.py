@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
 
     from dvdquant.deploy.serve.gate import key_digest
     from dvdquant.deploy.serve.server import serve
-    from dvdquant.deploy.serve.settings import ServerSettings
+    from dvdquant.deploy.serve.settings import EngineSettings, ServerSettings
 
     serve(
         ServerSettings(
@@ -214,11 +215,7 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
             host=options["host"],
             port=options["port"],
             devices=names,
-            backend=options["backend"],
-            compile=options["compile"],
-            fuse=options["fuse"],
-            cuda_graphs=options["cuda_graphs"],
-            weights=options["weights"],
+            **{each.name: options[each.name] for each in fields(EngineSettings)},
             limits=read_limits(options),
             api_keys=tuple(key_digest(key) for key in keys),
             allowed_hosts=hosts(options["host"], options["allow_host"]),

@@ -1,7 +1,7 @@
 """The transformer as a skeleton (diffusers' own module tree with placeholder weights), and the plan of its layers.
 
-Nothing here reads a weight. A skeleton of a 13-billion-parameter model occupies a few megabytes, can be traced by
-torch.export, and tells which linear layers share their input.
+Nothing here reads a weight. A skeleton of a 13-billion-parameter model occupies a few megabytes and can be traced by
+torch.export. Which linear layers share their input, :mod:`dvdquant.model.outline` finds.
 """
 
 from __future__ import annotations

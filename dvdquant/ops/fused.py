@@ -6,6 +6,7 @@ them in registers, on the way to the codes. :func:`apply_prologue` is the defini
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,17 +173,8 @@ def run_fused_linear(
         ShapeError: Tensors do not fit each other.
         UnsupportedError: The rotation has an outer factor, or a row is too long.
     """
-    x, pointers, hidden, _held = _arguments(kernels, layer, x, prologue)
-    tokens = len(x)
-    y = kernels.allocate((tokens, layer.n), x.dtype, x.device)
-    if tokens:
-        workspace = kernels.workspace(layer, tokens, x.device)
-        with stream_of(x) as stream:
-            kernels.library.fused_linear(
-                layer, kernels.sm, pointers, x.data_ptr(), prepared.data_ptr(), y.data_ptr(), tokens,
-                workspace.data_ptr(), workspace.numel(), stream, pointer_of(pre_quant),
-            )  # fmt: skip
-    return y, hidden
+    call, weight = kernels.library.fused_linear, (prepared.data_ptr(),)
+    return _fused(kernels, layer, x, prologue, pre_quant, kernels.workspace, call, weight)
 
 
 def run_packed_fused_linear(
@@ -212,15 +204,41 @@ def run_packed_fused_linear(
         ShapeError: Tensors do not fit each other.
         UnsupportedError: The rotation has an outer factor, or a row is too long.
     """
+    call, weight = kernels.library.packed_fused_linear, (kernels.packed_pointers(layer, codes, rows), rows.data_ptr())
+    return _fused(kernels, layer, x, prologue, pre_quant, kernels.packed_workspace, call, weight)
+
+
+def _fused(
+    kernels: CudaKernels,
+    layer: LayerShape,
+    x: Tensor,
+    prologue: Prologue,
+    pre_quant: Tensor | None,
+    workspace_of: Callable[[LayerShape, int, torch.device], Tensor],
+    call: Callable[..., None],
+    weight: tuple[Any, ...],
+) -> tuple[Tensor, Tensor]:
+    """Compute a fused layer by a call of the library; return y and h.
+
+    Args:
+        kernels: The kernels of x's device.
+        layer: Shape and grids of the layer.
+        x: bf16 or fp16 [M, K].
+        prologue: What becomes of x first.
+        pre_quant: [K/8, 2, 8] of x's dtype, or None.
+        workspace_of: Gives the workspace that the call takes.
+        call: The call.
+        weight: Its arguments that name the weight.
+    """
     x, pointers, hidden, _held = _arguments(kernels, layer, x, prologue)
     tokens = len(x)
     y = kernels.allocate((tokens, layer.n), x.dtype, x.device)
     if tokens:
-        workspace = kernels.packed_workspace(layer, tokens, x.device)
+        workspace = workspace_of(layer, tokens, x.device)
         with stream_of(x) as stream:
-            kernels.library.packed_fused_linear(
-                layer, kernels.sm, pointers, x.data_ptr(), kernels.packed_pointers(layer, codes, rows), rows.data_ptr(),
-                y.data_ptr(), tokens, workspace.data_ptr(), workspace.numel(), stream, pointer_of(pre_quant),
+            call(
+                layer, kernels.sm, pointers, x.data_ptr(), *weight, y.data_ptr(), tokens, workspace.data_ptr(),
+                workspace.numel(), stream, pointer_of(pre_quant),
             )  # fmt: skip
     return y, hidden
 

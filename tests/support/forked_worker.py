@@ -20,6 +20,7 @@ os.close(int(channel))
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 code = int(end.recv(16) or b"1")
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
+    if -code not in (signal.SIGKILL, signal.SIGSTOP):  # whose handling nobody may set
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 sys.exit(code)
