@@ -75,7 +75,7 @@ PACKED = Loaded("packed")
 
 
 def four_bit_bytes(weights: int, rows: int) -> int:
-    """Return the bytes of layers of a text encoder in 4 bits: codes, a factor and a zero-point a group, a scale in fp32 a row.
+    """Return the bytes of layers of a text encoder in 4 bits: codes, scale and zero-point of groups, and fp32 scales of rows.
 
     Args:
         weights: Their weights, in whole groups.
