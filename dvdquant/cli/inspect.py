@@ -237,6 +237,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
     from dvdquant.ops.attention.libraries import ladders_words
     from dvdquant.recipe import error_name, fitted_text, looks_at_inputs
 
+    # 1. The model, the recipe, the files.
     recipe = manifest.recipe
     inputs = ["inputs predicted" if looks_at_inputs(recipe) else "inputs ignored", *fitted_text(recipe)]
     weight = recipe["weight"]
@@ -260,6 +261,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         "",
         table(("file", "size"), [(name, amount(size)) for name, size in sorted(sizes.items())], right=(1,)),
     ]
+    # 2. The engines.
     if manifest.engines:
         rows = [
             (e["path"], ", ".join(e["sm"]), " ".join(f"{name} {version}" for name, version in e["versions"].items()))
@@ -273,6 +275,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
     if fused:
         counts = " or ".join(map(str, fused))
         lines += [f"TensorRT engines, one plugin node each: {counts} layers with what comes before them (--fuse)"]
+    # 3. The layers.
     lines += ["", _layer_table(list(manifest.layers), all_layers, error_name(manifest.recipe))]
     lines += [
         f"{len(manifest.kept)} linear layers in 16 bit: {', '.join(manifest.kept[:6])}{' …' * (len(manifest.kept) > 6)}"
