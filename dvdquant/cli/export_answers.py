@@ -1,4 +1,4 @@
-"""The four questions of somebody who has a card: how much faster, how much memory, how much disk, at what cost in quality."""
+"""What an export is worth on a card: how much faster, how much memory, how much disk, at what cost in quality."""
 
 from __future__ import annotations
 

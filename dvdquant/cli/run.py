@@ -1,4 +1,4 @@
-"""``dvdq-run``: generate video with an export, each denoising step on the engine it deserves."""
+"""``dvdq-run``: generate video with an export, each denoising step on the engine that the controller picks."""
 
 from __future__ import annotations
 

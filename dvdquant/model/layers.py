@@ -1,4 +1,4 @@
-"""QuantLinear modules, and the surgery that puts them in place of ``nn.Linear`` in a diffusers transformer.
+"""QuantLinear modules, and their installation in place of ``nn.Linear`` in a diffusers transformer.
 
 Linear layers of one parent module that receive the very same tensor (q/k/v) are merged into one :class:`QuantLinear`,
 so that x is rotated and quantized once. The merged layer is called after its members: ``attn1.to_q+to_k+to_v``.
