@@ -24,7 +24,7 @@ from tests.support.nvfp4 import TRT_FP4DynamicQuantize
 from tests.support.quality_scripts import script
 
 IN_BF16 = ("rotate", "abs", "amax", "act", "act_typed", "weight_typed", "weight_t", "product", "output")
-LAYERS = ("blocks.0.attn1.to_q+to_k+to_v", "blocks.0.attn1.to_out.0", "blocks.1.ffn.net.2")
+LAYERS = ("blocks.0.attn1.to_q+to_k+to_v", "blocks.0.attn1.to_out.0", "blocks.0.ffn.net.2")
 
 
 @pytest.fixture(scope="module")

@@ -176,9 +176,9 @@ def test_types_of_4_and_5_bits_are_taken_on_request(tmp_path: Path, folders: dic
     path = tmp_path / "m.gguf"
     path.write_bytes(formats.gguf_bytes(entries, ARCHITECTURE))
     arguments = (path, "-o", tmp_path / "out", "--target", "graphs", "--latent", "2x8x8", "--text-tokens", 4)
-    refused(run(*arguments, "--recipe", "w4a8"), kind, "--allow-low-bits", "Q8_0")
+    refused(run(*arguments, "--recipe", "weights-only"), kind, "--allow-low-bits", "Q8_0")
     assert not (tmp_path / "out").exists()
-    said = in_process(*arguments, "--recipe", "w4a8", "--allow-low-bits")
+    said = in_process(*arguments, "--recipe", "weights-only", "--allow-low-bits")
     assert "warning" in said
     artifact = Artifact.open(tmp_path / "out")
     assert any(note.startswith(f"warning: {kind}") for note in artifact.manifest.source["notes"])

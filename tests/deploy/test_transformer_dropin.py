@@ -77,7 +77,7 @@ def test_a_config_that_says_where_it_was_loaded_from(wan: Exported) -> None:
     assert again.config["patch_size"] == [1, 2, 2]
 
 
-@pytest.mark.parametrize("kind", ["cogvideox-1.5", "ltx-video", "hunyuan-video"])
+@pytest.mark.parametrize("kind", ["cogvideox", "ltx-video", "hunyuan-video"])
 def test_config_has_diffusers_defaults(kind: str) -> None:
     """Pipelines read keys that a config.json may lack."""
     made = tiny.exported(kind)

@@ -24,7 +24,7 @@ from tests.support.commands import SIZES, in_process, refused, run
 
 A4, A8, QDQ = "onnx/transformer_a4.onnx", "onnx/transformer_a8.onnx", "onnx/transformer_a4_qdq.onnx"
 CONSTANTS = "onnx/transformer.constants.bin"
-VICTIM = "blocks.1.attn2.to_k+to_v"
+VICTIM, OTHER = (f"blocks.0.attn{number}.to_out.0" for number in (2, 1))  # of one shape
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +37,7 @@ def small_constants() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "wan", tiny.WAN)
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "wan", tiny.WAN_ONE)
 
 
 def arguments(model: Path, out: Path) -> list[object]:
@@ -87,7 +87,7 @@ def elsewhere(location: str) -> Callable[[onnx.ModelProto], None]:
 
 
 def other_place(graph: onnx.ModelProto) -> None:
-    there = {e.key: e.value for e in initializer(graph, "blocks.0.attn2.to_k+to_v.weight").external_data}
+    there = {e.key: e.value for e in initializer(graph, f"{OTHER}.weight").external_data}
     external(initializer(graph, f"{VICTIM}.weight"), offset=there["offset"])
 
 
@@ -104,7 +104,7 @@ def of_its_own(graph: onnx.ModelProto) -> None:
 
 def other_layer(graph: onnx.ModelProto) -> None:
     (node,) = [n for n in graph.graph.node if f"{VICTIM}.weight" in n.input]
-    node.input[1] = "blocks.0.attn2.to_k+to_v.weight"
+    node.input[1] = f"{OTHER}.weight"
 
 
 def without_layer(graph: onnx.ModelProto) -> None:

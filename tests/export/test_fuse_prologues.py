@@ -26,7 +26,7 @@ from dvdquant.recipe import RECIPES, get_recipe
 from dvdquant.system.progress import Progress
 from tests.support.commands import in_process
 from tests.support.exporting import Export, export_graphs
-from tests.support.tiny_models import CONFIGS, FIXED, RANGES, WAN_ONE, write_checkpoint
+from tests.support.tiny_models import CONFIGS, FIXED, RANGES, SMALL, WAN_ONE, write_checkpoint
 
 LAYER = Path(__file__).parents[2] / "plugins/csrc/layer.cpp"
 # (reads, norm, gelu) of the first block of Wan, which has none before it, and of two.
@@ -48,7 +48,7 @@ TWO_BLOCKS = {
 def wan(tmp_path_factory: pytest.TempPathFactory) -> Export:
     folder = tmp_path_factory.mktemp("fused")
     model = write_checkpoint(folder / "model", WAN_ONE)
-    return export_graphs(model, folder / "out", get_recipe("w4a8"), FIXED, torch.bfloat16, ("tensorrt",))
+    return export_graphs(model, folder / "out", get_recipe("w4a8"), SMALL, torch.bfloat16, ("tensorrt",))
 
 
 def forms(model: ir.Model) -> Counter[tuple[str, str, int]]:
@@ -79,7 +79,7 @@ def test_wans_layers_take_what_is_before_them(wan: Export) -> None:
 
 
 def test_the_definition_of_the_nodes_is_judged_layer_by_layer(wan: Export, monkeypatch: pytest.MonkeyPatch) -> None:
-    verifier = Verifier(wan.plan, FIXED, wan.model(8), which="min")
+    verifier = Verifier(wan.plan, wan.sizes, wan.model(8), which="min")
     check = verifier.check(wan.path(8, "tensorrt"), 8, fused=True)
     assert check.passed, check.faults()
     assert check.graph == "transformer_a8.onnx with fused layers"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -12,6 +13,11 @@ import pytest
 
 from dvdquant.artifact.manifest import load_manifest
 from dvdquant.artifact.verify_files import verify_files
+from dvdquant.export.options import ExportOptions
+from dvdquant.export.pipeline import run_export
+from dvdquant.export.plan import plan_export
+from dvdquant.recipe import get_recipe
+from dvdquant.system.progress import Progress
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, digests, in_process, kill_when, logged
 
@@ -93,19 +99,23 @@ def test_damaged_weights_are_made_again(one_engine: Path, model: Path) -> None:
 
 @pytest.mark.slow
 def test_ranges_build_one_engine_with_a_profile(model: Path, tmp_path: Path) -> None:
+    """The profile of a graph that the tests of sessions have as well, so that it is traced once."""
     out = tmp_path / "out"
-    lines = logged(
-        model, "-o", out, "--target", "rtx", "--sm", "8.9", "--recipe", "w4a8", "--verify",
-        "--latent", "2:3x6:8:10x8", "--text-tokens", "4",
+    recipe = get_recipe("rtn")
+    options = ExportOptions(
+        str(model), out, replace(recipe, name="eight-bit", activations=recipe.activations[1:]),
+        sms=("8.9",), latent="2:3:4x4:8:12x6:8:10", text_tokens=12, verify=True,
     )  # fmt: skip
+    result = run_export(plan_export(options), Progress("quiet"))
     (entry,) = load_manifest(out).engines
-    assert entry["shapes"]["frames"] == [2, 3, 3]
-    assert entry["shapes"]["height"] == [6, 8, 10]
-    assert entry["shapes"]["width"] == [8, 8, 8]
-    assert lines[-1]["checks"][0]["passed"]
+    assert entry["shapes"]["frames"] == [2, 3, 4]
+    assert entry["shapes"]["height"] == [4, 8, 12]
+    assert entry["shapes"]["width"] == [6, 8, 10]
+    (check,) = result.checks
+    assert check.passed
     graph = onnx.load(out / "onnx/transformer_a8.onnx", load_external_data=False)
     dims = graph.graph.input[0].type.tensor_type.shape.dim
-    assert [d.HasField("dim_param") for d in dims] == [False, False, True, True, False]
+    assert [d.HasField("dim_param") for d in dims] == [False, False, True, True, True]
 
 
 @pytest.mark.slow

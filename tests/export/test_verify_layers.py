@@ -29,7 +29,7 @@ from dvdquant.system.progress import Progress
 from tests.support import tiny_models as tiny
 from tests.support.exporting import Export, export_graphs
 
-VICTIM = "blocks.1.attn2.to_k+to_v"
+VICTIM = "blocks.0.attn2.to_k+to_v"
 MERGED = "blocks.0.attn1.to_q+to_k+to_v"
 FLAVOURS = [("tensorrt", 4), ("tensorrt", 8), ("onnx", 4), ("onnx", 8)]
 
@@ -37,7 +37,7 @@ FLAVOURS = [("tensorrt", 4), ("tensorrt", 8), ("onnx", 4), ("onnx", 8)]
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory: pytest.TempPathFactory) -> Export:
     folder = tmp_path_factory.mktemp("wan")
-    source = tiny.write_checkpoint(folder / "model", tiny.WAN)
+    source = tiny.write_checkpoint(folder / "model", tiny.WAN_ONE)
     return export_graphs(source, folder, get_recipe("w4a4"), tiny.FIXED, torch.float16)
 
 
@@ -205,7 +205,7 @@ def test_a_missing_layer_is_named(verifier: Verifier, broken: Any) -> None:
         value.name = "other.weight"
         model.graph.initializers["other.weight"] = value
 
-    with pytest.raises(ExportError, match=r"no layer blocks\.1\.attn2\.to_k\+to_v"):
+    with pytest.raises(ExportError, match=r"no layer blocks\.0\.attn2\.to_k\+to_v"):
         verifier.check(broken("tensorrt", 8, rename), 8)
 
 
@@ -315,7 +315,7 @@ def test_a_fault_ends_the_export(wan: Export, broken: Any) -> None:
     original = path.read_bytes()
     try:
         path.write_bytes(broken("tensorrt", 4, scaled("tensorrt", 3.0, VICTIM)).read_bytes())
-        with pytest.raises(ExportError, match=r"transformer_a4\.onnx: layer blocks\.1\.attn2\.to_k\+to_v is .*bound"):
+        with pytest.raises(ExportError, match=r"transformer_a4\.onnx: layer blocks\.0\.attn2\.to_k\+to_v is .*bound"):
             verify_export(wan.root, plans, wan.graphs, tensors, layers, sizes, Progress())
     finally:
         path.write_bytes(original)

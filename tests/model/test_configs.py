@@ -183,16 +183,16 @@ def test_a_field_that_only_diffusers_knows(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_an_export_with_a_hostile_config(tmp_path: Path) -> None:
     """Its manifest vouches for the config: whoever made the export can."""
-    source, out = tiny.write_checkpoint(tmp_path / "model", tiny.WAN), tmp_path / "out"
+    source, out = tiny.write_checkpoint(tmp_path / "model", tiny.WAN_ONE), tmp_path / "out"
     assert run(source, "-o", out, "--target", "graphs", "--recipe", "w4a8", *SIZES).exit_code == 0
     Artifact.open(out).plan()
     for changes, named in HOSTILE["wan"]:
-        _rewrite(out, with_changes(tiny.WAN, **changes))
+        _rewrite(out, with_changes(tiny.WAN_ONE, **changes))
         with pytest.raises(CheckpointError) as info:
             Artifact.open(out).plan()
         assert named in str(info.value)
-    _rewrite(out, {**tiny.WAN, "self": 1, "forward": None})
-    assert Artifact.open(out).family().config == get_family(tiny.WAN).config
+    _rewrite(out, {**tiny.WAN_ONE, "self": 1, "forward": None})
+    assert Artifact.open(out).family().config == get_family(tiny.WAN_ONE).config
 
 
 def _rewrite(out: Path, config: dict[str, Any]) -> None:

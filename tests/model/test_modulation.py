@@ -45,7 +45,7 @@ def test_four_bit_graph_runs_them_with_eight() -> None:
     from dvdquant.export.graph.trace import trace_graph
     from dvdquant.export.passes.set_activation import set_activation as set_nodes
 
-    plan = plan_model(HUNYUAN, packed(), torch.float16)
+    plan = plan_model({**COGVIDEOX, "num_layers": 1}, packed(), torch.float16)
     model = quantized_skeleton(plan, 4)
     bits = {m.spec.name: m.act_bits for m in model.modules() if isinstance(m, QuantLinear)}
     expected = {s.name: 8 if s.floor else 4 for s in plan.layers}

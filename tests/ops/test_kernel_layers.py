@@ -72,9 +72,7 @@ def test_sessions_give_what_the_op_gives_without_packed_weights(
 ) -> None:
     """Families rounded to nearest, and recipes with balances, shifts and groups; ``forms`` are held of each weight."""
     recipe = name.startswith("w4a4")
-    artifact = Artifact.open(
-        made.recipe_export(name) if recipe else made.family_export(name, "fp16" if name == "ltx-video" else "bf16")
-    )
+    artifact = Artifact.open(made.recipe_export(name) if recipe else made.family_export(name))
     inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
     kernels = double(sm)
     called: list[torch.dtype] = []

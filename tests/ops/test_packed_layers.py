@@ -47,9 +47,7 @@ def test_sessions_of_packed_weights_give_the_same_bits_and_hold_them_once(
     name: str, sm: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = name.startswith("w4a4")
-    artifact = Artifact.open(
-        made.recipe_export(name) if recipe else made.family_export(name, "fp16" if name == "ltx-video" else "bf16")
-    )
+    artifact = Artifact.open(made.recipe_export(name) if recipe else made.family_export(name))
     inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
     monkeypatch.setattr(pytorch, "usable_kernels", lambda device: double(sm))
     counted = held_weights(artifact.plan("transformer"), sm, (4, 8), artifact.sizes)

@@ -25,6 +25,9 @@ from dvdquant.system.progress import Progress
 from tests.support import tiny_models as tiny
 from tests.support.commands import SINGLE, SIZES, edit_weights, in_process, poke, refused, run
 from tests.support.exporting import with_changes
+from tests.support.image_pipelines import KINDS
+from tests.support.session_exports import QUICK, RANGES
+from tests.support.tiny_pipelines import TOKENS
 
 WEIGHTS_ONLY, LOOKS_AT_INPUTS = "w4a8", "w4a4"
 QUANTIZED, KEPT = "blocks.0.ffn.net.0.proj.weight", "proj_out.weight"
@@ -168,7 +171,7 @@ def test_a_bias_that_the_shift_makes_too_large(source: Path, tmp_path: Path, mon
 def test_the_command_refuses_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
     model = changed(source, tmp_path, poke(QUANTIZED, 1e5))
     out = tmp_path / "out"
-    result = run(model, "-o", out, "--dtype", "fp16", "--target", "graphs", *SIZES)
+    result = run(model, "-o", out, "--dtype", "fp16", *QUICK, *RANGES)
     refused(result, QUANTIZED, "1e+05", "--dtype bf16")
     assert not out.exists()
     assert not list(tmp_path.glob(".tmp*"))
@@ -221,15 +224,22 @@ def test_the_rotated_weight_of_accepted_nan(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------- tensors the class does not use
 
-I2V = with_changes(ONE_BLOCK, image_dim=32, added_kv_proj_dim=128, in_channels=36)
-
 
 def test_tensors_that_the_class_does_not_use(tmp_path: Path) -> None:
     """As in the published Wan2.1-I2V-14B: ``norm_added_q`` in every block, all zero, and diffusers passes over them."""
-    plain = tiny.write_checkpoint(tmp_path / "plain", I2V)
+    plain = tiny.write_checkpoint(tmp_path / "plain", KINDS["wan-i2v-21"].config)
     extra = Path(shutil.copytree(plain, tmp_path / "extra"))
     edit_weights(lambda t: t.update({"blocks.0.attn2.norm_added_q.weight": torch.zeros(128)}))(extra)
-    arguments = ["--target", "graphs", "--recipe", WEIGHTS_ONLY, *SIZES]
+    arguments = [
+        "--target",
+        "graphs",
+        "--recipe",
+        "w4a4",
+        "--latent",
+        KINDS["wan-i2v-21"].latent,
+        "--text-tokens",
+        TOKENS,
+    ]
     hashes = []
     for model in (plain, extra):
         out = tmp_path / f"{model.name}-out"
@@ -243,7 +253,6 @@ def test_tensors_that_the_class_does_not_use(tmp_path: Path) -> None:
         assert plan["left_out"] == (["blocks.0.attn2.norm_added_q.weight"] if model is extra else [])
     assert hashes[0] == hashes[1]
     assert hashes[0]
-    quantize(extra, tmp_path / "predicted", torch.bfloat16, LOOKS_AT_INPUTS)
 
 
 def test_only_what_diffusers_names_is_left_out(tmp_path: Path) -> None:

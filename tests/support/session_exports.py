@@ -18,7 +18,7 @@ from dvdquant.model.layers import set_activation
 from dvdquant.model.loading import GraphWrapper
 from dvdquant.system.safetensors_reader import read_header
 from tests.support import tiny_models as tiny
-from tests.support.commands import in_process
+from tests.support.commands import SIZES, in_process
 from tests.support.folders import shared_folder
 
 RANGES = ["--latent", "2:3:4x4:8:12x6:8:10", "--text-tokens", "12"]
@@ -54,23 +54,11 @@ def deep_export(name: str) -> Path:
 
 @functools.cache
 def recipe_export(recipe: str) -> Path:
-    """Graphs of a tiny Wan by another recipe than rounding to nearest."""
+    """Graphs of one block of a tiny Wan by another recipe than rounding to nearest."""
 
     def make(folder: Path) -> None:
-        source = tiny.write_checkpoint(folder / "model", tiny.WAN)
-        in_process(
-            source,
-            "-o",
-            folder / "out",
-            "--recipe",
-            recipe,
-            "--target",
-            "graphs",
-            "--latent",
-            "3x8x8",
-            "--text-tokens",
-            "12",
-        )
+        source = tiny.write_checkpoint(folder / "model", tiny.WAN_ONE)
+        in_process(source, "-o", folder / "out", "--recipe", recipe, "--target", "graphs", *SIZES)
 
     return shared_folder(f"sessions-{recipe}", make) / "out"
 

@@ -88,6 +88,7 @@ CONFIGS = {"wan": WAN, "hunyuan-video": HUNYUAN, "cogvideox": COGVIDEOX, "cogvid
 WAN_ONE: dict[str, Any] = {**WAN, "num_layers": 1}
 
 FIXED = Sizes(Axis.fixed(3), Axis.fixed(8), Axis.fixed(8), text_tokens=12)
+SMALL = Sizes(Axis.fixed(2), Axis.fixed(8), Axis.fixed(8), text_tokens=4)  # as the commands of the tests
 RANGES = Sizes(Axis(2, 3, 4), Axis(4, 8, 12), Axis(6, 8, 10), text_tokens=12)
 
 

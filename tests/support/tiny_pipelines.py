@@ -23,7 +23,7 @@ from dvdquant.export.verify.reference import as_float64
 from dvdquant.model.layers import set_activation
 from dvdquant.model.plan import ModelPlan
 from dvdquant.quantize.checkpoint import plan_shards
-from dvdquant.recipe import RECIPES
+from dvdquant.recipe import RECIPES, Recipe
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_reader import read_header
 from tests.support import tiny_models as tiny
@@ -260,7 +260,7 @@ def export_kind(
     components: int = 1,
     latent: str | None = None,
     text_tokens: int = TOKENS,
-    recipe: str = "w4a4",
+    recipe: Recipe = RECIPES["w4a4"],
 ) -> Exported:
     """Write random weights of ``kind`` into ``folder``/source and export graphs of them into ``folder``/out.
 
@@ -277,7 +277,7 @@ def export_kind(
     options = ExportOptions(
         model=str(source if components > 1 else source / "transformer"),
         out=folder / "out",
-        recipe=RECIPES[recipe],
+        recipe=recipe,
         targets=("graphs",),
         latent=latent or KINDS[kind].latent,
         text_tokens=text_tokens,
