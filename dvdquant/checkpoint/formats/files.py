@@ -91,7 +91,7 @@ def given_file(model: str, revision: str | None = None) -> tuple[UntrustedFolder
 
 
 def halves(folder: UntrustedFolder) -> bool:
-    """Whether a folder is the repository of Wan 2.2's authors, with two transformers.
+    """Return whether a folder is the repository of Wan 2.2's authors, with two transformers.
 
     Args:
         folder: The folder of the model.
