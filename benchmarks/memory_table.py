@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from benchmarks.held_weights import plan_of
 from dvdquant.deploy.generation.device_fit import DEVICES, DeviceSize, Fit, fit, published_run
+from dvdquant.deploy.generation.memory_plan import PACKED
 from dvdquant.hardware.capabilities import sm_number
 from dvdquant.model.families import Axis, Sizes
 from dvdquant.model.held_weights import held_weights
@@ -59,7 +60,7 @@ def fits(case: Case, devices: tuple[DeviceSize, ...] = DEVICES) -> list[Fit]:
     found = []
     for device in devices:
         held = held_weights(plan, sm_number(device.sms[-1]), (4, 8), sizes).nbytes("packed")
-        found += fit(published_run(family, sizes, {"packed weights": held}), [device])
+        found += fit(published_run(family, sizes, {PACKED: held}), [device])
     return found
 
 
@@ -71,7 +72,7 @@ def words(found: Fit) -> str:
     """
     how = found.plan.arrangement
     named = [
-        how.transformer if how.transformer != "packed weights" else "",
+        str(how.transformer) if how.transformer != PACKED else "",
         "tiles" if how.vae_tiling else "",
         "offload" if how.offload else "",
         "text first" if how.alternate else "",

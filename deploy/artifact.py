@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dvdquant.artifact.entries import EngineEntry, GraphEntry
 from dvdquant.artifact.manifest import Manifest, load_manifest
 from dvdquant.artifact.verify_files import read_verified
-from dvdquant.checkpoint.formats.blocks import FEW_BITS
+from dvdquant.checkpoint.recorded_source import had_few_bits
 from dvdquant.errors import DvdquantError, EngineError, OutputError, UnsupportedError
 from dvdquant.model.families import Family, Sizes, get_family
 from dvdquant.recipe import RECIPES, Recipe
@@ -309,7 +309,7 @@ class Artifact:
             words += ["--subfolder", self.components[0]]
         if manifest.nonfinite:
             words.append("--allow-nonfinite")
-        if any(kind in manifest.source.get("precision", "") for kind in FEW_BITS):
+        if had_few_bits(manifest.source):
             words.append("--allow-low-bits")
         if options or recipe:
             words.append("--replace")

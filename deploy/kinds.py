@@ -1,4 +1,4 @@
-"""Questions about numbers that a user's Python gives: truth values are none, and those of numpy are."""
+"""Whether a value that a caller gives is a number: those of numpy are, truth values are not."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
-"""Options that exclude each other: one refusal for commands, requests and pipelines."""
+"""Options that exclude each other: one refusal for commands, requests and pipelines, and the pairs that servers check, too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dvdquant.errors import UnsupportedError
 
-__all__ = ["Clash", "refuse_clashes"]
+__all__ = ["Clash", "refuse_clashes", "session_clashes"]
 
 _ONE_OUT = "leave one of the two out"
 
@@ -39,3 +40,21 @@ def refuse_clashes(clashes: Iterable[Clash]) -> None:
     for clash in clashes:
         if clash.given:
             raise UnsupportedError(clash.what, fix=clash.fix)
+
+
+def session_clashes(options: Mapping[str, Any]) -> list[Clash]:
+    """Return the options of PyTorch sessions that a backend excludes.
+
+    Args:
+        options: ``--backend``, ``--compile``, ``--cuda-graphs`` and ``--fuse``, by their names.
+    """
+    backend = options["backend"]
+    elsewhere = backend not in ("auto", "pytorch")
+    return [
+        Clash(options["compile"] and elsewhere, f"--compile runs in PyTorch, so --backend {backend} does not apply"),
+        Clash(
+            options["cuda_graphs"] and backend == "onnxruntime",
+            "ONNX Runtime has none, so --cuda-graphs does not apply",
+        ),
+        Clash(options["fuse"] and elsewhere, f"--fuse runs in PyTorch, so --backend {backend} does not apply"),
+    ]

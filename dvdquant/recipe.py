@@ -261,6 +261,7 @@ def _check(recipe: Recipe) -> None:
     Raises:
         RecipeError: A field is out of range, or two fields contradict each other.
     """
+    # 1. The grid of the weights.
     weight = recipe.weight
     _one_of("weight.bits", weight.bits, (4,))
     _one_of("weight.group_size", weight.group_size, GROUP_SIZES)
@@ -271,6 +272,7 @@ def _check(recipe: Recipe) -> None:
             "zero_point 'paper' is one integer per row and cannot be combined with weight groups",
             fix="use weight.group_size 0, or zero_point 'midrise'",
         )
+    # 2. What is done with the inputs of a layer before its rotation.
     _one_of("inputs", recipe.inputs, INPUTS)
     _one_of("smooth", recipe.smooth, (False, True))
     if recipe.smooth and recipe.inputs != "synthetic":
@@ -285,6 +287,7 @@ def _check(recipe: Recipe) -> None:
     if recipe.shift and recipe.inputs != "synthetic":
         raise RecipeError("a recipe that shifts inputs needs to know their mean", fix="set inputs to 'synthetic'")
     _check_regular(recipe)
+    # 3. Modulation, attention and the grids of activations.
     _one_of("modulation", recipe.modulation, ("keep", "a8"))
     _one_of("attention", recipe.attention, ATTENTION)
     if not recipe.activations:
@@ -295,6 +298,7 @@ def _check(recipe: Recipe) -> None:
     for spec in recipe.activations:
         _one_of("activations.bits", spec.bits, (4, 6, 8))
         _one_of("activations.group_size", spec.group_size, GROUP_SIZES)
+    # 4. The rotation.
     rotation = recipe.rotation
     if isinstance(rotation, bool) or not isinstance(rotation, (str, int)):
         raise RecipeError(

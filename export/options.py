@@ -202,7 +202,7 @@ class ExportOptions:
 
     @property
     def sampling(self) -> Sampling | None:
-        """What the manifest records for the runtime; None where nothing was given."""
+        """Return what the manifest records for the runtime; None where nothing was given."""
         found: Sampling = {}
         if self.steps is not None:
             found["steps"] = self.steps

@@ -33,7 +33,7 @@ from dvdquant.export.engines.stage import (
 from dvdquant.export.estimate import require_memory
 from dvdquant.export.graph.trace import trace_graph
 from dvdquant.export.graph.writer import FLAVOURS, GraphWriter
-from dvdquant.export.layouts.comfy import comfy_path, stored_reader, write_comfy
+from dvdquant.export.layouts.comfy import comfy_path, write_comfy
 from dvdquant.export.model_card import model_card
 from dvdquant.export.plan import ExportPlan, check_previous, source_of
 from dvdquant.export.recorded import graph_tools, lora_entries, recorded_manifest
@@ -45,12 +45,12 @@ from dvdquant.export.verify.graph import GraphCheck
 from dvdquant.export.verify.links import check_links
 from dvdquant.export.verify.stored import StoredCheck, verify_stored
 from dvdquant.model.plan import ModelPlan
-from dvdquant.quantize.checkpoint import PackedWeights, quantize_checkpoint
+from dvdquant.quantize.checkpoint import PackedWeights, plan_shards, quantize_checkpoint
 from dvdquant.quantize.layer import rotated_weight
 from dvdquant.system.copies import copy_file, link_file
 from dvdquant.system.files import FileEntry, hash_file
 from dvdquant.system.progress import Progress
-from dvdquant.system.safetensors_reader import read_tensor
+from dvdquant.system.safetensors_reader import read_header, read_tensor, stored_reader
 
 __all__ = ["run_export"]
 
@@ -527,9 +527,6 @@ class _Run:
         """Return the places of a component's packed tensors: name -> (weight file relative to the tree, place)."""
         if component in self.packed:
             return dict(self.packed[component].tensors)
-        from dvdquant.quantize.checkpoint import plan_shards
-        from dvdquant.system.safetensors_reader import read_header
-
         plan = self.plan.plans[self.plan.components.index(component)]
         return {
             name: (relative, info)

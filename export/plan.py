@@ -12,7 +12,6 @@ from dvdquant.artifact.entries import Source
 from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.output_folder import check_output
 from dvdquant.checkpoint.formats.files import check_order
-from dvdquant.checkpoint.formats.translate import few_bits
 from dvdquant.checkpoint.lora.fuse import components_of, model_fingerprint, with_loras
 from dvdquant.checkpoint.opening import open_checkpoint, read_config_file
 from dvdquant.checkpoint.pipeline_facts import with_pipeline_facts
@@ -31,7 +30,6 @@ from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan, plan_model
 from dvdquant.quantize.checkpoint import (
     check_weights,
-    reading_bytes,
 )
 from dvdquant.system.safetensors_reader import DTYPES
 from dvdquant.text import shown
@@ -149,7 +147,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     # 5. Check the output folder and estimate.
     previous = check_output(options.out)
     largest = max(
-        reading_bytes(info) + (c.lora.reading_bytes(info.name, math.prod(info.shape)) if c.lora else 0)
+        info.reading_bytes + (c.lora.reading_bytes(info.name, math.prod(info.shape)) if c.lora else 0)
         for c in opened
         for info in c.tensors.values()
     )
@@ -208,7 +206,7 @@ def _open_all(options: ExportOptions) -> tuple[tuple[str, ...], tuple[Checkpoint
         arguments |= {"subfolder": options.subfolder} if options.subfolder else {"component": name}
         opened.append(with_loras(with_pipeline_facts(open_checkpoint(options.model, **arguments)), loras[name]))
     for checkpoint in opened:
-        if (few := few_bits(checkpoint.tensors.values())) and not options.allow_low_bits:
+        if (few := checkpoint.source.few_bits) and not options.allow_low_bits:
             raise CheckpointError(
                 f"{shown(checkpoint.source.file)} holds weights as {', '.join(few)}: too few bits are left of them to be "
                 "quantized again without a loss that is seen",
@@ -265,6 +263,8 @@ def source_of(plan: ExportPlan) -> Source:
         format="; ".join(dict.fromkeys(c.source.layout for c in plan.checkpoints)),
         precision="; ".join(dict.fromkeys(c.source.precision for c in plan.checkpoints)),
         notes=list(dict.fromkeys(note for c in plan.checkpoints for note in c.source.notes)),
+        diffusers_folder=first.source.diffusers_folder,
+        few_bits=list(dict.fromkeys(kind for c in plan.checkpoints for kind in c.source.few_bits)),
     )
     if plan.options.transformer_2 is not None:
         source["transformer_2"] = recorded_model(plan.options.transformer_2)

@@ -1,4 +1,4 @@
-"""Whether an export may take the place of the finished one in its folder, which is hours of somebody's work."""
+"""Whether an export may take the place of the finished one in its folder, which may have taken hours."""
 
 from __future__ import annotations
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dvdquant.deploy.generation.memory_plan import INT8_ROW, MemoryPlan, RunBytes, best, four_bit_bytes, possible
+from dvdquant.deploy.generation.memory_plan import (
+    INT8_ROW,
+    Loaded,
+    MemoryPlan,
+    RunBytes,
+    best,
+    four_bit_bytes,
+    possible,
+)
 from dvdquant.deploy.generation.working_memory import decode_bytes, step_bytes_at, vae_name
 from dvdquant.model.families import Family, Sizes
 from dvdquant.text import amount
@@ -87,7 +95,7 @@ _PUBLISHED = {
 }
 
 
-def published_run(family: Family, sizes: Sizes, transformer: Mapping[str, int]) -> RunBytes:
+def published_run(family: Family, sizes: Sizes, transformer: Mapping[Loaded, int]) -> RunBytes:
     """Return the bytes of a run with the parts that a family is published with, at the size an export is tuned for.
 
     Args:
@@ -137,7 +145,7 @@ class Fit:
     plan: MemoryPlan
     fits: bool
 
-    def words(self, first: str) -> str:
+    def words(self, first: Loaded) -> str:
         """Return the answer in words.
 
         Args:

@@ -70,7 +70,7 @@ class PipelineGenerator(Generator):
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The transformers the pipeline calls."""
+        """Return the names of the transformers that the pipeline calls."""
         return self.folder.transformers
 
     def prompts(self) -> list[str]:

@@ -11,19 +11,19 @@ import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dvdquant.deploy.generation.working_memory import TEXT_BYTES
 from dvdquant.errors import ResourceError
+from dvdquant.hardware.weights import HeldForm
 from dvdquant.text import amount
 
 __all__ = [
-    "EXPANDED",
     "FOUR_BIT_GROUP",
     "INT8_ROW",
-    "MIXED",
     "PACKED",
     "Arrangement",
+    "Loaded",
     "MemoryPlan",
     "RunBytes",
     "Stage",
@@ -35,17 +35,47 @@ __all__ = [
     "possible",
 ]
 
-PACKED, EXPANDED, MIXED = "packed weights", "expanded weights", "partly expanded weights"
-"""What is loaded of the transformers where all bit-widths share it."""
 INT8_ROW = 5
 """Bytes of the scale and the zero-point of a row, of a text encoder in 8 bits."""
 FOUR_BIT_GROUP = 32
 """Channels that share a scale and a zero-point, of a text encoder in 4 bits; another number of channels stays in 16 bit."""
 TEXT, STEPS, FRAMES = "text is encoded", "steps are taken", "frames are decoded"
+_FORMS = {
+    "original": "16 bit",
+    "packed": "packed weights",
+    "expanded": "expanded weights",
+    "mixed": "partly expanded weights",
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What is loaded of the transformers.
+
+    Args:
+        form: How their weights are held. All but ``engines`` serve every bit-width.
+        bits: Activation bits of the engines that are loaded, each with weights of its own; empty for other forms.
+    """
+
+    form: HeldForm | Literal["original", "engines"]
+    bits: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        if self.form == "engines":
+            return " and ".join(f"a{bits}" for bits in self.bits)
+        return _FORMS[self.form]
+
+    def options(self) -> list[str]:
+        """Return the options of ``dvdq-run`` that ask for it where another is the first choice."""
+        # Another than the first is one bit-width of two, or weights that stay packed.
+        return ["--mode", str(self)] if self.form == "engines" else ["--weights", self.form]
+
+
+PACKED = Loaded("packed")
 
 
 def four_bit_bytes(weights: int, rows: int) -> int:
-    """Return the bytes of layers of a text encoder in 4 bits: codes, a factor and a zero-point a group, a scale in fp32 a row.
+    """Return the bytes of layers of a text encoder in 4 bits: codes, scale and zero-point of groups, and fp32 scales of rows.
 
     Args:
         weights: Their weights, in whole groups.
@@ -62,7 +92,7 @@ class RunBytes:
         text: Bytes of the text encoders by the bits of their weights; empty where none is loaded.
         image: Bytes of the image encoder, 0 where there is none.
         vae: Bytes of the VAE, 0 where there is none.
-        transformer: Bytes of the transformers by what is loaded of them, in words, the one with most choice first.
+        transformer: Bytes of the transformers by what is loaded of them, the one with most choice first.
         step: Bytes that one call of the transformer works in.
         decode: Bytes that the VAE works in, whole (False) and in tiles (True).
         base: Bytes that libraries and the program take before anything is loaded.
@@ -71,7 +101,7 @@ class RunBytes:
     text: Mapping[int, int]
     image: int
     vae: int
-    transformer: Mapping[str, int]
+    transformer: Mapping[Loaded, int]
     step: int
     decode: Mapping[bool, int]
     base: int = 0
@@ -89,20 +119,20 @@ class Arrangement:
         text_bits: Bits of the text encoder's weights.
     """
 
-    transformer: str
+    transformer: Loaded
     vae_tiling: bool = False
     offload: bool = False
     alternate: bool = False
     text_bits: int = 16
 
-    def words(self, first: str | None = None) -> str:
+    def words(self, first: Loaded | None = None) -> str:
         """Return the arrangement in words.
 
         Args:
             first: What of the transformers needs no word.
         """
         found = [
-            self.transformer if self.transformer != first else "",
+            str(self.transformer) if self.transformer != first else "",
             "VAE in tiles" if self.vae_tiling else "",
             "parts offloaded" if self.offload else "",
             "text encoder before the transformer" if self.alternate else "",
@@ -110,17 +140,14 @@ class Arrangement:
         ]
         return ", ".join(words for words in found if words)
 
-    def options(self, first: str) -> list[str]:
+    def options(self, first: Loaded) -> list[str]:
         """Return the options of ``dvdq-run`` for it.
 
         Args:
-            first: The transformers' key that needs no option.
+            first: What of the transformers needs no option.
         """
-        # Another transformer than the first is one bit-width of two, or weights that stay packed.
-        word = self.transformer.split()[0]
-        mode = [] if self.transformer == first else ["--weights", word] if word == "packed" else ["--mode", word]
         return [
-            *mode,
+            *([] if self.transformer == first else self.transformer.options()),
             *(["--vae-tiling"] if self.vae_tiling else []),
             *(["--offload"] if self.offload else []),
             *(["--alternate"] if self.alternate else []),
@@ -178,7 +205,8 @@ class MemoryPlan:
             {"stage": each.name, "parts": dict(each.parts), "work": each.work, "base": each.base, "total": each.total}
             for each in self.stages
         ]
-        return {"arrangement": asdict(self.arrangement), "stages": stages, "peak": self.peak}
+        arrangement = {**asdict(self.arrangement), "transformer": str(self.arrangement.transformer)}
+        return {"arrangement": arrangement, "stages": stages, "peak": self.peak}
 
 
 def arrange(run: RunBytes, arrangement: Arrangement) -> MemoryPlan:
@@ -189,7 +217,7 @@ def arrange(run: RunBytes, arrangement: Arrangement) -> MemoryPlan:
         arrangement: The arrangement.
     """
     text = run.text.get(arrangement.text_bits, 0)
-    transformer = {arrangement.transformer: run.transformer[arrangement.transformer]}
+    transformer = {str(arrangement.transformer): run.transformer[arrangement.transformer]}
     others = {name: size for name, size in (("image encoder", run.image), ("VAE", run.vae)) if size}
     resident = {} if arrangement.offload else others
     encoder = {"text encoder": text} if text else {}
@@ -250,15 +278,15 @@ def best(plans: Sequence[MemoryPlan], memory: int) -> tuple[MemoryPlan, bool]:
     return min(plans, key=lambda plan: plan.peak), False
 
 
-def engine_choices(each: Mapping[int, int], *, narrow: bool = True) -> dict[str, int]:
+def engine_choices(each: Mapping[int, int], *, narrow: bool = True) -> dict[Loaded, int]:
     """Return what may be loaded of engines that hold their weights themselves, see :attr:`RunBytes.transformer`.
 
     Args:
         each: Activation bits -> bytes of their engines.
         narrow: Whether one bit-width alone is a choice.
     """
-    found = {" and ".join(f"a{bits}" for bits in sorted(each)): sum(each.values())}
-    return found | {f"a{bits}": each[bits] for bits in sorted(each, reverse=True) if narrow}
+    found = {Loaded("engines", tuple(sorted(each))): sum(each.values())}
+    return found | {Loaded("engines", (bits,)): each[bits] for bits in sorted(each, reverse=True) if narrow}
 
 
 def fitting(run: RunBytes, memory: int, *, unified: bool, fixed: Mapping[str, Any] | None = None) -> MemoryPlan:

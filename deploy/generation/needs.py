@@ -16,11 +16,10 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.admission import stage_bytes
 from dvdquant.deploy.generation.check import PipelineChecker, RequestChecker
 from dvdquant.deploy.generation.memory_plan import (
-    EXPANDED,
     FOUR_BIT_GROUP,
     INT8_ROW,
-    MIXED,
     PACKED,
+    Loaded,
     RunBytes,
     engine_choices,
     four_bit_bytes,
@@ -161,19 +160,19 @@ def _transformers(
     sm: str | None,
     weights: WeightPolicy,
     loras: Mapping[str, Loras],
-) -> dict[str, int]:
-    """Return the bytes of what may be loaded of the transformers, by its name in words."""
+) -> dict[Loaded, int]:
+    """Return the bytes of what may be loaded of the transformers."""
     modes = {request.mode for request in requests}
     beside = sum(2 * _parameters(artifact, component) for component in artifact.components) if "16" in modes else 0
     if modes == {"16"}:
-        return {"16 bit": beside}
+        return {Loaded("original"): beside}
     beside += sum(lora_bytes(artifact, name, loras.get(name), backend) for name in artifact.components)
     bits = artifact.bits(artifact.components[0])
     # 1. Engines that hold their weights themselves: each width has its own.
     plugin = _has_plugin(artifact)
     if backend in _ENGINES and not plugin:
         each = {width: sum(_engine_bytes(artifact, c, (width,)) for c in artifact.components) for width in bits}
-        return {name: size + beside for name, size in engine_choices(each, narrow=narrow).items()}
+        return {loaded: size + beside for loaded, size in engine_choices(each, narrow=narrow).items()}
     # 2. A runtime that keeps what the files hold.
     if sm is None:
         packed = sum(_executed(artifact, component, "pytorch")[1] for component in artifact.components)
@@ -187,12 +186,12 @@ def _transformers(
         held_weights(artifact.plan(component), sm_number(sm), bits, artifact.sizes) for component in artifact.components
     ]
     policies: tuple[WeightPolicy, ...] = ("auto", "packed") if weights == "auto" else (weights,)
-    found: dict[str, int] = {}
+    found: dict[Loaded, int] = {}
     for policy in policies:
         choices = [choose_weights(one, policy, plugin=plugin) for one in held]
         forms = {choice.form for choice in choices}
-        name = {"packed": PACKED, "expanded": EXPANDED, "mixed": MIXED}[forms.pop() if len(forms) == 1 else "mixed"]
-        found.setdefault(name, engines + beside + sum(choice.nbytes for choice in choices))
+        form = forms.pop() if len(forms) == 1 else "mixed"
+        found.setdefault(Loaded(form), engines + beside + sum(choice.nbytes for choice in choices))
     return found
 
 
@@ -253,7 +252,7 @@ def _executed(artifact: Artifact, component: str, backend: str) -> tuple[str, in
     """Return what runs of one transformer, in words, and its bytes."""
     packed = sum(artifact.manifest.files[name]["bytes"] for name in artifact.weight_files(component))
     if backend not in _ENGINES:
-        return PACKED, packed
+        return str(PACKED), packed
     engines = _engine_bytes(artifact, component, artifact.bits(component))
     return ("engines, packed weights", engines + packed) if _has_plugin(artifact) else ("engines", engines)
 

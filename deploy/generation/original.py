@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from dvdquant.artifact.provenance import source_of
-from dvdquant.checkpoint.formats.translate import DIFFUSERS_FOLDER
 from dvdquant.checkpoint.locate import hub_file
 from dvdquant.checkpoint.lora.recorded import with_recorded
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.checkpoint.reader import Checkpoint
+from dvdquant.checkpoint.recorded_source import was_diffusers_folder
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import CheckpointError
 from dvdquant.model.plan import build_skeleton
@@ -94,8 +94,8 @@ def _fuse(model: nn.Module, checkpoint: Checkpoint) -> None:
 def _open(artifact: Artifact, source: str | Path, component: str) -> Checkpoint:
     """Open the transformer that the export was made from: of ``source``, or the file that the export names where it is there."""
     made_from, inside = source_of(artifact.manifest.source, component)
-    foreign = not artifact.manifest.source.get("format", DIFFUSERS_FOLDER).startswith(DIFFUSERS_FOLDER)
-    if foreign and (hub_file(made_from) is not None or os.path.exists(os.path.expanduser(made_from))):
+    is_there = hub_file(made_from) is not None or os.path.exists(os.path.expanduser(made_from))
+    if is_there and not was_diffusers_folder(artifact.manifest.source):
         return open_checkpoint(made_from, component=inside, config=artifact.configs[component])
     return open_checkpoint(source, component=component)
 

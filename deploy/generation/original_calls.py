@@ -17,6 +17,7 @@ from dvdquant.deploy.switching.gbs import relative_change
 from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.errors import EngineError
 from dvdquant.model.families import Family
+from dvdquant.system.devices import wait_for
 from dvdquant.system.threads import one_thread
 
 __all__ = ["CallRecorder", "OriginalRunner", "recorded_calls"]
@@ -114,17 +115,11 @@ class OriginalRunner(CallRecorder):
         threads = one_thread() if self.device.type == "cpu" else contextlib.nullcontext()
         with threads, cancel_inside([self.model], self.cancel):
             output: Tensor = self.model(**self.family.forward_kwargs(inputs), return_dict=False)[0]
-        _synchronize(self.device)
+        wait_for(self.device)
         seconds = time.perf_counter() - started
         timestep = float(inputs["timestep"].flatten()[0])
         self.record(output, step=step or 0, branch=branch, timestep=timestep, seconds=seconds)
         return output
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait for the GPU, so that the clock is read after the work is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextlib.contextmanager
@@ -172,7 +167,7 @@ class _CallHooks:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             del module, args
             sample, position = output[0], self.position
-            _synchronize(sample.device)
+            wait_for(sample.device)
             seconds = time.perf_counter() - self.started
             both = kwargs["hidden_states"].shape[0] > 1
             branch = "cond_uncond" if both else "cond" if len(position.called) == 1 else "uncond"

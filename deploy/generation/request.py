@@ -93,7 +93,7 @@ class GenerateRequest:
         return (self.guidance or 0) > 1
 
     def to_json(self) -> dict[str, Any]:
-        """For the trace; a schedule as its own JSON."""
+        """Return the request for the trace, with the schedule as its own JSON."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "schedule"}
         images = {name: image_words(fields[name]) for name in ("image", "last_image")}
         return {**fields, **images, "schedule": None if self.schedule is None else dataclasses.asdict(self.schedule)}
@@ -229,7 +229,7 @@ def _check_mode(request: GenerateRequest, artifact: Artifact, component: str) ->
 
 
 def default_fps(frames: int) -> int:
-    """Frames per second at which a clip lasts about five seconds, 4 at least and 24 at most.
+    """Return the frames per second at which a clip lasts about five seconds, 4 at least and 24 at most.
 
     Args:
         frames: The number of frames.
@@ -238,14 +238,15 @@ def default_fps(frames: int) -> int:
 
 
 def delta_for_average(schedule: Schedule, bits: float) -> float:
-    """δ that had an average of ``bits``, or the nearest there was, over the prompts ``schedule`` was planned on.
+    """Return the δ whose average over the planned prompts was ``bits``, or the nearest to it.
 
     Args:
         schedule: A schedule that holds the staircase of δ.
         bits: The average of bits that is asked for.
 
     Raises:
-        ShapeError: outside the range. OutputError: the schedule does not say.
+        ShapeError: The average is outside the range.
+        OutputError: The schedule does not say which δ gives which average.
     """
     try:
         stairs = [

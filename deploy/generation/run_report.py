@@ -38,7 +38,7 @@ _PACKAGES = (
 
 
 def block(bits: int | None) -> str:
-    """One character for a step: ``█`` 8 bits, ``▄`` 4 bits, ``·`` skipped.
+    """Return one character for a step: ``█`` 8 bits, ``▄`` 4 bits, ``·`` skipped.
 
     Args:
         bits: The bits of the step; None for a skipped one.
@@ -47,7 +47,7 @@ def block(bits: int | None) -> str:
 
 
 def bits_name(bits: int | None) -> str:
-    """``a4``, ``a8``, ``skip``, or ``16 bit`` for the original checkpoint.
+    """Return the name of bits: ``a4``, ``a8``, ``skip``, or ``16 bit`` for the original checkpoint.
 
     Args:
         bits: The bits of the step; None for a skipped one.

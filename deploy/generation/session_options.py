@@ -59,7 +59,7 @@ class SessionOptions:
 
     @property
     def in_pytorch(self) -> bool:
-        """Whether the other options make sessions run in PyTorch, whatever backend fits best."""
+        """Return whether the other options make sessions run in PyTorch, whatever backend fits best."""
         return asks_for_pytorch(self.compile, self.fuse, self.attention_backend)
 
     def open(self, artifact: Artifact, component: str, loras: Sequence[LoraSpec]) -> EngineSession:

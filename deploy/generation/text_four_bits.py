@@ -63,8 +63,10 @@ class FourBitLinear(nn.Module):
             part: The rows.
         """
         half, groups = self.in_features // 2, self.in_features // FOUR_BIT_GROUP
-        codes, factor, zero, scale = torch.split(self.weight[part].view(torch.uint8), [half, groups, groups, 4], dim=1)
-        return dequantize_weight(codes, scale.contiguous().view(torch.float32).flatten(), factor, zero)
+        codes, group_scale, zero, scale = torch.split(
+            self.weight[part].view(torch.uint8), [half, groups, groups, 4], dim=1
+        )
+        return dequantize_weight(codes, scale.contiguous().view(torch.float32).flatten(), group_scale, zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., N] of x's dtype.

@@ -66,7 +66,7 @@ def psnr(clip: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> float:
 
 
 def enlarge(clip: Clip, min_side: int = MIN_SIDE) -> Clip:
-    """``clip`` by the smallest whole factor that brings its shorter side to ``min_side`` pixels, nearest neighbour.
+    """Enlarge ``clip`` by the smallest whole factor that brings its shorter side to ``min_side`` pixels, nearest neighbour.
 
     Args:
         clip: The frames, uint8 [F, H, W, 3].

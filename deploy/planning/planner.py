@@ -280,7 +280,7 @@ def _check_goal(goal: Goal, steps: int, low: int, high: int, last_high: int) -> 
 
 
 def delta_for_seconds(stairs: Sequence[Stair], budget: float, seconds: Callable[[float], float]) -> tuple[float, float]:
-    """(δ, average bits): the smallest δ, and so the best quality, that keeps within ``budget`` seconds.
+    """Return the smallest δ, and so the best quality, that keeps within ``budget`` seconds, and its average bits.
 
     Args:
         stairs: The averages of bits over δ.
@@ -288,7 +288,7 @@ def delta_for_seconds(stairs: Sequence[Stair], budget: float, seconds: Callable[
         seconds: A function that returns the seconds of a clip at an average of bits.
 
     Raises:
-        UnsupportedError: none does; says the fastest and the slowest.
+        UnsupportedError: None does; the error says the fastest and the slowest.
     """
     for stair in stairs:
         if seconds(stair.average_bits) <= budget:

@@ -65,12 +65,12 @@ class RecordingSession(WrappedSession):
         self._clip, self._last = ClipRecording(prompt, seed, self.component), {}
 
     def end(self) -> ClipRecording | None:
-        """Stop; the recording, None if this transformer was not called."""
+        """Stop, and return the recording; None if this transformer was not called."""
         clip, self._clip, self._last = self._clip, None, {}
         return clip if clip is not None and clip.timesteps else None
 
     def run(self, inputs: Mapping[str, Tensor], bits: int) -> Tensor:
-        """As the session itself; while recording, the low engine runs too.
+        """Run the session; while recording, the low engine runs too.
 
         Args:
             inputs: The inputs of the graph by name.
@@ -109,7 +109,7 @@ class Recorder:
         self._clip: tuple[str, int] | None = None
 
     def wrap(self, session: EngineSession) -> EngineSession:
-        """For ``open_generator(wrap_session=…)``; one that is opened during a clip records from there on.
+        """Wrap a session, for ``open_generator(wrap_session=…)``; one that is opened during a clip records from there on.
 
         Args:
             session: The session that was opened.
@@ -138,7 +138,7 @@ class Recorder:
 
 
 def median_seconds(clips: Sequence[ClipRecording]) -> dict[int, float]:
-    """Bits -> seconds of one call, the median over all clips.
+    """Return the seconds of one call by bits, the median over all clips.
 
     Args:
         clips: The recorded clips.

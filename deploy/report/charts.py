@@ -21,7 +21,7 @@ _LOG_FROM = 40  # a largest value this many times the smallest is drawn on a log
 
 
 def tag(name: str, *content: str, **attributes: object) -> str:
-    """One element. ``content`` is SVG text already; attributes are escaped, ``_`` in their names becomes ``-``.
+    """Write one element of an SVG.
 
     Args:
         name: The name of the element.

@@ -230,7 +230,7 @@ def write_report(path: Path, report: Report) -> None:
 
 
 def check_place(path: Path, out: Path, manifest: Manifest) -> Path:
-    """``path`` if a page may be written there: .html, and no file of the export, whose hash would then differ.
+    """Return ``path`` if a page may be written there: .html, and no file of the export, whose hash would then differ.
 
     Args:
         path: The path of the page.
@@ -303,7 +303,7 @@ def add_report(
 
 
 def default_samples(model: str) -> int:
-    """One prompt for a model with a prompt table, whose clips cost seconds; none for others.
+    """Return the number of sampled prompts: one for a model with a prompt table, whose clips cost seconds; else none.
 
     Args:
         model: The model as the manifest names it.

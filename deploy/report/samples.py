@@ -77,7 +77,7 @@ class Sample:
 
 
 def has_prompt_table(model: str) -> bool:
-    """Whether ``model`` is a local folder with a prompt table, so that a clip costs seconds.
+    """Return whether ``model`` is a local folder with a prompt table, so that a clip costs seconds.
 
     Args:
         model: The model as the manifest names it.
@@ -89,7 +89,7 @@ def has_prompt_table(model: str) -> bool:
 
 
 def sample_prompts(table: PromptTable, count: int) -> list[str]:
-    """``count`` prompts that ``table`` takes, its example first, then others with every slot moved on.
+    """Return ``count`` prompts that ``table`` takes, its example first, then others with every slot moved on.
 
     Args:
         table: The prompt table.
@@ -275,7 +275,7 @@ class _Compared(WrappedSession):
         return reference.float()
 
     def errors(self) -> dict[str, list[float]]:
-        """``a4``, ``a8`` -> e(t); infinite where the original gave zeros."""
+        """Return e(t) of every step by ``a4``, ``a8``; infinite where the original gave zeros."""
         return {
             f"a{bits}": [math.sqrt(sums[f"a{bits}"] / sums["16"]) if sums["16"] else math.inf for _, sums in self.steps]
             for bits in self.bits

@@ -141,7 +141,7 @@ def size_text(shapes: Mapping[str, Any]) -> str:
 
 
 def kept_groups(manifest: Manifest) -> list[dict[str, Any]]:
-    """Layers in 16 bit by the glob that keeps them: ``why``, ``glob``, ``names``, ``count``.
+    """Return the layers in 16 bit by the glob that keeps them: ``why``, ``glob``, ``names``, ``count``.
 
     Args:
         manifest: The manifest of the export.
@@ -172,7 +172,7 @@ class Execution(dict[str, Any]):
 
 
 def executions(manifest: Manifest) -> tuple[list[Execution], list[str]]:
-    """Rows for engines and then for graphs, and the SMs on which 4-bit activations bring no speed.
+    """Return the rows for engines and then for graphs, and the SMs on which 4-bit activations bring no speed.
 
     Args:
         manifest: The manifest of the export.

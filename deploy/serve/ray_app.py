@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
+from dvdquant.clashes import refuse_clashes, session_clashes
 from dvdquant.deploy.serve.app import make_app
 from dvdquant.deploy.serve.expiry import expire_for_ever
 from dvdquant.deploy.serve.gate import key_digest
@@ -34,10 +35,19 @@ from dvdquant.deploy.serve.model_names import named_export
 from dvdquant.deploy.serve.queue_policy import STORE_VARIABLE
 from dvdquant.deploy.serve.ray_figures import RayFigures
 from dvdquant.deploy.serve.service import Service
-from dvdquant.deploy.serve.settings import Limits, ModelSource, ObjectStore, ServerSettings, WorkerSettings
+from dvdquant.deploy.serve.settings import (
+    EngineSettings,
+    Limits,
+    ModelSource,
+    ObjectStore,
+    ServerSettings,
+    WorkerSettings,
+    fields_of,
+)
 from dvdquant.deploy.serve.stores import open_store
 from dvdquant.deploy.serve.worker import Worker
 from dvdquant.errors import UnsupportedError
+from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.text import shown
 
 if TYPE_CHECKING:
@@ -71,7 +81,11 @@ class RayArguments(BaseModel):
         cpus: CPU cores of a worker.
         interfaces: Replicas of the HTTP interface.
         open: True to serve without an API key whoever reaches Ray's proxy.
-        backend: See :func:`.open_generator`.
+        backend: See :class:`.settings.EngineSettings`, and so are the next four.
+        compile: Compile the transformer's blocks.
+        fuse: Whether what comes before quantized layers is in their kernels; without it, where ``compile`` is on.
+        cuda_graphs: Repeat steps as CUDA graphs, where launches count.
+        weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
         queue: Jobs that may wait.
         max_steps: Denoising steps of a request.
         keep_hours: Hours until a clip is deleted.
@@ -97,6 +111,10 @@ class RayArguments(BaseModel):
     interfaces: int = Field(1, ge=1)
     open: bool = False
     backend: str = "auto"
+    compile: bool = False
+    fuse: bool | None = None
+    cuda_graphs: bool = False
+    weights: WeightPolicy = "auto"
     queue: int = Field(64, ge=1)
     max_steps: int = Field(100, ge=1, le=1000)
     keep_hours: float = Field(24.0, gt=0)
@@ -108,8 +126,10 @@ class RayArguments(BaseModel):
         """Return the settings of the interface.
 
         Raises:
-            UnsupportedError: There is no API key, and nobody said that everybody may come.
+            UnsupportedError: There is no API key, and nobody said that everybody may come; or two arguments exclude each
+                other.
         """
+        refuse_clashes(session_clashes(fields_of(EngineSettings, self)))
         key = os.environ.get(KEY_VARIABLE, "").strip()
         if not key and not self.open:
             raise UnsupportedError(
@@ -122,7 +142,7 @@ class RayArguments(BaseModel):
             data=Path(self.data),
             files=None if self.files is None else ObjectStore(self.files, self.s3_endpoint),
             devices=(),
-            backend=self.backend,
+            **fields_of(EngineSettings, self),
             limits=Limits(queue=self.queue, steps=self.max_steps),
             api_keys=(key_digest(key),) if key else (),
             keep=3600 * self.keep_hours,

@@ -16,6 +16,7 @@ __all__ = [
     "ServerSettings",
     "SessionSettings",
     "WorkerSettings",
+    "fields_of",
 ]
 
 
@@ -67,11 +68,16 @@ class SessionSettings(EngineSettings):
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of :func:`.open_generator` and :func:`.open_session` by their names."""
-        return _fields_of(SessionSettings, self)
+        return fields_of(SessionSettings, self)
 
 
-def _fields_of(kind: type[EngineSettings], settings: EngineSettings) -> dict[str, Any]:
-    """Return the values that settings have of a kind's own fields, by their names."""
+def fields_of(kind: type[EngineSettings], settings: object) -> dict[str, Any]:
+    """Return the values that settings have of a kind's fields, by their names.
+
+    Args:
+        kind: The settings whose fields are wanted.
+        settings: Settings that have these fields, and maybe more.
+    """
     return {each.name: getattr(settings, each.name) for each in fields(kind)}
 
 
@@ -209,7 +215,7 @@ class ServerSettings(EngineSettings):
             store=self.store,
             files=self.files,
             device=device,
-            **_fields_of(EngineSettings, self),
+            **fields_of(EngineSettings, self),
             lease=self.lease,
             keep=self.keep,
             stall=self.stall,

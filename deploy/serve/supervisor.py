@@ -172,7 +172,7 @@ class WorkerProcess:
         self.tell("stop")
 
     def let_go(self) -> None:
-        """As :meth:`stop`, but put the job back into the queue."""
+        """Let the process put its job back into the queue and end, and do not start it again."""
         self._ending.set()
         self.tell("let_go")
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+from dvdquant.deploy.serve.jobs import Failure
 from dvdquant.errors import DvdquantError
+from dvdquant.system.out_of_memory import is_out_of_memory
 from dvdquant.text import shown
 
-__all__ = ["client_text", "public_error", "public_text"]
+__all__ = ["client_text", "failure_of", "public_error", "public_text"]
 
 _LONGEST = 1500  # characters
 _NAMES = {
@@ -66,3 +68,26 @@ def public_text(error: DvdquantError, between: str) -> str:
     """
     said = public_error(error)
     return between.join(f"{name}: {value}" if name != "message" else value for name, value in said.items() if value)
+
+
+def failure_of(error: Exception) -> Failure:
+    """Return what a client reads of a job that failed; of an error that is not ours, the log alone has the text.
+
+    Args:
+        error: The error that ended the job.
+    """
+    if isinstance(error, DvdquantError):
+        return Failure(_code(error), public_text(error, "\n"))
+    if is_out_of_memory(error):
+        return Failure(
+            "out_of_memory", "the device has not enough memory for this clip; ask for a smaller or shorter one"
+        )
+    return Failure(
+        "internal_error", client_text(f"the clip failed with {type(error).__name__}; the server's log says more")
+    )
+
+
+def _code(error: DvdquantError) -> str:
+    """Return ``engine_error`` for EngineError."""
+    name = type(error).__name__
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from dvdquant.deploy.faults import Fault, fault_of
 from dvdquant.deploy.serve.files import ClipFiles
-from dvdquant.deploy.serve.jobs import CANCELLED, Failure, Job, JobStore
+from dvdquant.deploy.serve.jobs import CANCELLED, Job, JobStore
 from dvdquant.deploy.serve.logs import log_event
 from dvdquant.deploy.serve.pictures import PICTURES
 from dvdquant.deploy.serve.settings import ModelSource, WorkerSettings
-from dvdquant.deploy.serve.wording import client_text, public_text
-from dvdquant.errors import Cancelled, DvdquantError, OutputError, ResourceError
+from dvdquant.deploy.serve.wording import failure_of
+from dvdquant.errors import Cancelled, OutputError, ResourceError
 from dvdquant.system.out_of_memory import causes, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -387,7 +387,7 @@ class Worker:
             log_event(log, "job_cancelled", **fields)
             self.tell("ended", video=job.id, status="cancelled", model=job.what.model)
             return
-        failure = _failure(error)
+        failure = failure_of(error)
         after = self.store.fail(job.id, running.token, failure, keep, final=fault == "request")
         again = after is not None and after.status == "queued"
         fields.update(code=failure.code, again=again, fault=fault)
@@ -519,25 +519,6 @@ def _summary(drawn: _Drawn, size: int, encode_seconds: float) -> dict[str, Any]:
         "backend": result.executed.get("backend"),
         "device": result.executed.get("device"),
     }
-
-
-def _failure(error: Exception) -> Failure:
-    """Return what a client reads of an error. Of an error that is not ours, the log has the text."""
-    if isinstance(error, DvdquantError):
-        return Failure(_code(error), public_text(error, "\n"))
-    if is_out_of_memory(error):
-        return Failure(
-            "out_of_memory", "the device has not enough memory for this clip; ask for a smaller or shorter one"
-        )
-    return Failure(
-        "internal_error", client_text(f"the clip failed with {type(error).__name__}; the server's log says more")
-    )
-
-
-def _code(error: DvdquantError) -> str:
-    """Return ``engine_error`` for EngineError."""
-    name = type(error).__name__
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
 
 
 def memory_facts() -> dict[str, int]:

@@ -69,12 +69,12 @@ def open_session(
             tokens, and in engines. ONNX Runtime has none.
 
     Raises:
-        UnsupportedError: The backend, the device, the attention or the policy is unknown, a policy with a backend that has
-            none, or ``compile``, ``fuse`` or ``attention_backend`` with a
-            backend that is not PyTorch.
+        UnsupportedError: The backend, the device, the attention or the policy is unknown; a policy is given with a backend
+            that has none, or ``compile``, ``fuse`` or ``attention_backend`` with one that is not PyTorch.
         OutputError: A file differs from the manifest.
         EngineError: No engine fits, or the backend refuses the export.
     """
+    # 1. The backend, and whether it has the policy for weights.
     name = full_name(backend)
     if name not in BACKENDS:
         raise UnsupportedError(f"unknown backend {backend!r:.100}", available=BACKENDS, fix="pick one of these")
@@ -85,6 +85,7 @@ def open_session(
             available="the backends pytorch, tensorrt and onnxruntime",
             fix="leave the policy out, or choose one of these backends",
         )
+    # 2. A session in another process checks the rest there.
     if device.startswith(PROCESS):
         return ProcessSession(
             artifact,
@@ -100,6 +101,7 @@ def open_session(
             fuse=fuse,
             cuda_graphs=cuda_graphs,
         )
+    # 3. The device, the bits, and options that PyTorch alone has.
     place = resolve_device(device)
     chosen_bits(artifact, component, bits)
     if attention is not None and attention not in ATTENTION:
@@ -115,6 +117,7 @@ def open_session(
                 available="pytorch",
                 fix=f"leave {option} out, or choose the backend pytorch",
             )
+    # 4. Open it.
     if name == "pytorch" or asks_for_pytorch(compile, fuse, attention_backend):
         from dvdquant.deploy.sessions.pytorch import PyTorchSession
 
@@ -126,6 +129,7 @@ def open_session(
         if name == "auto"
         else _open(name, artifact, component, bits, place, plugins, weights, cuda_graphs=cuda_graphs)
     )
+    # 5. Say what the chosen backend leaves out.
     if cuda_graphs and session.backend == "onnxruntime":
         log.warning("%s: ONNX Runtime repeats no steps as CUDA graphs", component)
     wanted = attention or artifact.recipe.attention

@@ -111,7 +111,7 @@ class _Functions:
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None,
     ) -> Tensor:  # fmt: skip
-        """As PyTorch's."""
+        """Compute attention as PyTorch's function does, in the arithmetic of the session."""
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return self.state.attention(q, k, v, None, attn_mask, is_causal, scale, dropout_p).transpose(1, 2)
 

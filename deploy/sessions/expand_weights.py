@@ -22,7 +22,7 @@ _KEY = (DOMAIN, "QuantLinear", "")
 def expand_weights(model: ir.Model) -> bool:
     """Give every QuantLinear its weight as a new graph input, fp32 [K, N], in place of its packed weight.
 
-    1. A QuantLinear node ``(x, weight, scale, factor, zero, bias, …)`` becomes ``(x, expanded, bias, …)``. The new
+    1. A QuantLinear node ``(x, weight, scale, group_scale, zero, bias, …)`` becomes ``(x, expanded, bias, …)``. The new
        graph input is called ``<layer>.expanded``.
     2. In its function body, that input becomes the right operand of the product. The nodes that unpacked the weight are
        removed.

@@ -91,6 +91,7 @@ class PyTorchSession(EngineSession):
         cuda_graphs: bool = False,
     ) -> None:
         super().__init__(artifact, component, bits, device or torch.device("cpu"))
+        # 1. Decide: kernels, the form of the weights, attention.
         kernels = usable_kernels(self.device)
         plan = artifact.plan(component)
         choice = self._choice(check_policy(weights), kernels)
@@ -103,6 +104,7 @@ class PyTorchSession(EngineSession):
         # A mask makes PyTorch take a slow kernel on a GPU, and no kernel in 8 bits takes one.
         masked = any(spec.name == "encoder_attention_mask" for spec in self.family.inputs(self.sizes))
         self._cuts = self.attention is not None or (masked and self.device.type == "cuda")
+        # 2. Load the weights, and prepare those that kernels run.
         self._current: int | None = self.bits[0]
         self._ran: set[int] = set()
         self._files = WeightFiles(artifact, component)
@@ -117,6 +119,7 @@ class PyTorchSession(EngineSession):
                     log.info("%s is computed in fp32: %s", name, reason)
             self._branches: LoraBranches | None = None
             model.to(self.device)
+            # 3. Attention, fused and compiled blocks, CUDA graphs.
             if self._cuts:
                 self._state = install_attention(model, self.attention)
             self.fused = bool(compile if fuse is None else fuse) and self._may_fuse(kernels, plan, asked=bool(fuse))
@@ -131,6 +134,7 @@ class PyTorchSession(EngineSession):
             raise EngineError(
                 f"the weights of {component} do not fit {self.device}: {error}", fix="close other sessions"
             ) from error
+        # 4. Free what of the private copy the device holds now.
         if kernels is not None:
             self._files.drop_pages()
         elif self.device.type != "cpu":

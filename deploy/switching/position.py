@@ -103,19 +103,6 @@ class LoopPosition:
             self.enter(step, timestep)
         return self.name(branch), self.index
 
-    def awaits(self, branch: str | None, step: int | None, timestep: float, calls: int) -> bool:
-        """Return whether a call fits into the current step as one of its calls that are still to come.
-
-        Args:
-            branch: The branch that the call names, or None.
-            step: The step index that the call passes, or None.
-            timestep: The timestep of the call.
-            calls: The number of calls in a step, as far as it is known.
-        """
-        if (step, timestep) != (self.given, self.timestep):
-            return False
-        return branch not in self.called if branch is not None else len(self.called) < (self.before or calls)
-
     @property
     def unfinished(self) -> bool:
         """Return whether the current step has had fewer calls than the step before."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,28 @@ LATENT, TIMESTEP = "hidden_states", "timestep"
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
+@dataclass(frozen=True)
+class _Norms:
+    """L1 norms of an output F_t, of one slice or added up over the slices of a branch.
+
+    Args:
+        change: ‖F_t − F_{t−1}‖₁, 0 without an output before it.
+        before: ‖F_{t−1}‖₁, 0 without one.
+        now: ‖F_t‖₁.
+        residual_before: ‖F_{t−1} − latent‖₁ of the computed step before, 0 unless the step cache watches it.
+        residual: ‖F_t − latent‖₁, 0 unless the step cache watches it.
+    """
+
+    change: float = 0.0
+    before: float = 0.0
+    now: float = 0.0
+    residual_before: float = 0.0
+    residual: float = 0.0
+
+    def __add__(self, other: _Norms) -> _Norms:
+        return _Norms(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other))))
+
+
 @dataclass
 class _Part:
     """The last computed output of one slice of one branch.
@@ -39,14 +62,14 @@ class _Part:
         kept: What a skipped step reuses, see :func:`.step_cache.keep`.
         shape: The shape of the latent.
         step: The last step that the slice took part in, computed or reused.
-        magnitude: ‖output − latent‖₁ of the last computed step, if the step cache watches it.
+        residual: ‖output − latent‖₁ of the last computed step, if the step cache watches it.
     """
 
     output: Tensor
     kept: Kept
     shape: tuple[int, ...]
     step: int
-    magnitude: float = 0.0
+    residual: float = 0.0
 
 
 @dataclass
@@ -71,8 +94,7 @@ class _Step:
         timestep: The timestep of the step.
         decisions: The decision by branch, or under "" if the branches share one.
         calls: The number of calls so far, by full branch name.
-        sums: Σ‖F_t − F_{t−1}‖₁, Σ‖F_{t−1}‖₁ and Σ‖F_t‖₁ over the slices, and Σ‖output − latent‖₁ of the step before and of
-            this one where the step cache watches them, by branch.
+        norms: The norms over all slices that were computed in this step and have an output before it, by branch.
         ran: The bits that really ran, by branch. None if an output was reused.
         latents: The latent of the whole branch, by branch, if the step cache watches it.
         moved: How far it has moved, by branch.
@@ -83,7 +105,7 @@ class _Step:
     timestep: float
     decisions: dict[str, Decision] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
-    sums: dict[str, list[float]] = field(default_factory=dict)
+    norms: dict[str, _Norms] = field(default_factory=dict)
     ran: dict[str, int | None] = field(default_factory=dict)
     latents: dict[str, Tensor] = field(default_factory=dict)
     moved: dict[str, Moved] = field(default_factory=dict)
@@ -273,11 +295,11 @@ class StepRunner:
     def _finish(self, current: _Step) -> None:
         """Tell the controller the result of the step."""
         for name, bits in current.ran.items():
-            sums = current.sums.get(name)
+            norms = current.norms.get(name)
             change, growth = None, Growth()
-            if sums is not None and bits is not None:
-                change = change_from_sums(sums[0], sums[1])
-                growth = Growth(_ratio(sums[2], sums[1]), _ratio(sums[4], sums[3]))
+            if norms is not None and bits is not None:
+                change = change_from_sums(norms.change, norms.before)
+                growth = Growth(_ratio(norms.now, norms.before), _ratio(norms.residual, norms.residual_before))
             moved = current.moved.get(name, Moved())
             self.controller.ran(name, current.index, current.timestep, bits, change, moved, growth)
             if (latent := current.latents.get(name)) is not None:
@@ -294,7 +316,7 @@ class StepRunner:
         started, before = time.perf_counter(), self.controller_seconds
         bits, reason, retried = decision.bits, decision.reason, False
         try:
-            output, sums = self._attempt(inputs, current, key, bits)
+            output, norms = self._attempt(inputs, current, key, bits)
         except _Failure as failure:
             if bits in (None, self.controller.high):
                 raise self._error(current, key[0], bits, failure) from failure.__cause__
@@ -304,12 +326,12 @@ class StepRunner:
                 torch.cuda.empty_cache()
             check_cancelled(self.cancel, "a failed step ran again")
             try:
-                output, sums = self._attempt(inputs, current, key, bits)
+                output, norms = self._attempt(inputs, current, key, bits)
             except _Failure as again:
                 raise self._error(current, key[0], bits, again) from again.__cause__
         # 2. History and trace.
         seconds = time.perf_counter() - started - (self.controller_seconds - before)
-        change = self._remember(inputs, current, name, key, bits, output, sums)
+        change = self._remember(inputs, current, name, key, bits, output, norms)
         record = StepRecord(
             current.index, key[0], current.timestep, bits, reason, change, decision.accumulated, seconds, retried
         )
@@ -320,12 +342,11 @@ class StepRunner:
 
     def _attempt(
         self, inputs: Mapping[str, Tensor], current: _Step, key: tuple[str, int], bits: int | None
-    ) -> tuple[Tensor, list[float]]:
+    ) -> tuple[Tensor, _Norms]:
         """Compute or reuse one output, and check it.
 
         Returns:
-            The output, and the sums: the three of :func:`.gbs.change_sums`, then ‖output − latent‖₁ if the step cache
-            watches it.
+            The output and its norms.
 
         Raises:
             _Failure: There is no output, or it is not finite.
@@ -342,19 +363,21 @@ class StepRunner:
                 torch.cuda.current_stream(output.device).synchronize()
             started = time.perf_counter()
             comparable = part is not None and part.output.shape == output.shape
+            # One transfer for all norms.
             wanted = change_sums(output, part.output if part is not None and comparable else None)
             if bits is not None and self._watches_residual:
                 wanted = torch.cat((wanted, residual_norm(output, inputs[LATENT])[None]))
-            sums = wanted.tolist()
+            change, before, now, *residual = wanted.tolist()
         except EngineError as error:
             raise _Failure("EngineError") from error
         except _OUT_OF_MEMORY as error:
             raise _Failure("running out of memory") from error
         self.controller_seconds += time.perf_counter() - started
-        # NaN is the only value that does not equal itself. An infinity makes the norm infinite.
-        if not sums[2] < float("inf"):
-            raise _Failure("NaN" if sums[2] != sums[2] else "infinity")
-        return output, sums
+        # One NaN or infinity in the output makes its norm one.
+        if not math.isfinite(now):
+            raise _Failure("NaN" if math.isnan(now) else "infinity")
+        known = part.residual if part is not None else 0.0
+        return output, _Norms(change, before, now, known, *residual)
 
     @property
     def _watches_residual(self) -> bool:
@@ -372,7 +395,7 @@ class StepRunner:
         key: tuple[str, int],
         bits: int | None,
         output: Tensor,
-        sums: list[float],
+        norms: _Norms,
     ) -> float | None:
         """Keep what the next step needs, and return L1 of this output, or None."""
         started = time.perf_counter()
@@ -384,17 +407,15 @@ class StepRunner:
         else:
             # The output is copied: the caller may change it in place, and an engine may write its next output there.
             copy, latent = output.detach().clone(), inputs[LATENT]
-            before, magnitude = self._parts.get(key), sums[3] if len(sums) > 3 else 0.0
+            before = self._parts.get(key)
             last = before.kept if before is not None else None
             kept = keep(copy, latent, self._residual, current.timestep, bits, last)
-            self._parts[key] = _Part(copy, kept, tuple(latent.shape), current.index, magnitude)
+            self._parts[key] = _Part(copy, kept, tuple(latent.shape), current.index, norms.residual)
             high = bits == self.controller.high or current.ran.get(name) == self.controller.high
             current.ran[name] = self.controller.high if high else bits
             if before is not None and before.output.shape == output.shape:
-                change = change_from_sums(sums[0], sums[1])
-                joined = current.sums.setdefault(name, [0.0] * 5)
-                for place, value in enumerate((*sums[:3], before.magnitude, magnitude)):
-                    joined[place] += value
+                change = change_from_sums(norms.change, norms.before)
+                current.norms[name] = current.norms.get(name, _Norms()) + norms
         self.controller_seconds += time.perf_counter() - started
         return change
 

@@ -39,7 +39,7 @@ from pathlib import Path
 from pydantic import StrictStr, TypeAdapter
 
 from dvdquant.artifact.folder import Folder
-from dvdquant.artifact.layout import COMMIT, LOCK, MANIFEST, OWNER, STAGE, TREE
+from dvdquant.artifact.layout import COMMIT, MANIFEST, OWNER, STAGE, TREE, is_bookkeeping
 from dvdquant.artifact.lock import FolderLock, is_same
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.errors import OutputError
@@ -74,11 +74,6 @@ def walk_files(root: Path) -> Iterator[str]:
     """
     with Folder.open(root) as folder:
         yield from [entry.path for entry in folder.walk() if not entry.is_folder]
-
-
-def _is_bookkeeping(name: str) -> bool:
-    """Return whether a name is that of a lock, a decided commit or a stage."""
-    return name in (LOCK, COMMIT) or STAGE.fullmatch(name) is not None
 
 
 def is_trusted(info: os.stat_result, out: Folder) -> bool:
@@ -278,7 +273,7 @@ def _carry(source: Folder, target: Folder, listed: set[str]) -> None:
         target: The new folder.
         listed: The paths of the files of the export in ``source``.
     """
-    for entry in source.walk(_is_bookkeeping):
+    for entry in source.walk(is_bookkeeping):
         if entry.is_folder:
             if entry.empty:
                 target.reach(entry.path.split("/"), make=True).close()

@@ -123,6 +123,13 @@ class Source(TypedDict):
         class_name: The diffusers class.
         fingerprint: ``Checkpoint.fingerprint()``.
         pipeline: The folder or hub id that text encoder, VAE and scheduler come from, where it is not ``model``.
+        transformer_2: The model of the second transformer, where it was named apart.
+        config: The file that the config was read from, where it was named.
+        format: The kind of file or folder, and whose names it has, in words.
+        precision: What the weights were stored as, in words.
+        notes: What was left out, assumed or applied, a sentence each.
+        diffusers_folder: Whether it is a folder whose tensors have the names of diffusers.
+        few_bits: The block types of 4 and 5 bits that weights were stored in.
     """
 
     model: Annotated[Text, AfterValidator(_check_model)]
@@ -134,6 +141,8 @@ class Source(TypedDict):
     format: NotRequired[Text]
     precision: NotRequired[Text]
     notes: NotRequired[Annotated[list[Text], Field(max_length=100)]]
+    diffusers_folder: NotRequired[bool]
+    few_bits: NotRequired[Annotated[list[Text], Field(max_length=100)]]
 
 
 @with_config(OPEN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["COMMIT", "LOCK", "MANIFEST", "OWNER", "STAGE", "TREE"]
+__all__ = ["COMMIT", "LOCK", "MANIFEST", "OWNER", "STAGE", "TREE", "is_bookkeeping"]
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -12,3 +12,12 @@ COMMIT = ".commit"
 TREE = "tree"
 OWNER = "owner.json"
 STAGE = re.compile(r"\.tmp-[0-9a-f]{16}")
+
+
+def is_bookkeeping(name: str) -> bool:
+    """Return whether an entry is a lock, a decided commit or a stage: work of an export that runs, or was killed.
+
+    Args:
+        name: The name of the entry.
+    """
+    return name in (LOCK, COMMIT) or STAGE.fullmatch(name) is not None

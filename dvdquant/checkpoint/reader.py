@@ -18,9 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvdquant.checkpoint.diffusers_folder import (
-    transformers_in,
-)
+from dvdquant.checkpoint.diffusers_folder import transformers_in
 from dvdquant.checkpoint.formats.files import HALVES, names_file
 from dvdquant.checkpoint.formats.stored import ShardTensor, decode
 from dvdquant.checkpoint.formats.translate import SourceFormat
@@ -73,7 +71,6 @@ class Checkpoint:
     files: dict[str, FileIdentity]
     lora: Loras | None = None
     samples: dict[str, bytes] = field(default_factory=dict, compare=False)
-
     source: SourceFormat = field(default_factory=SourceFormat)
 
     @staticmethod
@@ -115,7 +112,7 @@ class Checkpoint:
 
     @property
     def place(self) -> Path:
-        """The folder, or the single file that the transformer lies in."""
+        """Return the folder, or the single file, that the transformer lies in."""
         return self.root / self.source.file
 
     def read(self, name: str) -> torch.Tensor:

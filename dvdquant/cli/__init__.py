@@ -1,1 +1,1 @@
-"""The commands: dvdq-export, dvdq-inspect, dvdq-plan and dvdq-run."""
+"""The commands, of which :mod:`dvdquant.cli.commands` is the table."""

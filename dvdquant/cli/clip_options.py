@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from dvdquant.clashes import Clash
+from dvdquant.clashes import Clash, session_clashes
 from dvdquant.cli.common import CUDA_GRAPHS, FUSE, P, R
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.recipe import ATTENTION
 
-__all__ = ["clip_options", "loading_clashes", "loading_options", "session_clashes"]
+__all__ = ["clip_options", "loading_clashes", "loading_options"]
 
 _CLIP = (
     click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.  [default: the model's]"),
@@ -104,24 +104,6 @@ def loading_options(command: Callable[P, R]) -> Callable[P, R]:
         command: The function of the command.
     """
     return _with(_LOADING, command)
-
-
-def session_clashes(options: Mapping[str, Any]) -> list[Clash]:
-    """Return the options of PyTorch sessions that a backend excludes.
-
-    Args:
-        options: ``--backend``, ``--compile``, ``--cuda-graphs`` and ``--fuse``, by their names.
-    """
-    backend = options["backend"]
-    elsewhere = backend not in ("auto", "pytorch")
-    return [
-        Clash(options["compile"] and elsewhere, f"--compile runs in PyTorch, so --backend {backend} does not apply"),
-        Clash(
-            options["cuda_graphs"] and backend == "onnxruntime",
-            "ONNX Runtime has none, so --cuda-graphs does not apply",
-        ),
-        Clash(options["fuse"] and elsewhere, f"--fuse runs in PyTorch, so --backend {backend} does not apply"),
-    ]
 
 
 def loading_clashes(options: Mapping[str, Any]) -> list[Clash]:

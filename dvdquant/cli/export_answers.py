@@ -1,4 +1,4 @@
-"""The four questions of somebody who has a card: how much faster, how much memory, how much disk, at what cost in quality."""
+"""What an export is worth on a card: how much faster, how much memory, how much disk, at what cost in quality."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dvdquant.text import amount
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from dvdquant.deploy.generation.memory_plan import Loaded
     from dvdquant.export.plan import ExportPlan
     from dvdquant.hardware.advice import Choice
     from dvdquant.model.held_weights import HeldWeights
@@ -165,7 +166,7 @@ def device_answers(plan: ExportPlan, choice: Choice) -> list[tuple[str, str]]:
     return found
 
 
-def _transformers(plan: ExportPlan, choice: Choice, sm: str) -> dict[str, int]:
+def _transformers(plan: ExportPlan, choice: Choice, sm: str) -> dict[Loaded, int]:
     """Return the bytes of what may be loaded of the transformers on an SM, the one with most choice first."""
     from dvdquant.deploy.generation.memory_plan import PACKED, engine_choices
     from dvdquant.export.estimate import held_bytes

@@ -86,16 +86,9 @@ def plan_text(plan: ExportPlan, choice: Choice, fused: dict[str, int] | None) ->
     from dvdquant.ops.attention.libraries import ladders_words
     from dvdquant.quantize.checkpoint import left_out_text
 
-    first, estimate = plan.plans[0], plan.estimate
+    # 1. The model, what is made of it, and whether that fits.
+    first = plan.plans[0]
     devices = device_answers(plan, choice)
-    kinds: dict[tuple[int, int, int, int], list[str]] = {}
-    for model_plan in plan.plans:
-        for spec in model_plan.layers:
-            kinds.setdefault((spec.features, spec.out_features, spec.rotation.block, spec.groups), []).append(spec.name)
-    rows = [
-        (len(names), f"{k} → {n}", block if block > 1 else "none", f"{k // groups}", _shortened(names[0]))
-        for (k, n, block, groups), names in kinds.items()
-    ]
     weights = sum(p.quantized_weights for p in plan.plans)
     lines = [
         f"{plan.options.model}: {first.family.config['_class_name']}, {', '.join(plan.components)}",
@@ -116,9 +109,10 @@ def plan_text(plan: ExportPlan, choice: Choice, fused: dict[str, int] | None) ->
         paragraphs(answers(plan, choice)),
         "",
         *(["does the whole pipeline fit", paragraphs(devices), ""] if devices else []),
-        table(("layers", "K → N", "rotation", "weight group", "such as"), rows, right=(0, 2, 3)),
+        _kinds_of_layers(plan),
         "",
     ]
+    # 2. What is left out, fused in, reserved or written besides.
     for model_plan, checkpoint in zip(plan.plans, plan.checkpoints):
         if unused := model_plan.left_out(checkpoint.tensors):
             lines += [left_out_text(checkpoint, unused), ""]
@@ -136,6 +130,7 @@ def plan_text(plan: ExportPlan, choice: Choice, fused: dict[str, int] | None) ->
         lines += [note, ""]
     if plan.options.sampling is not None:
         lines += [sampling_sentence(plan.options.sampling), ""]
+    # 3. What executes where, and what it costs.
     if plan.engines:
         lines += [
             "what will execute",
@@ -158,16 +153,32 @@ def plan_text(plan: ExportPlan, choice: Choice, fused: dict[str, int] | None) ->
             "on the device, an engine of one transformer with its weights: "
             + ", ".join(f"{name} {amount(size)}" for name, size in held.items())
         )
-    lines += [
+    return "\n".join([*lines, *_costs(plan.estimate), "dry run: nothing was written"])
+
+
+def _kinds_of_layers(plan: ExportPlan) -> str:
+    """Return the table of the quantized layers, a row for each shape, rotation and group size."""
+    kinds: dict[tuple[int, int, int, int], list[str]] = {}
+    for model_plan in plan.plans:
+        for spec in model_plan.layers:
+            kinds.setdefault((spec.features, spec.out_features, spec.rotation.block, spec.groups), []).append(spec.name)
+    rows = [
+        (len(names), f"{k} → {n}", block if block > 1 else "none", f"{k // groups}", _shortened(names[0]))
+        for (k, n, block, groups), names in kinds.items()
+    ]
+    return table(("layers", "K → N", "rotation", "weight group", "such as"), rows, right=(0, 2, 3))
+
+
+def _costs(estimate: Estimate) -> list[str]:
+    """Return what an export takes of disk, memory and time, a line each."""
+    return [
         f"disk      {amount(estimate.disk_bytes):>10}   weights {amount(estimate.weight_file_bytes)} "
         f"(from {amount(estimate.source_bytes)}), engines {amount(estimate.engine_bytes)}, "
         f"scratch {amount(estimate.scratch_bytes)}",
         f"memory    {amount(estimate.peak_bytes):>10}   {_memory_text(estimate)}",
         f"time      {sum(estimate.seconds.values()):>8.0f} s   "
         + ", ".join(f"{name} {value:.0f} s" for name, value in estimate.seconds.items()),
-        "dry run: nothing was written",
     ]
-    return "\n".join(lines)
 
 
 def _layouts(plan: ExportPlan) -> dict[str, int]:

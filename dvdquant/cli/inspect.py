@@ -12,7 +12,7 @@ from dvdquant.clashes import Clash, refuse_clashes
 from dvdquant.cli.common import ExamplesCommand, echo, loading, paragraphs, setup_logging, table
 from dvdquant.cli.paths import EXPORT, PATH, WORD
 from dvdquant.errors import OutputError
-from dvdquant.text import amount, json_text
+from dvdquant.text import amount, json_text, shown
 
 if TYPE_CHECKING:
     from dvdquant.artifact.entries import LayerEntry
@@ -212,7 +212,6 @@ def _check_files(out: Path, manifest: Manifest) -> str:
     from dvdquant.artifact.verify_files import verify_files
     from dvdquant.export.verify.links import check_links, unlisted_files
     from dvdquant.system.progress import Progress
-    from dvdquant.text import shown
 
     total = sum(entry["bytes"] for entry in manifest.files.values())
     with Progress("text").stage("check", total, "B") as stage:
@@ -238,6 +237,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
     from dvdquant.ops.attention.libraries import ladders_words
     from dvdquant.recipe import error_name, fitted_text, looks_at_inputs
 
+    # 1. The model, the recipe, the files.
     recipe = manifest.recipe
     inputs = ["inputs predicted" if looks_at_inputs(recipe) else "inputs ignored", *fitted_text(recipe)]
     weight = recipe["weight"]
@@ -261,6 +261,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         "",
         table(("file", "size"), [(name, amount(size)) for name, size in sorted(sizes.items())], right=(1,)),
     ]
+    # 2. The engines.
     if manifest.engines:
         rows = [
             (e["path"], ", ".join(e["sm"]), " ".join(f"{name} {version}" for name, version in e["versions"].items()))
@@ -274,6 +275,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
     if fused:
         counts = " or ".join(map(str, fused))
         lines += [f"TensorRT engines, one plugin node each: {counts} layers with what comes before them (--fuse)"]
+    # 3. The layers.
     lines += ["", _layer_table(list(manifest.layers), all_layers, error_name(manifest.recipe))]
     lines += [
         f"{len(manifest.kept)} linear layers in 16 bit: {', '.join(manifest.kept[:6])}{' …' * (len(manifest.kept) > 6)}"
@@ -288,14 +290,14 @@ def _range(axis: list[int]) -> str:
 
 def _layer_table(layers: list[LayerEntry], all_layers: bool, error: str) -> str:
     known = [entry for entry in layers if entry["relative_mse"] is not None]
-    shown = layers if all_layers else sorted(known, key=_error, reverse=True)[:10]
+    listed = layers if all_layers else sorted(known, key=_error, reverse=True)[:10]
     rows: list[tuple[Any, ...]] = []
-    for e in shown:
+    for e in listed:
         ours, minmax = e["relative_mse"], e["relative_mse_minmax"]
         better = f"{100 * (1 - ours / minmax):.0f} %" if ours is not None and minmax else "-"
         texts = ["-" if value is None else f"{value:.5f}" for value in (ours, minmax)]
         rows.append((e["name"], f"{e['features_in']} → {e['features_out']}", e["rotation_block"], *texts, better))
-    title = f"all {len(layers)} layers" if all_layers else f"worst {len(shown)} of {len(layers)} layers"
+    title = f"all {len(layers)} layers" if all_layers else f"worst {len(listed)} of {len(layers)} layers"
     header = (title, "K → N", "block", "relative MSE", "min-max", "less")
     return table(header, rows, right=(2, 3, 4, 5)) + f"\nrelative MSE: {error}"
 

@@ -40,7 +40,7 @@ class _Commands(ExamplesCommand, click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's, with the near names of one that is not there."""
+        """Resolve a command as click does; the error of an unknown one has the near names."""
         name = args[0].removeprefix("dvdq-")
         if not args[0].startswith("-") and name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=2) or list(COMMANDS)

@@ -112,6 +112,7 @@ def main(out: Path, check: Path | None, revision: str | None, log_format: str, v
         out = locate_export(out, revision)
         echo(_checked(check, load_manifest(out), options["steps"]))
         return
+    # 1. Read the options, and refuse what cannot be before minutes of work.
     prompt, file = options.pop("prompt"), options.pop("prompts")
     from_embeds = options["text_embeds"] is not None and not prompt and file is None
     prompts = [] if from_embeds else read_prompts(prompt, file)
@@ -122,14 +123,14 @@ def main(out: Path, check: Path | None, revision: str | None, log_format: str, v
     name, out = out, locate_export(out, revision)
     output = options.pop("output") or default_output(name, out)
     plot = options.pop("plot")
-    manifest = load_manifest(out)  # before minutes of work, as the output
+    manifest = load_manifest(out)
     for path in (output, plot):
         if path is not None:
             check_writable(path, make_folder=False)
     loras = parse_loras(options.pop("lora"))
     goal_options = {name: options.pop(name) for name in ("average_bits", "time_budget", "delta")}
-
     check_device_word(options["device"])
+    # 2. Record clips, and find δ.
     loading("PyTorch and the runtime", log_format)
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.planning.planner import Goal, plan
@@ -142,6 +143,7 @@ def main(out: Path, check: Path | None, revision: str | None, log_format: str, v
     options["plugins"] = options.pop("plugin")
     options["text_encoder_bits"] = int(options["text_encoder_bits"] or 16)
     found = plan(Artifact.of(out, manifest), prompts, goal, seeds=seeds, progress=progress, lora=loras, **options)
+    # 3. Write the schedule and the plot.
     found.schedule.save(output)
     if plot is not None:
         from dvdquant.deploy.planning.plot import draw_plan

@@ -69,16 +69,16 @@ class _Stream:
         return len(text)
 
     def safe(self, text: str) -> str:
-        """``text`` with what acts on a terminal escaped."""
+        """Escape what acts on a terminal."""
         return shown(text, 0, keep="\n\t")
 
     def writelines(self, lines: Sequence[str]) -> None:
-        """As the stream's own."""
+        """Write several lines, each made safe."""
         for line in lines:
             self.write(line)
 
     def write(self, text: str) -> int:
-        """As the stream's own."""
+        """Write a text, made safe; return its length."""
         return self._send(text)
 
 
@@ -96,12 +96,12 @@ class _Results(_Stream):
         return "utf-8" if name.lower() in ("ascii", "us-ascii", "ansi_x3.4-1968") else name
 
     def write(self, text: str) -> int:
-        """As the stream's own; OutputError, or ReaderGone."""
+        """Write a text, made safe; OutputError or ReaderGone where that fails."""
         with self._failures():
             return self._send(text)
 
     def flush(self) -> None:
-        """As the stream's own; OutputError, or ReaderGone."""
+        """Flush the stream; OutputError or ReaderGone where that fails."""
         with self._failures():
             self.inner.flush()
 
@@ -136,13 +136,13 @@ class _Messages(_Stream):
         return "\r" * text.startswith("\r") + super().safe(text.removeprefix("\r"))
 
     def write(self, text: str) -> int:
-        """As the stream's own, without its OSError."""
+        """Write a text, made safe; note where that fails."""
         with self._failures():
             self._send(text)
         return len(text)
 
     def flush(self) -> None:
-        """As the stream's own, without its OSError."""
+        """Flush the stream; note where that fails."""
         with self._failures():
             self.inner.flush()
 
@@ -334,7 +334,7 @@ class _Reporter:
         return 2
 
     def misused(self, error: click.ClickException) -> int:
-        """How the command is used, and what was wrong."""
+        """Print how the command is used, and what was wrong."""
         context = getattr(error, "ctx", None)
         if self.as_json:
             fix = f"{'the command' if context is None else context.command_path} --help lists the options"
@@ -346,7 +346,7 @@ class _Reporter:
         return 2
 
     def stopped(self, number: int) -> int:
-        """Ctrl-C or a signal."""
+        """Print that Ctrl-C or a signal ended the command."""
         how = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
         text = f"{how}; nothing is half-written"
         if self.as_json:

@@ -1,4 +1,4 @@
-"""``dvdq-run``: generate video with an export, each denoising step on the engine it deserves."""
+"""``dvdq-run``: generate video with an export, each denoising step on the engine that the controller picks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dvdquant.cli.paths import EXPORT, LORA, PATH, TEXT_FILE, WORD
 from dvdquant.cli.prompt_file import check_prompt, read_prompts
 from dvdquant.cli.run_options import RunOptions, check_options, no_prompts, parse_cache, parse_memory
 from dvdquant.deploy.switching.defaults import CACHE_POLICIES, LAST_HIGH, WEIGHTINGS
-from dvdquant.system.devices import check_device_word
+from dvdquant.system.devices import check_device_word, resolve_device
 from dvdquant.system.whole_file import check_writable
 
 if TYPE_CHECKING:
@@ -321,7 +321,6 @@ def say_needs(
     from dvdquant.cli.run_text import needs_text
     from dvdquant.deploy.generation.needs import parts_of_run
     from dvdquant.deploy.sessions.fusion import fusion_words
-    from dvdquant.system.devices import resolve_device
 
     how = generator.options
     parts = parts_of_run(

@@ -198,15 +198,14 @@ def arranged(
         return Arranged(generator, requests, plan, place, backend, None)
     how = plan.arrangement
     bits = generator.artifact.bits(generator.artifact.components[0])
-    # A plan that loads one bit-width alone has its name.
-    alone = [width for width in bits if how.transformer == f"a{width}" and len(bits) > 1]
+    alone = how.transformer.bits if len(how.transformer.bits) < len(bits) else ()
     changed = rearranged(
         generator,
         vae_tiling=how.vae_tiling,
         offload=how.offload,
         alternate=how.alternate,
         text_bits=how.text_bits,
-        bits=tuple(alone) or None,
+        bits=alone or None,
         **({"weights": "packed"} if how.transformer == PACKED and place.sm is not None else {}),
     )
     if alone and requests[0][0].mode == "switch":

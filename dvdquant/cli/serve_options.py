@@ -7,8 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvdquant.clashes import refuse_clashes
-from dvdquant.cli.clip_options import session_clashes
+from dvdquant.clashes import refuse_clashes, session_clashes
 from dvdquant.deploy.serve.model_names import named, named_export
 from dvdquant.errors import OutputError, UnsupportedError
 from dvdquant.system.devices import DEVICE_WORDS, check_device_word

@@ -1,1 +1,1 @@
-"""A model on its way: families, the plan of its layers, quantized layers."""
+"""Models: their families, the plan of the layers, quantized layers."""

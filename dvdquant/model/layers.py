@@ -1,4 +1,4 @@
-"""QuantLinear modules, and the surgery that puts them in place of ``nn.Linear`` in a diffusers transformer.
+"""QuantLinear modules, and their installation in place of ``nn.Linear`` in a diffusers transformer.
 
 Linear layers of one parent module that receive the very same tensor (q/k/v) are merged into one :class:`QuantLinear`,
 so that x is rotated and quantized once. The merged layer is called after its members: ``attn1.to_q+to_k+to_v``.
@@ -55,7 +55,7 @@ class LayerSpec:
         rotation: The Hadamard rotation of its input.
         groups: The number of weight groups per row (1 for a scale per row).
         floor: The least activation grid that it accepts, used instead of one with fewer bits; None accepts all.
-        float_zero_point: True for a real zero-point per group, stored as a byte, instead of one in fp32 per row.
+        float_zero_point: True for a float zero-point per group, stored as a byte, instead of one in fp32 per row.
         smoothed: True if the input is multiplied by a power of two per channel before it is rotated.
         random_signs: True if these powers of two have random signs, provided that there is a rotation.
         shifted: True if a constant per channel is subtracted from the input before.
@@ -155,7 +155,7 @@ class QuantLinear(nn.Module):
     Attributes:
         weight: The packed codes, int8 [N, K/2].
         weight_scale: The scales of the rows, fp32 [N].
-        weight_group_scale: The factors of the groups, uint8 [N, groups].
+        weight_group_scale: The scales of the groups in 255ths of their row's, uint8 [N, groups].
         weight_zero: The zero-points, fp32 [N] or uint8 [N, groups].
         bias: The bias, fp32 [N].
         pre_quant_shift: The constant that is subtracted from the input, fp32 [K]; a shifted layer has it.

@@ -68,7 +68,7 @@ def expand_zero(zero: Tensor) -> Tensor:
     """Return the centred zero-points of a stored ``weight_zero``, one per row or per weight group.
 
     Args:
-        zero: Floating point [N], one zero-point per row, stored as it is. Or uint8 [N, groups], a real zero-point in
+        zero: Floating point [N], one zero-point per row, stored as it is. Or uint8 [N, groups], a float zero-point in
             steps of 1/16: ``z = byte/16 − 8``, from −8 to 7 15/16, exact in every floating dtype.
 
     Returns:

@@ -78,7 +78,7 @@ class CudaKernels:
 
         Args:
             layer: Shape and grids of the layer.
-            packed: (weight, scale, factor, zero, bias), as :meth:`PackedLayer.stored` gives them.
+            packed: (weight, scale, group_scale, zero, bias), as :meth:`PackedLayer.stored` gives them.
         """
         size = self.plan(layer).prepared_bytes
         tensors = [t.contiguous() for t in packed]
@@ -188,24 +188,24 @@ class CudaKernels:
     def make_rows(self, layer: LayerShape, packed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Return what a weight that stays packed needs on the device: its codes int8 [N, K/2], and the rest of it uint8.
 
-        The rest is the rows of the library, and the factors and byte zero-points of groups behind them.
+        The rest is the rows of the library, and the scales and byte zero-points of groups behind them.
 
         Args:
             layer: Shape and grids of the layer.
-            packed: (weight, scale, factor, zero, bias), as :meth:`PackedLayer.stored` gives them. The codes are the weight
+            packed: (weight, scale, group_scale, zero, bias), as :meth:`PackedLayer.stored` gives them. The codes are the weight
                 itself, unless the kernels cannot read it where it is.
         """
         size = self.library.rows_bytes(layer, self.sm)
-        factors, zeros = group_bytes(layer)
+        scales, zeros = group_bytes(layer)
         codes, *rest = (aligned(packed[0]), *(t.contiguous() for t in packed[1:]))
-        rows = self.allocate((size + factors + zeros,), torch.uint8, codes.device)
+        rows = self.allocate((size + scales + zeros,), torch.uint8, codes.device)
         with stream_of(rows) as stream:
             pointers = WeightPointers(codes.data_ptr(), *(t.data_ptr() for t in rest))
             self.library.make_rows(layer, self.sm, pointers, rows.data_ptr(), size, stream)
-            if factors:
-                rows[size : size + factors] = rest[1].flatten()
+            if scales:
+                rows[size : size + scales] = rest[1].flatten()
             if zeros:
-                rows[size + factors :] = rest[2].flatten()
+                rows[size + scales :] = rest[2].flatten()
         return codes, rows
 
     def packed_pointers(self, layer: LayerShape, codes: Tensor, rows: Tensor) -> WeightPointers:
@@ -216,11 +216,9 @@ class CudaKernels:
             codes: int8 [N, K/2], from :meth:`make_rows`.
             rows: uint8 [bytes], from :meth:`make_rows`.
         """
-        factors, zeros = group_bytes(layer)
+        scales, zeros = group_bytes(layer)
         last = rows.data_ptr() + rows.numel()
-        return WeightPointers(
-            codes.data_ptr(), 0, last - zeros - factors if factors else 0, last - zeros if zeros else 0
-        )
+        return WeightPointers(codes.data_ptr(), 0, last - zeros - scales if scales else 0, last - zeros if zeros else 0)
 
     def expand(self, layer: LayerShape, codes: Tensor, rows: Tensor) -> Tensor:
         """Return the prepared weight, uint8 [plan.prepared_bytes], of one that stays packed.

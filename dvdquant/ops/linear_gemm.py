@@ -53,7 +53,7 @@ def linear_gemm(
         prepared: uint8 [bytes], from ``dvdquant::prepare_weight`` with the same path.
         rows: Output features N.
         weight_groups: Groups per row of the packed weight.
-        float_zero_point: Whether the packed weight has real zero-points, uint8 [N, groups].
+        float_zero_point: Whether the packed weight has float zero-points, uint8 [N, groups].
         act_group: Channels per activation scale; 0 for the whole token.
         path: One of :data:`dvdquant.ops.repack.PATHS`; on CUDA one that the device runs.
         dtype: dtype of y; float16 or bfloat16 on CUDA.

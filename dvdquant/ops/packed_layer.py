@@ -24,7 +24,7 @@ class PackedLayer:
         weight: int8 [N, K/2], packed 4-bit codes of the rotated weight.
         scale: fp32 [N], the step of each row.
         group_scale: uint8 [N, groups], 255 = 1.0.
-        zero: fp32 [N], or uint8 [N, groups] with real zero-points.
+        zero: fp32 [N], or uint8 [N, groups] with float zero-points.
         bias: fp32 [N].
         hadamard: The inner rotation factor, fp32 [b, b].
         outer: The outer rotation factor, fp32 [p, p].
@@ -39,7 +39,7 @@ class PackedLayer:
     outer: Tensor
 
     def stored(self) -> tuple[Tensor, ...]:
-        """Return the five tensors that a prepared weight is made of: (weight, scale, factor, zero, bias)."""
+        """Return the five tensors that a prepared weight is made of: (weight, scale, group_scale, zero, bias)."""
         return (self.weight, self.scale, self.group_scale, self.zero, self.bias)
 
 
@@ -98,7 +98,9 @@ def packed_shape(packed: PackedLayer, dtype: torch.dtype, act_bits: int, act_gro
     if dtype not in DTYPE_NAMES:
         raise UnsupportedError(f"the kernels have no {dtype} activations", available=DTYPE_NAMES.values())
     rows, half = packed.weight.shape
-    real = not packed.zero.is_floating_point()
+    float_zero_point = not packed.zero.is_floating_point()
     block, outer = packed.hadamard.shape[0], packed.outer.shape[0]
     name = DTYPE_NAMES[dtype]
-    return LayerShape(rows, 2 * half, packed.group_scale.shape[1], real, block, outer, act_bits, act_group, name)
+    return LayerShape(
+        rows, 2 * half, packed.group_scale.shape[1], float_zero_point, block, outer, act_bits, act_group, name
+    )

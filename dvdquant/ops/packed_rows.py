@@ -1,7 +1,7 @@
 """Weights that stay packed: the rows that the kernels keep beside the codes, and back. The reference of ``dvdq_make_rows``.
 
 One copy of a weight, half a byte each, serves all activation grids on every GPU: the codes as the files hold them, the
-factors and byte zero-points of groups as well, and a small buffer of rows (``RowsLayout`` in kernels/csrc/prepared.h).
+scales and byte zero-points of groups as well, and a small buffer of rows (``RowsLayout`` in kernels/csrc/prepared.h).
 Scale, zero-point and bias of each row are in it, and the int8 row scales, which would ask for all codes of a row again.
 Where a path multiplies 8 bits, the weight is expanded from all of them just before the product, to the very bytes of
 ``repack.prepare``.
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dvdquant.errors import ShapeError
-from dvdquant.ops.repack import ALIGNMENT, LayerShape, PreparedWeight, prepare
+from dvdquant.ops.repack import ALIGNMENT, LayerShape, PreparedWeight, padded, prepare
 
 __all__ = ["expand", "group_bytes", "make_rows", "packed_bytes", "rows_bytes"]
 
@@ -28,11 +28,11 @@ def rows_bytes(layer: LayerShape) -> int:
     Args:
         layer: Its n is read.
     """
-    return ROW_PARTS * _padded(4 * layer.n)
+    return ROW_PARTS * padded(4 * layer.n)
 
 
 def group_bytes(layer: LayerShape) -> tuple[int, int]:
-    """Return the bytes of the factors and of the zero-points that groups have beside codes and rows; 0 without groups.
+    """Return the bytes of the scales and of the zero-points that groups have beside codes and rows; 0 without groups.
 
     Args:
         layer: Its n, weight_groups and float_zero_point are read.
@@ -89,10 +89,10 @@ def expand(
     """
     if len(rows) != rows_bytes(layer):
         raise ShapeError(f"rows of {len(rows)} bytes", available=f"{rows_bytes(layer)} bytes")
-    step = _padded(4 * layer.n)
+    step = padded(4 * layer.n)
     scale, zero, bias = (np.frombuffer(rows, np.float32, layer.n, part * step) for part in range(3))
     if layer.weight_groups == 1:
-        # The row's step holds the factor already, and its zero-point is a number.
+        # The row's step holds the group scale already, and its zero-point is a number.
         group_scale, has_bytes = np.full((layer.n, 1), 255, np.uint8), False
     else:
         has_bytes = layer.float_zero_point
@@ -105,7 +105,3 @@ def expand(
         group_zero if has_bytes else zero,
         bias,
     )
-
-
-def _padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -19,7 +19,7 @@ def packed_shape(weight: Tensor, weight_group_scale: Tensor, weight_zero: Tensor
     Args:
         weight: int8 [N, K/2].
         weight_group_scale: uint8 [N, groups].
-        weight_zero: fp32 [N], or uint8 [N, groups] with real zero-points.
+        weight_zero: fp32 [N], or uint8 [N, groups] with float zero-points.
     """
     return LayerShape(
         weight.shape[0], 2 * weight.shape[1], weight_group_scale.shape[1], not weight_zero.is_floating_point()
@@ -36,12 +36,12 @@ def prepare_weight(
         weight: int8 [N, K/2], packed 4-bit codes of the rotated weight.
         weight_scale: fp32 [N].
         weight_group_scale: uint8 [N, groups].
-        weight_zero: fp32 [N], or uint8 [N, groups] with real zero-points.
+        weight_zero: fp32 [N], or uint8 [N, groups] with float zero-points.
         bias: fp32 [N].
         path: One of :data:`dvdquant.ops.repack.PATHS`; on CUDA one that the device runs.
 
     Returns:
-        uint8 [bytes]: codes, fp32 row scales, row zero-points and bias; on s4_group also factors and group zero-points.
+        uint8 [bytes]: codes, fp32 row scales, row zero-points and bias; on s4_group also group scales and group zero-points.
 
     Raises:
         ShapeError: A tensor has another shape or dtype than the others require.

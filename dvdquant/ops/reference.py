@@ -78,7 +78,7 @@ def quant_linear_reference(
         weight: int8 [N, K/2], packed 4-bit codes of the rotated weight.
         weight_scale: fp32 [N], the step of each row.
         weight_group_scale: uint8 [N, groups], 255 = 1.0.
-        weight_zero: fp32 [N], or uint8 [N, groups] with real zero-points.
+        weight_zero: fp32 [N], or uint8 [N, groups] with float zero-points.
         bias: fp32 [N].
         hadamard: The inner rotation factor, fp32 [b, b].
         outer: The outer rotation factor, fp32 [p, p].

@@ -4,7 +4,7 @@ The canonical layout (``packing.py``) is what files hold: 4-bit codes c, one ste
 a zero-point z. Per row n and path:
 
     s4_token, s4_group    c as packed, z as ``row_zero`` (the GEMM corrects with token sums), row_scale = step; with several
-                          groups per row row_scale = Δ, and f and real zero-points stay bytes per group
+                          groups per row row_scale = Δ, and f and float zero-points stay bytes per group
     s8_token, s8_group, s8_wgmma, one group per row:
         z an integer      w8 = d         row_scale = step         exact
         2z an odd integer w8 = 2d        row_scale = step / 2     exact
@@ -44,6 +44,7 @@ __all__ = [
     "PATHS",
     "LayerShape",
     "PreparedWeight",
+    "padded",
     "added_error",
     "dequantize",
     "from_bytes",
@@ -107,7 +108,7 @@ class PreparedWeight:
         row_zero: fp32 [N]; 0 on 8-bit paths, whose codes are centred.
         bias: fp32 [N].
         group_scale: uint8 [N, groups] on s4_group with groups > 1, else None.
-        group_zero: uint8 [N, groups] on s4_group with groups > 1 and real zero-points, else None.
+        group_zero: uint8 [N, groups] on s4_group with groups > 1 and float zero-points, else None.
     """
 
     codes: npt.NDArray[Any]
@@ -204,7 +205,7 @@ def dequantize(layer: LayerShape, prepared: PreparedWeight) -> F64:
 
 
 def to_bytes(prepared: PreparedWeight) -> bytes:
-    """Return the prepared buffer as the device holds it: codes, row scales, row zeros, bias, [factors, [group zeros]].
+    """Return the prepared buffer as the device holds it: codes, row scales, row zeros, bias, [group scales, [group zeros]].
 
     Every section starts at a multiple of 256 bytes (kernels/csrc/prepared.h).
 
@@ -234,7 +235,7 @@ def from_bytes(layer: LayerShape, path: str, buffer: bytes) -> PreparedWeight:
     for dtype, shape in _sections(layer, path):
         count = math.prod(shape)
         arrays.append(np.frombuffer(buffer, dtype, count, position).reshape(shape))
-        position += _padded(arrays[-1].nbytes)
+        position += padded(arrays[-1].nbytes)
     return PreparedWeight(*arrays)
 
 
@@ -245,7 +246,7 @@ def prepared_bytes(layer: LayerShape, path: str) -> int:
         layer: Its n, k, weight_groups and real_zero are read.
         path: One of :data:`PATHS`.
     """
-    return sum(_padded(np.dtype(dtype).itemsize * math.prod(shape)) for dtype, shape in _sections(layer, path))
+    return sum(padded(np.dtype(dtype).itemsize * math.prod(shape)) for dtype, shape in _sections(layer, path))
 
 
 def _sections(layer: LayerShape, path: str) -> list[tuple[Any, tuple[int, ...]]]:
@@ -257,7 +258,12 @@ def _sections(layer: LayerShape, path: str) -> list[tuple[Any, tuple[int, ...]]]
     return [codes, row, row, row, *grouped]
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """Return the bytes of a section with what fills it up to the next multiple of ``ALIGNMENT``.
+
+    Args:
+        size: The bytes of the section.
+    """
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -329,7 +335,7 @@ def _canonical(layer: LayerShape, codes: Any, scale: Any, group_scale: Any, zero
     if layer.weight_groups < 1 or layer.k % layer.weight_groups:
         raise ShapeError(
             f"{layer.weight_groups} weight groups do not divide {layer.k} channels",
-            fix="give the factors as the export stores them, a column for each group",
+            fix="give the group scales as the export stores them, a column for each group",
         )
     return (
         packed.view(np.int8),

@@ -1,6 +1,6 @@
 """BGR, Bounded-init Grid Refinement: 4-bit weight grids of least squared error, found from the weights alone.
 
-``W ≈ scale[n] · (factor[n, g] / 255) · (codes[n, k] − zero)``, codes −8..7, for the already rotated weight W [N, K]; zero
+``W ≈ scale[n] · (group_scale[n, g] / 255) · (codes[n, k] − zero)``, codes −8..7, for the already rotated weight W [N, K]; zero
 is one number per row, or for the ``float`` zero-point one per row and group.
 
 Solvers:
@@ -9,8 +9,8 @@ Solvers:
     them; then Δ = ⟨q, w⟩/⟨q, q⟩, z = round(mean(codes − w/Δ)) and the codes in turn, until the error stops falling.
     ``search``: scales from the whole range in steps of 2 %, each scored by the error it has after one such Δ, then
     descent from the best peaks; within 1 ‰ of a dense search on rows and groups from 32 weights up, and within 5 ‰ on
-    groups of 16, where the 8-bit factor is the limit. Of groups, every factor around the best scale is tried as well.
-    A real zero-point is searched together with the scale, by linear regression of the weights on the codes.
+    groups of 16, where the 8-bit group scale is the limit. Of groups, every group scale around the best one is tried.
+    A float zero-point is searched together with the scale, by linear regression of the weights on the codes.
 
 The loops are compiled by numba for the CPU they run on. Weights on a GPU are quantized there, by the kernels of
 ``backends/cuda_grid.py`` where they are built, else by ``backends/torch_grid.py`` (``paper`` excepted: its blocks go through
@@ -76,7 +76,7 @@ class QuantizedWeight:
         return QuantizedWeight(self.codes[part], self.scale[part], self.group_scale[part], self.zero[part])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return ``scale · (factor/255) · (codes − zero)`` [N, K], scales rounded to fp32 as every kernel does.
+        """Return ``scale · (group_scale/255) · (codes − zero)`` [N, K], scales rounded to fp32 as every kernel does.
 
         Args:
             dtype: dtype of the result; float64 also computes in float64, all others in fp32.
@@ -149,7 +149,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
     # numba takes a second to import: only those who quantize pay for it.
     from dvdquant.quantize.backends import numba_float_zero, numba_search
 
-    # Of groups the factors are searched afterwards, over the neighbourhood of each scale.
+    # The group scales are searched afterwards, over the neighbourhood of each scale.
     starts = _STARTS if groups == 1 else 0
     # Results, filled block by block through their numpy views.
     rows, features = w.shape

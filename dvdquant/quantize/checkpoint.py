@@ -26,10 +26,9 @@ from dvdquant.system.safetensors_reader import TensorInfo
 from dvdquant.system.safetensors_writer import StreamingWriter
 
 if TYPE_CHECKING:
-    from dvdquant.checkpoint.formats.stored import ShardTensor
     from dvdquant.checkpoint.reader import Checkpoint
 
-__all__ = ["PackedWeights", "check_weights", "left_out_text", "plan_shards", "quantize_checkpoint", "reading_bytes"]
+__all__ = ["PackedWeights", "check_weights", "left_out_text", "plan_shards", "quantize_checkpoint"]
 
 SHARD_BYTES = 5 << 30
 # Kept tensors journaled together.
@@ -169,15 +168,6 @@ def quantize_checkpoint(
         # 4. Close the files and take their checksums.
         entries = files.finish(progress)
         return PackedWeights(files.places, entries, tuple(layers), tuple(nonfinite))
-
-
-def reading_bytes(info: ShardTensor) -> int:
-    """Return the bytes of memory that one tensor takes while it is read.
-
-    Args:
-        info: The tensor's entry in its file.
-    """
-    return info.reading_bytes
 
 
 def left_out_text(checkpoint: Checkpoint, names: list[str]) -> str:

@@ -35,7 +35,7 @@ def gptq_round(w: Tensor, grid: QuantizedWeight, hessian: Tensor, damping: float
 
     Args:
         w: The rotated weight [N, K], floating.
-        grid: Its BGR grid; scales, factors and zero-points are kept.
+        grid: Its BGR grid; scales, group scales and zero-points are kept.
         hessian: Second moments of the rotated inputs, [K, K] or [K/b, b, b]; see :class:`ErrorFeedback`.
         damping: λ, added to the diagonal as λ·mean(diag M); see :class:`ErrorFeedback`.
 
@@ -90,7 +90,7 @@ class ErrorFeedback:
 
         Args:
             w: The rotated weight [N, K], floating.
-            grid: Its BGR grid; scales, factors and zero-points are kept.
+            grid: Its BGR grid; scales, group scales and zero-points are kept.
 
         Raises:
             ShapeError: K is not that of the moments.

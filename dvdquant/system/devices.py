@@ -1,4 +1,4 @@
-"""The PyTorch device that a user's word means, decided here for the exporter and the runtime alike."""
+"""The PyTorch device that a user's word means, decided here for exporter and runtime alike, and the wait for its work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dvdquant.errors import UnsupportedError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEVICE_WORDS", "check_device_word", "resolve_device"]
+__all__ = ["DEVICE_WORDS", "check_device_word", "resolve_device", "wait_for"]
 
 DEVICE_WORDS = ("auto", "cpu", "cuda", "cuda:N")
 # A number with more digits is no index of a device, and torch.device overflows on it.
@@ -61,3 +61,15 @@ def resolve_device(word: str | torch.device) -> torch.device:
             fix="use --device cpu, or a machine with a GPU, its driver and a CUDA build of PyTorch",
         )
     return torch.device("cuda", index)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done all its work, so that a clock that is read next counts it; a CPU has none to wait for.
+
+    Args:
+        device: The device.
+    """
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ __all__ = [
     "read_header_from",
     "read_tensor",
     "read_tensor_from",
+    "stored_reader",
 ]
 
 MAX_HEADER = 100_000_000
@@ -318,3 +320,18 @@ def read_tensor_from(fd: int, info: TensorInfo, path: str | Path) -> torch.Tenso
             fix="free memory, or use a larger machine",
         ) from error
     return buffer.view(getattr(torch, DTYPES[info.dtype][1])).reshape(info.shape)
+
+
+def stored_reader(root: Path, places: Mapping[str, tuple[str, TensorInfo]]) -> Callable[[str], torch.Tensor]:
+    """Return a function that reads a tensor of several files by its name, as :func:`read_tensor` does.
+
+    Args:
+        root: The folder of the files.
+        places: Name -> (file relative to the folder, place in it).
+    """
+
+    def read(name: str) -> torch.Tensor:
+        relative, info = places[name]
+        return read_tensor(root / relative, info)
+
+    return read

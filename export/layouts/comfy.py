@@ -24,7 +24,6 @@ from dvdquant.model.plan import ModelPlan
 from dvdquant.numerics.packing import pack_int4, unpack_int4
 from dvdquant.numerics.regular_hadamard import regular_order
 from dvdquant.system.files import FileEntry
-from dvdquant.system.safetensors_reader import TensorInfo, read_tensor
 from dvdquant.system.safetensors_writer import StreamingWriter
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
     "comfy_names",
     "comfy_path",
     "regular_codes",
-    "stored_reader",
     "write_comfy",
 ]
 
@@ -223,18 +221,3 @@ def write_comfy(
         return writer.finish()
     finally:
         writer.close()
-
-
-def stored_reader(tree: Path, tensors: Mapping[str, tuple[str, TensorInfo]]) -> Callable[[str], Tensor]:
-    """Return a function that reads a stored tensor of an export by its name.
-
-    Args:
-        tree: The folder of the export.
-        tensors: Name -> (weight file relative to the tree, place).
-    """
-
-    def read(name: str) -> Tensor:
-        relative, info = tensors[name]
-        return read_tensor(tree / relative, info)
-
-    return read

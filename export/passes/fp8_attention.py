@@ -18,7 +18,7 @@ from dvdquant.ops.attention.definition import E4M3_MAX
 from dvdquant.ops.attention.static_scales import longest_row, pair_exponents
 from dvdquant.ops.reference import dequantize_weight, rotate_by_matrices
 
-__all__ = ["LONG_TOKENS", "MODULATED", "AttentionScales", "fp8_attention", "quantizable"]
+__all__ = ["LONG_TOKENS", "MODULATED", "AttentionScales", "fp8_attention"]
 
 # A self-attention that never sees more tokens costs nothing to speak of, and stays in 16 bit.
 LONG_TOKENS = 256
@@ -73,16 +73,6 @@ class _Match:
     q_norms: tuple[_Norm, ...]
     k_norms: tuple[_Norm, ...]
     v_bound: float
-
-
-def quantizable(model: ir.Model, tokens: int) -> int:
-    """Return how many attentions :func:`fp8_attention` would quantize.
-
-    Args:
-        model: The graph.
-        tokens: The number of video tokens at the largest sizes.
-    """
-    return sum(1 for _ in _matches(model, tokens))
 
 
 def fp8_attention(model: ir.Model, tokens: int) -> list[AttentionScales]:

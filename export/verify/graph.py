@@ -49,7 +49,7 @@ from dvdquant.model.families import Axis, Sizes
 from dvdquant.model.loading import fill_quantized
 from dvdquant.model.lora_inputs import install_lora_inputs, random_lora
 from dvdquant.model.plan import ModelPlan, quantized_skeleton
-from dvdquant.system.safetensors_reader import TensorInfo, read_tensor
+from dvdquant.system.safetensors_reader import TensorInfo, stored_reader
 
 __all__ = [
     "BetweenCheck",
@@ -229,12 +229,7 @@ def load_quantized(plan: ModelPlan, tensors: Mapping[str, tuple[str, TensorInfo]
     """
     model = quantized_skeleton(plan, bits)
 
-    def read(name: str) -> Tensor:
-        """Read a stored tensor."""
-        relative, info = tensors[name]
-        return read_tensor(root / relative, info)
-
-    fill_quantized(model, plan, read)
+    fill_quantized(model, plan, stored_reader(root, tensors))
     return model
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvdquant.artifact.entries import EngineEntry, GraphEntry, LayerEntry
 from dvdquant.artifact.folder import Folder
-from dvdquant.artifact.layout import COMMIT, LOCK, MANIFEST, STAGE
+from dvdquant.artifact.layout import MANIFEST, is_bookkeeping
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.export.graph.writer import graph_path
 from dvdquant.system.files import FileEntry
@@ -126,18 +126,13 @@ def unlisted_files(root: Path, files: Mapping[str, FileEntry]) -> tuple[list[str
     inside: list[str] = []
     outside: list[str] = []
     with Folder.open(root, follow=True) as folder:
-        names = sorted(entry.path for entry in folder.walk(_is_passing) if not entry.is_folder)
+        names = sorted(entry.path for entry in folder.walk(is_bookkeeping) if not entry.is_folder)
     for name in names:
         top = name.partition("/")[0]
         if name in files or name == MANIFEST:
             continue
         (inside if top in OWN_FOLDERS else outside).append(name)
     return inside, outside
-
-
-def _is_passing(name: str) -> bool:
-    """Return whether an entry of the export's folder belongs to an export that is being written, or was killed."""
-    return name in (LOCK, COMMIT) or STAGE.fullmatch(name) is not None
 
 
 def _engine_problems(

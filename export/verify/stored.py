@@ -288,7 +288,7 @@ class _Stored:
                 )
 
     def _check_grid(self, spec: LayerSpec, stored: Mapping[str, Tensor]) -> None:
-        """Check that scales, factors and zero-points are those of a grid of the recipe's kind.
+        """Check that scales, group scales and zero-points are those of a grid of the recipe's kind.
 
         Raises:
             ExportError: One has values that it cannot have.

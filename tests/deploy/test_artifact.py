@@ -107,12 +107,14 @@ def test_rebuild_command_keeps_what_the_export_was(artifact: Artifact) -> None:
         components=("transformer_2",),
         shapes={**artifact.manifest.shapes, "batch": 2},
         nonfinite=("proj_out.weight",),
+        source={**artifact.manifest.source, "few_bits": ["Q4_K"]},
         graphs=(*artifact.manifest.graphs, {"path": "onnx/x_qdq.onnx", "target": "onnx", "act_bits": 4}),
         engines=(),
     )
     options = options_of(Artifact(artifact.root, manifest, artifact.configs).rebuild_command())
     assert (options["keep"], options["force"], options["modulation"]) == (("blocks.0.*",), ("proj out",), "a8")
     assert options["attention"] == "int8"
+    assert options["allow_low_bits"]
     assert (options["batch"], options["subfolder"], options["allow_nonfinite"]) == (2, "transformer_2", True)
     assert options["targets"] == ("onnx",)
 

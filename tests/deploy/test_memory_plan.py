@@ -16,7 +16,7 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.check import open_checker
 from dvdquant.deploy.generation.device_fit import DeviceSize, fit
 from dvdquant.deploy.generation.generate import GenerateRequest, open_generator
-from dvdquant.deploy.generation.memory_plan import Arrangement, RunBytes, arrange, fitting, possible
+from dvdquant.deploy.generation.memory_plan import PACKED, Arrangement, Loaded, RunBytes, arrange, fitting, possible
 from dvdquant.deploy.generation.needs import run_bytes
 from dvdquant.errors import ResourceError, ShapeError, UnsupportedError
 from dvdquant.system.memory import parse_amount
@@ -25,11 +25,12 @@ from tests.support.running import drawn, run, wan_pipeline
 
 GIB = 1 << 30
 PROMPTS = ["a red cat", "the dog runs in snow"]
+BOTH, A8 = Loaded("engines", (4, 8)), Loaded("engines", (8,))
 RUN = RunBytes(
     text={16: 11 * GIB, 8: 6 * GIB},
     image=0,
     vae=GIB // 2,
-    transformer={"a4 and a8": 9 * GIB, "a8": 7 * GIB, "a4": 4 * GIB},
+    transformer={BOTH: 9 * GIB, A8: 7 * GIB, Loaded("engines", (4,)): 4 * GIB},
     step=2 * GIB,
     decode={False: 8 * GIB, True: 2 * GIB},
     base=GIB,
@@ -38,14 +39,14 @@ RUN = RunBytes(
 
 def test_stages_hold_what_they_need() -> None:
     """Computed by hand for each arrangement."""
-    everything = arrange(RUN, Arrangement("a4 and a8"))
+    everything = arrange(RUN, Arrangement(BOTH))
     text, steps, frames = everything.stages
     assert text.parts == {"text encoder": 11 * GIB, "a4 and a8": 9 * GIB, "VAE": GIB // 2}
     assert steps.total == 11 * GIB + 9 * GIB + GIB // 2 + 2 * GIB + GIB
     assert frames.total == everything.peak == 11 * GIB + 9 * GIB + GIB // 2 + 8 * GIB + GIB
-    apart = arrange(RUN, Arrangement("a4 and a8", vae_tiling=True, alternate=True))
+    apart = arrange(RUN, Arrangement(BOTH, vae_tiling=True, alternate=True))
     assert [sum(stage.parts.values()) for stage in apart.stages] == [11 * GIB, 9.5 * GIB, 9.5 * GIB]
-    offloaded = arrange(RUN, Arrangement("a8", vae_tiling=True, offload=True, text_bits=8))
+    offloaded = arrange(RUN, Arrangement(A8, vae_tiling=True, offload=True, text_bits=8))
     assert [sum(stage.parts.values()) for stage in offloaded.stages] == [13 * GIB, 7 * GIB, 7.5 * GIB]
     assert json.loads(json.dumps(apart.to_json()))["peak"] == apart.peak == 9.5 * GIB + 2 * GIB + GIB
 
@@ -78,13 +79,13 @@ def test_what_never_fits_is_refused_with_what_does() -> None:
     assert "while steps are taken: a4 4.0 GiB, VAE 512.0 MiB, and 2.0 GiB to work in" in caught.value.what
     assert "smaller or shorter clip" in str(caught.value.fix)
     with pytest.raises(ResourceError, match=r"16\.2 GiB at least.*while text is encoded") as of_text:
-        fitting(RUN, 12 * GIB, unified=False, fixed={"transformer": "a4 and a8", "alternate": False, "text_bits": 8})
+        fitting(RUN, 12 * GIB, unified=False, fixed={"transformer": BOTH, "alternate": False, "text_bits": 8})
     assert "--text-embeds" in str(of_text.value.fix)
 
 
 def test_options_for_an_arrangement() -> None:
-    how = Arrangement("a8", vae_tiling=True, offload=True, alternate=True, text_bits=8)
-    assert how.options("a4 and a8") == [
+    how = Arrangement(A8, vae_tiling=True, offload=True, alternate=True, text_bits=8)
+    assert how.options(BOTH) == [
         "--mode",
         "a8",
         "--vae-tiling",
@@ -93,7 +94,7 @@ def test_options_for_an_arrangement() -> None:
         "--text-encoder-bits",
         "8",
     ]
-    assert Arrangement("a4 and a8").options("a4 and a8") == []
+    assert Arrangement(BOTH).options(BOTH) == []
 
 
 @pytest.mark.parametrize(
@@ -115,10 +116,10 @@ def test_devices_that_are_sold() -> None:
     small = DeviceSize("RTX", 8, ("8.9",))
     found = fit(RUN, [orin, card, small])
     assert [each.fits for each in found] == [True, True, False]
-    assert found[0].words("a4 and a8") == "fits: VAE in tiles, text encoder before the transformer (12.5 GiB)"
+    assert found[0].words(BOTH) == "fits: VAE in tiles, text encoder before the transformer (12.5 GiB)"
     assert found[0].plan.peak <= orin.usable == 14 * GIB
     assert card.usable == 15 * GIB
-    assert found[2].words("a4 and a8").startswith("no: 7.5 GiB at least")
+    assert found[2].words(BOTH).startswith("no: 7.5 GiB at least")
 
 
 # --------------------------------------------------------------------------------------------------- parts come and go
@@ -254,10 +255,7 @@ def test_a_device_that_is_too_small_is_refused_with_what_fits(monkeypatch: pytes
     whole = run_memory.place_of
     checker = open_checker(Artifact.open(out), pipeline=pipeline)
     known = run_bytes(checker, [checker.check(_requests()[0])], "onnxruntime", 0, narrow=False)
-    peaks = {
-        alternate: arrange(known, Arrangement("packed weights", alternate=alternate)).peak
-        for alternate in (False, True)
-    }
+    peaks = {alternate: arrange(known, Arrangement(PACKED, alternate=alternate)).peak for alternate in (False, True)}
     assert peaks[True] < peaks[False]
 
     def place(total: int) -> Any:

@@ -5,6 +5,7 @@ Ray, Postgres and the object store are real and on this machine; the engine is a
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -19,6 +20,7 @@ import pytest
 from benchmarks.serving.process import PROMPT
 from dvdquant.deploy.serve.jobs import NewJob
 from dvdquant.deploy.serve.queue_policy import QueuePolicy
+from dvdquant.deploy.serve.settings import EngineSettings, fields_of
 from dvdquant.deploy.serve.sqlite_store import SqliteStore
 from dvdquant.errors import UnsupportedError
 from tests.support.exporting import REPOSITORY, TINY_WAN
@@ -74,6 +76,22 @@ def test_arguments_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         app(RayArguments(models="a/out,b/out", open=True))
     with pytest.raises(ValueError, match="nonsense"):
         RayArguments(models="out", nonsense=1)  # type: ignore[call-arg]
+
+
+def test_how_engines_run_reaches_the_workers() -> None:
+    pytest.importorskip("ray.serve", reason="needs Ray: pip install 'dvdquant[serve-ray]'")
+    from dvdquant.deploy.serve.ray_app import RayArguments
+
+    # Each as ``serve run`` gives it, in text; none at its default.
+    given = {"backend": "pytorch", "compile": "true", "fuse": "false", "cuda_graphs": "true", "weights": "packed"}
+    assert set(given) == {each.name for each in dataclasses.fields(EngineSettings)}
+    worker = RayArguments.model_validate({"models": "out", "open": "true", **given}).server().worker("ray", "cuda:0")
+    wanted = {"backend": "pytorch", "compile": True, "fuse": False, "cuda_graphs": True, "weights": "packed"}
+    assert fields_of(EngineSettings, worker) == wanted
+    usual = RayArguments(models="out", open=True).server().worker("ray", "cuda:0")
+    assert fields_of(EngineSettings, usual) == fields_of(EngineSettings, EngineSettings())
+    with pytest.raises(UnsupportedError, match="--compile runs in PyTorch, so --backend rtx does not apply"):
+        RayArguments(models="out", open=True, compile=True, backend="rtx").server()
 
 
 @pytest.fixture(scope="module")

@@ -185,6 +185,7 @@ def test_two_files_are_one_export(comfy: Path, exported: Path, tmp_path: Path) -
     assert "Wan's authors" in source["format"]
     assert source["precision"].startswith("fp8 (e4m3) with scales")
     assert "scales are applied in fp32" in source["notes"]
+    assert (source["diffusers_folder"], source["few_bits"]) == (False, [])
     assert source_of(source, "transformer")[0].endswith(HIGH)
     assert source_of(source, "transformer_2")[0].endswith(LOW)
     assert "fp8 (e4m3) with scales" in (exported / "README.md").read_text()
@@ -202,7 +203,7 @@ def test_a_folder_of_two_files_is_the_same_export(comfy: Path, tmp_path: Path) -
 def test_an_old_manifest_is_read(exported: Path) -> None:
     """Of an export from before formats were recorded."""
     data = json.loads((exported / "manifest.json").read_text())
-    for field in ("format", "precision", "notes", "transformer_2"):
+    for field in ("format", "precision", "notes", "transformer_2", "diffusers_folder", "few_bits"):
         del data["source"][field]
     assert Manifest.from_json(json.dumps(data)).source.keys() == {"model", "class_name", "fingerprint"}
 

@@ -73,7 +73,7 @@ class _Cursor:
 
     @property
     def left(self) -> int:
-        """Bytes of the file after this place."""
+        """Return the bytes of the file after this place."""
         return self.size - self.position
 
     def take(self, count: int) -> bytes:

@@ -32,7 +32,7 @@ _FLOATS = ("F32", "F16", "BF16")
 
 
 def is_modelopt_fp8(quantized: Any) -> bool:
-    """Whether the ``quantization_config`` of a config.json is ModelOpt's for fp8 with one scale a tensor or a row.
+    """Return whether the ``quantization_config`` of a config.json is ModelOpt's for fp8 with one scale a tensor or a row.
 
     Args:
         quantized: The value of the field, whatever it is.

@@ -47,7 +47,7 @@ class ShardTensor(TensorInfo):
 
     @property
     def raw(self) -> TensorInfo:
-        """The bytes as they lie in the file."""
+        """Return the place of the bytes as they lie in the file."""
         if self.stored is None:
             return self
         shape = (self.nbytes,) if self.stored.blocks else self.shape
@@ -55,13 +55,16 @@ class ShardTensor(TensorInfo):
 
     @property
     def parts(self) -> tuple[ShardTensor, ...]:
-        """Every piece of a file that the tensor is made of."""
+        """Return every piece of a file that the tensor is made of."""
         scale = None if self.stored is None else self.stored.scale
         return (self,) if scale is None else (self, scale)
 
     @property
     def reading_bytes(self) -> int:
-        """Memory that it takes while it is read: fp8 lies beside its copy in bf16, what is decoded beside its fp32."""
+        """Return the bytes of memory that it takes while it is read.
+
+        fp8 lies beside its copy in bf16, what is decoded beside its fp32.
+        """
         if self.stored is None:
             return self.nbytes * (3 if self.dtype.startswith("F8") else 1)
         values = math.prod(self.shape) * (4 if self.dtype == "F32" else 2)

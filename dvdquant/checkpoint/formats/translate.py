@@ -15,7 +15,7 @@ from dvdquant.checkpoint.formats.ltx import LTX
 from dvdquant.checkpoint.formats.scaled_fp8 import pair_scales
 from dvdquant.checkpoint.formats.scheme import Piece, Scheme
 from dvdquant.checkpoint.formats.shapes import NEED_CONFIG, Shapes
-from dvdquant.checkpoint.formats.stored import ShardTensor, rows
+from dvdquant.checkpoint.formats.stored import ShardTensor, Stored, rows
 from dvdquant.checkpoint.formats.wan import WAN, is_original_config
 from dvdquant.errors import CheckpointError
 from dvdquant.system.files import strict_json
@@ -27,7 +27,6 @@ __all__ = [
     "SCHEMES",
     "SourceFormat",
     "Translated",
-    "few_bits",
     "is_transformer",
     "precision_words",
     "translate",
@@ -47,13 +46,12 @@ _PRECISIONS = {
 }
 
 
-# How the format begins in the manifest of an export whose weights had the names of diffusers, in a folder.
 DIFFUSERS_FOLDER = "diffusers folder"
 
 
 @dataclass(frozen=True)
 class SourceFormat:
-    """What was recognised of the source of a checkpoint, in words.
+    """What was recognised of the source of a checkpoint.
 
     Args:
         layout: the kind of file or folder, and whose names it has.
@@ -61,6 +59,8 @@ class SourceFormat:
         notes: what was left out, assumed or applied, a sentence each.
         file: name of the single file, "" for a folder.
         is_diffusers: whether diffusers reads the same source by itself.
+        diffusers_folder: whether it is a folder whose tensors have the names of diffusers, as that of a pipeline has.
+        few_bits: the block types of 4 and 5 bits that its weights are stored in.
     """
 
     layout: str = DIFFUSERS_FOLDER
@@ -68,6 +68,8 @@ class SourceFormat:
     notes: tuple[str, ...] = ()
     file: str = ""
     is_diffusers: bool = True
+    diffusers_folder: bool = True
+    few_bits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Translated:
 
 
 def is_transformer(names: Mapping[str, Any] | list[str]) -> bool:
-    """Whether these names are those of a transformer that is supported, by anybody's naming.
+    """Return whether these names are those of a transformer that is supported, by anybody's naming.
 
     Args:
         names: The names of the tensors.
@@ -127,7 +129,7 @@ def translate(
     # 3. Whose names, and of which family.
     scheme, original = _scheme(scaled, place, config)
     renamed: Mapping[str, ShardTensor] = scaled
-    in_folder = layout == DIFFUSERS_FOLDER
+    in_folder = not file
     if scheme is not None and original:
         renamed = _renamed(scaled, scheme, place)
         layout = f"{'folder' if in_folder else layout} with the names of {scheme.title}'s authors"
@@ -158,23 +160,28 @@ def translate(
         notes.append(
             "the fp8 weights have no scales: they are taken as they are, and 8-bit weights are quantized again"
         )
-    if few := few_bits(renamed.values()):
+    few = _few_bits(renamed.values())
+    if few:
         notes.append(
             f"warning: {', '.join(few)} keep 4 or 5 bits of a weight, and these are quantized again: expect more loss than "
             "from a file of 8 or 16 bits"
         )
-    is_diffusers = in_folder and not original and not file and not prefix and not has_scales
-    return Translated(found, dict(renamed), SourceFormat(layout, precision, tuple(notes), file, is_diffusers))
+    source = SourceFormat(
+        layout,
+        precision,
+        tuple(notes),
+        file,
+        is_diffusers=in_folder and not original and not prefix and not has_scales,
+        diffusers_folder=in_folder and not original,
+        few_bits=few,
+    )
+    return Translated(found, dict(renamed), source)
 
 
-def few_bits(tensors: Iterable[ShardTensor]) -> list[str]:
-    """Return the block types of 4 and 5 bits among tensors, each once.
-
-    Args:
-        tensors: Tensors of a checkpoint, of any encoding.
-    """
+def _few_bits(tensors: Iterable[ShardTensor]) -> tuple[str, ...]:
+    """Return the block types of 4 and 5 bits among tensors, each once."""
     kinds = {info.stored.blocks for info in tensors if info.stored is not None}
-    return [kind for kind in FEW_BITS if kind in kinds]
+    return tuple(kind for kind in FEW_BITS if kind in kinds)
 
 
 def precision_words(tensors: Any) -> str:
@@ -255,8 +262,6 @@ def _renamed(tensors: Mapping[str, ShardTensor], scheme: Scheme, place: str) -> 
 
 
 def _piece(info: ShardTensor, piece: Piece, place: str) -> ShardTensor:
-    from dvdquant.checkpoint.formats.stored import Stored
-
     try:
         made = rows(info, *piece.rows) if piece.rows else info
         if piece.swapped:

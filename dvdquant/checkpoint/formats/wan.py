@@ -95,7 +95,7 @@ class _Config(BaseModel):
 
 
 def is_original_config(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of the authors' code and of a model that is supported.
+    """Return whether a config.json is that of the authors' code and of a model that is supported.
 
     Args:
         config: The parsed config.json.

@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dvdquant.errors import UnsupportedError
 from dvdquant.ops.attention.libraries import LIBRARIES, REFERENCE, Library, ladder
+from dvdquant.system.devices import wait_for
 
 if TYPE_CHECKING:
     from dvdquant.ops.attention.libraries import Kernel
@@ -90,7 +91,7 @@ class Attention:
 
     @property
     def takes_codes(self) -> bool:
-        """Whether the library that was chosen takes q and k as e4m3 codes of rotated heads."""
+        """Return whether the library that was chosen takes q and k as e4m3 codes of rotated heads."""
         return self.taken is not None and self.taken.codes
 
     def to_json(self) -> dict[str, Any]:
@@ -236,14 +237,9 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     """
     times = []
     for _ in range(_ROUNDS):
-        _wait(device)
+        wait_for(device)
         started = time.perf_counter()
         call()
-        _wait(device)
+        wait_for(device)
         times.append(time.perf_counter() - started)
     return min(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -64,7 +64,7 @@ class GridPointers:
         codes: Address of int8 [n, k].
         scale: Address of fp32 [n].
         group_scale: Address of uint8 [n, groups].
-        zero: Address of fp32 [n], or of uint8 [n, groups] for the ``real`` zero-point.
+        zero: Address of fp32 [n], or of uint8 [n, groups] for the ``float`` zero-point.
     """
 
     codes: int
@@ -107,7 +107,7 @@ class WeightPointers:
         codes: Address of int8 [n, k/2], packed 4-bit codes.
         scale: Address of fp32 [n].
         group_scale: Address of uint8 [n, groups].
-        zero: Address of fp32 [n], or of uint8 [n, groups] with real zero-points.
+        zero: Address of fp32 [n], or of uint8 [n, groups] with float zero-points.
         bias: Address of fp32 [n]; 0 for none.
     """
 

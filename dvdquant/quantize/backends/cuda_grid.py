@@ -45,7 +45,7 @@ class QuantizerKernels:
         Args:
             features: Input features K of the weight.
             groups: Groups per row; divides K.
-            zero_point: ``midrise``, ``symmetric`` or ``real``; others are not taken.
+            zero_point: ``midrise``, ``symmetric`` or ``float``; others are not taken.
             solver: ``minmax`` or ``search``; others are not taken.
         """
         size = features // groups
@@ -74,11 +74,11 @@ class QuantizerKernels:
         Args:
             w: fp32 [N, K], finite, of a shape that :meth:`searches` takes.
             groups: Groups per row; divides K.
-            zero_point: ``midrise``, ``symmetric`` or ``real``.
+            zero_point: ``midrise``, ``symmetric`` or ``float``.
             solver: ``minmax`` or ``search``.
 
         Returns:
-            Codes int8 [N, K], scale fp32 [N], factor uint8 [N, groups], zero fp32 [N] or (``real``) uint8 [N, groups].
+            Codes int8 [N, K], scale fp32 [N], group_scale uint8 [N, groups], zero fp32 [N] or (``float``) uint8 [N, groups].
         """
         w = w.contiguous()
         rows, features = w.shape
@@ -98,7 +98,7 @@ class QuantizerKernels:
             w: fp32 [N, K], of a shape that :meth:`rounds` takes.
             scale: fp32 [N].
             group_scale: uint8 [N, groups].
-            zero: fp32 [N], or uint8 [N, groups] with real zero-points.
+            zero: fp32 [N], or uint8 [N, groups] with float zero-points.
             factors: fp32 [K/b, b, b], unit upper triangular, on the device of w; b as :meth:`rounds` takes it.
         """
         w = w.contiguous()

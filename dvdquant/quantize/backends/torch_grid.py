@@ -7,7 +7,7 @@ Every segment (a group, or the whole row) is sorted once. The nearest codes ``c 
 
 with ``i_b`` the first weight from ``Δ(b − ½ − z)`` on. So a grid costs 15 look-ups whatever the length of the segment, and
 thousands can be tried: there is no loop over weights, and nothing returns to the host before the result. The mid-rise grid
-is z = −½, the symmetric one z = 0; a real z is the regression of the weights on the codes, as in ``numba_float_zero.py``.
+is z = −½, the symmetric one z = 0; a float z is the regression of the weights on the codes, as in ``numba_float_zero.py``.
 
 Runs on any device; on the CPU the compiled loops of ``backends/numba_search.py`` are faster, and on a GPU the kernels of
 ``backends/cuda_grid.py`` where they are built: this moves 3 to 50 KB for each weight (``benchmarks/quantize.py --traffic``).
@@ -27,11 +27,11 @@ SCALE_FLOOR = 2.0**-118
 _LOW, _HIGH = -8.0, 7.9375
 # Look-ups at a time: bounds the memory of one block of segments to a few hundred megabytes.
 _LOOKUPS = 1 << 23
-# Scales scanned of a row and of a group, whose factor is searched again afterwards; descents from the best of them.
+# Scales scanned of a row and of a group, which is searched again afterwards as it is stored; descents from the best of them.
 _SCALES, _GROUP_SCALES, _STARTS, _STEPS = 192, 64, 8, 12
-# Zero-points tried with each scale in the scan of a real zero-point, and the narrowest scale of a short segment.
+# Zero-points tried with each scale in the scan of a float zero-point, and the narrowest scale of a short segment.
 _PLACES, _SHORT, _NARROWEST, _SHORT_SCALES, _SHORT_PLACES = 4, 256, 0.45, 16, 8
-# Long segments with a real zero-point: 8 x 8 grids around the best, 2.5 % of the scale and half a level apart, then closer.
+# Long segments with a float zero-point: 8 x 8 grids around the best, 2.5 % of the scale and half a level apart, then closer.
 _PEAKS, _SIDE, _ZOOMS, _NEAR_SCALE, _NEAR_ZERO = 8, 8, 3, 0.025, 0.5
 # Factors tried around the best scale of a group, as ratios to it; stored zero-points on either side.
 _WINDOW_LOW, _WINDOW_HIGH, _WINDOW, _ZEROS = 0.75, 1.25, 96, 4
@@ -88,14 +88,14 @@ class _Segments:
         t1, t2 = self.products(scale, zero)
         return self.energy - scale * (2.0 * t1 - scale * t2)
 
-    def regress(self, scale: Tensor, zero: Tensor, real: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def regress(self, scale: Tensor, zero: Tensor, float_zero: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return (Δ, z) of least error for the codes of each grid, and the gain ‖w‖² less that error.
 
-        z stays as it is unless ``real``.
+        z stays as it is unless ``float_zero``.
         """
         n = self.values.shape[1]
         s0, s1, s2 = self.moments(scale, zero)
-        if real:
+        if float_zero:
             slope = (s2 - s0 * self.total / n).clamp(min=1e-30) / (s1 - s0.square() / n).clamp(min=1e-30)
             moved = ((s0 - self.total / slope) / n).clamp(_LOW, _HIGH)
         else:
@@ -123,11 +123,11 @@ def quantize_rows(w: Tensor, groups: int, zero_point: str, solver: str) -> tuple
     Args:
         w: fp32 [N, K], finite.
         groups: Segments of a row; divides K.
-        zero_point: ``midrise``, ``symmetric`` or ``real``.
+        zero_point: ``midrise``, ``symmetric`` or ``float``.
         solver: ``minmax`` or ``search``.
 
     Returns:
-        codes int8 [N, K], scale fp32 [N], factor uint8 [N, groups], zero fp32 [N] or, for ``real``, uint8 [N, groups].
+        codes int8 [N, K], scale fp32 [N], group_scale uint8 [N, groups], zero fp32 [N] or, for ``float``, uint8 [N, groups].
     """
     rows, features = w.shape
     per_segment = (_WINDOW + _GROUP_SCALES) if groups > 1 else _SCALES * _PLACES
@@ -179,36 +179,36 @@ class _Stored:
 
     @property
     def grids(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (scale, factor, zero)."""
+        """Return (scale, group_scale, zero)."""
         return self.scale, self.group_scale, self.zero
 
 
 def _solve(segments: _Segments, unit: Tensor, zero_point: str, solver: str) -> _Stored:
     """Find the best grid of every segment, then the stored one nearest to it, or around it, of least error."""
     rows, groups = unit.shape
-    real = zero_point == "float"
+    float_zero = zero_point == "float"
     # 1. The best grid of every segment.
     if solver == "search":
         scale, zero = _search(segments, zero_point, groups > 1)
-        if real and groups == 1:
+        if float_zero and groups == 1:
             scale, zero = _row_around(segments, scale, _stored_zero(zero))
     else:
         scale, zero = _min_max(segments, zero_point)
-    # 2. As it is stored: the largest scale becomes the row's, the others 8-bit factors of it.
+    # 2. As it is stored: the largest scale becomes the row's, the others 255ths of it.
     scale = (scale.reshape(rows, groups) * unit).clamp(min=0)
     row = scale.amax(1, keepdim=True).clamp(min=SCALE_FLOOR).float()
-    zero = _stored_zero(zero) if real else zero
+    zero = _stored_zero(zero) if float_zero else zero
     near = 255.0 * scale / row.double()
     group_scale = near.round().clamp(1, 255) if groups > 1 else torch.full_like(near, 255.0)
     safe = torch.where(unit > 0, unit, 1.0).reshape(-1, 1)
     if solver == "search" and groups > 1:
         step = (row.double() / 255.0).expand(rows, groups).reshape(-1, 1) / safe
-        group_scale, zero = _stored_around(segments, step, near.reshape(-1, 1), zero, real)
+        group_scale, zero = _stored_around(segments, step, near.reshape(-1, 1), zero, float_zero)
     # 3. The error of what is stored.
     flat = group_scale.reshape(-1, 1)
     stored = (row * (group_scale.reshape(rows, groups).float() / 255.0)).double().reshape(-1, 1) / safe
     error = segments.error(stored, zero) * unit.reshape(-1, 1).square()
-    if not real:
+    if not float_zero:
         # Of a group of zeros, the nearest levels of a grid without one at zero.
         level = (row.double() * zero.reshape(rows, groups)[:, :1]).expand(rows, groups).reshape(-1, 1) / 255.0
         dead = segments.values.shape[1] * level.square()
@@ -229,10 +229,10 @@ def _min_max(segments: _Segments, zero_point: str) -> tuple[Tensor, Tensor]:
 
 
 def _scan(segments: _Segments, zero_point: str, count: int, places: int) -> tuple[Tensor, Tensor]:
-    """Return grids [S, count · places]: a geometric row of scales, each with every place of a real zero-point."""
-    n, real = segments.values.shape[1], zero_point == "float"
+    """Return grids [S, count · places]: a geometric row of scales, each with every place of a float zero-point."""
+    n, float_zero = segments.values.shape[1], zero_point == "float"
     rms = (segments.energy / n).sqrt()
-    if real:
+    if float_zero:
         low = segments.values[:, :1].double().clamp(max=0)
         high = segments.values[:, -1:].double().clamp(min=0)
         top = (high - low) / 15.0 * 1.1
@@ -244,7 +244,7 @@ def _scan(segments: _Segments, zero_point: str, count: int, places: int) -> tupl
         bottom = torch.minimum(0.2 * rms, 0.6 * top)
     top, bottom = top.clamp(min=1e-30), bottom.clamp(min=1e-31)
     scale = top * (bottom / top) ** torch.linspace(0, 1, count, dtype=torch.float64, device=top.device)
-    if not real:
+    if not float_zero:
         return scale, zero.expand_as(scale)
     scale = scale.repeat_interleave(places, 1)
     ends = -8.0 - low / scale, 7.0 - high / scale
@@ -255,13 +255,13 @@ def _scan(segments: _Segments, zero_point: str, count: int, places: int) -> tupl
 
 def _search(segments: _Segments, zero_point: str, grouped: bool) -> tuple[Tensor, Tensor]:
     """Return the best grid of a scan, refined by descent from its highest gains: (scale, zero) [S, 1]."""
-    n, real = segments.values.shape[1], zero_point == "float"
-    many = real and n <= _SHORT  # many narrow minima: descent from the best place of every scale
+    n, float_zero = segments.values.shape[1], zero_point == "float"
+    many = float_zero and n <= _SHORT  # many narrow minima: descent from the best place of every scale
     count = _SHORT_SCALES if many else _GROUP_SCALES if grouped else _SCALES
-    places = (_SHORT_PLACES if many else _PLACES) if real else 1
+    places = (_SHORT_PLACES if many else _PLACES) if float_zero else 1
     # 1. Scan.
     scale, zero = _scan(segments, zero_point, count, places)
-    refined = segments.regress(scale, zero, real)
+    refined = segments.regress(scale, zero, float_zero)
     # 2. Choose starts. Peaks only: neighbours of the highest descend into the same minimum.
     gain = refined[2]
     spaced = gain.reshape(len(gain), count, -1).amax(2)
@@ -277,11 +277,11 @@ def _search(segments: _Segments, zero_point: str, grouped: bool) -> tuple[Tensor
     scale, zero, gain = (t.gather(1, chosen) for t in refined)
     # 3. Descend from each.
     for _ in range(_STEPS):
-        new = segments.regress(scale, zero, real)
+        new = segments.regress(scale, zero, float_zero)
         risen = new[2] > gain
         scale, zero, gain = (torch.where(risen, a, b) for a, b in zip(new, (scale, zero, gain)))
     winner = gain.argmax(1, keepdim=True)
-    if real and n > _SHORT:
+    if float_zero and n > _SHORT:
         return _zoom(segments, *(t.gather(1, gain.topk(_PEAKS, dim=1).indices) for t in (scale, zero, gain)))
     return scale.gather(1, winner), zero.gather(1, winner)
 
@@ -319,9 +319,11 @@ def _row_around(segments: _Segments, scale: Tensor, zero: Tensor) -> tuple[Tenso
     return scales.gather(1, best), zeros.gather(1, best)
 
 
-def _stored_around(segments: _Segments, step: Tensor, near: Tensor, zero: Tensor, real: bool) -> tuple[Tensor, Tensor]:
-    """Return the stored factor, and zero-point if ``real``, of least error around (near, zero); Δ = step · factor."""
-    if real:
+def _stored_around(
+    segments: _Segments, step: Tensor, near: Tensor, zero: Tensor, float_zero: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the stored group scale, and zero-point if ``float_zero``, of least error around (near, zero)."""
+    if float_zero:
         reach = torch.arange(-_ZEROS, _ZEROS, dtype=torch.float64, device=step.device)
         group_scales = (near.round() + reach.repeat_interleave(2 * _ZEROS)).clamp(1, 255)
         zeros = (zero + reach.repeat(2 * _ZEROS) / 16.0).clamp(_LOW, _HIGH)
