@@ -124,7 +124,7 @@ def millions(count: int) -> str:
 
 
 def size_text(shapes: Mapping[str, Any]) -> str:
-    """Latent sizes of the graphs, ranges with what they are tuned for.
+    """Return the latent sizes of the graphs in words, ranges with what they are tuned for.
 
     Args:
         shapes: The sizes that the manifest records.
