@@ -24,7 +24,6 @@ __all__ = [
     "locate_hub_file",
     "locate_model",
     "recognize_file",
-    "recognize_start",
     "start_of",
 ]
 
@@ -155,7 +154,7 @@ def recognize_file(folder: UntrustedFolder, name: str) -> Found | None:
         name: The name of the file in it.
     """
     start = start_of(folder, name)
-    return None if start is None else recognize_start(start)
+    return None if start is None else recognize_bytes(start) or recognize_tensors(tensor_names(start) or ())
 
 
 def start_of(folder: UntrustedFolder, name: str) -> bytes | None:
@@ -176,15 +175,6 @@ def start_of(folder: UntrustedFolder, name: str) -> bytes | None:
         return None
     finally:
         os.close(fd)
-
-
-def recognize_start(start: bytes) -> Found | None:
-    """Return the foreign format of a file that begins like this, or None if it is unknown.
-
-    Args:
-        start: The first bytes of the file.
-    """
-    return recognize_bytes(start) or recognize_tensors(tensor_names(start) or ())
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import logging
 import os
 import runpy
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numba
 import pytest
+from numba.core.dispatcher import Dispatcher
 
 import dvdquant.quantize.backends.jit  # noqa: F401  before the forks
 
@@ -297,3 +299,53 @@ def test_this_numba_has_the_hooks() -> None:
     assert module._missing_hooks(object()) == "Dispatcher.compile"
     compiled._cache = object()
     assert module._missing_hooks(compiled) == "Dispatcher._cache.load_overload"
+
+
+LOOP_FILES = ["numba_float_zero", "numba_gptq", "numba_rows", "numba_search", "torch_rows"]
+
+
+@pytest.mark.parametrize("name", LOOP_FILES)
+def test_what_a_compiled_function_calls_is_in_its_code(name: str) -> None:
+    """Else the process that compiles runs other machine code than those that load what it kept."""
+    module = importlib.import_module(f"dvdquant.quantize.backends.{name}")
+    compiled = {key: each for key, each in vars(module).items() if isinstance(each, Dispatcher)}
+    assert compiled
+    called = {key for each in compiled.values() for key in each.py_func.__code__.co_names if key in compiled}
+    for key, each in compiled.items():
+        assert each.targetoptions["forceinline"] == (key in called), key
+
+
+COLD_OR_WARM = """
+import hashlib
+import torch
+from dvdquant.quantize.bgr import quantize_weight, refine_grid
+from dvdquant.recipe import SOLVERS, ZERO_POINTS, WeightSpec
+
+torch.manual_seed(0)
+digest = hashlib.sha256()
+for features in (64, 256):
+    weight = torch.randn(2000, features)
+    for zero_point in ZERO_POINTS:
+        for solver in SOLVERS:
+            for group in (0, 16, 32):
+                grid = refine_grid(weight[:200], group, zero_point, solver)
+                digest.update(grid.scale.numpy().tobytes() + grid.zero.numpy().tobytes())
+                if not (zero_point == "paper" and group):
+                    found = quantize_weight(weight, WeightSpec(group, zero_point, solver))
+                    for each in (found.codes, found.scale, found.group_scale, found.zero):
+                        digest.update(each.numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.stress
+def test_a_cold_cache_gives_the_codes_of_a_warm_one(tmp_path: Path) -> None:
+    """Bit by bit, over every grid and solver: an export that is resumed has layers of both."""
+    script, cache = tmp_path / "loops.py", tmp_path / "cache"
+    script.write_text(COLD_OR_WARM)
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "2"}
+    cold, warm = (
+        subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, env=environment).stdout
+        for _ in range(2)
+    )
+    assert cold == warm

@@ -1,7 +1,6 @@
 """Compile the quantizer's loops once, in one process, before test processes need them.
 
-Two processes that compile the same loops at the same time may end up with machine code that sums in another order; weights
-then differ in their last codes, and tests that compare exports bit by bit would fail on the first run of a new checkout.
+Else every test process would wait for the one that compiles, or compile what that one has not come to.
 """
 
 from __future__ import annotations

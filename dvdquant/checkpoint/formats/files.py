@@ -15,10 +15,10 @@ from pathlib import Path
 from dvdquant.checkpoint.formats.gguf import MAGIC, read_gguf
 from dvdquant.checkpoint.formats.stored import ShardTensor
 from dvdquant.checkpoint.formats.translate import is_transformer
-from dvdquant.checkpoint.locate import hub_file, locate_hub_file, recognize_start, start_of
+from dvdquant.checkpoint.locate import hub_file, locate_hub_file, start_of
 from dvdquant.checkpoint.untrusted import FileIdentity, UntrustedFolder, few, fix_of, reason_of
 from dvdquant.errors import CheckpointError
-from dvdquant.system.recognize import tensor_names
+from dvdquant.system.recognize import recognize_bytes, recognize_tensors, tensor_names
 from dvdquant.system.safetensors_reader import read_header_from
 from dvdquant.text import shown
 
@@ -191,7 +191,9 @@ def _is_transformer(folder: UntrustedFolder, name: str) -> bool:
     if start.startswith(MAGIC):
         return True  # what it is of, its header says
     held = tensor_names(start)
-    return bool(held) and recognize_start(start) is None and is_transformer(held or [])
+    if not held or recognize_bytes(start) is not None or recognize_tensors(held) is not None:
+        return False
+    return is_transformer(held)
 
 
 def read_file(folder: UntrustedFolder, name: str) -> HeldFile:

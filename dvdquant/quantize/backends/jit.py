@@ -20,7 +20,7 @@ from numba import njit
 from dvdquant.errors import ResourceError
 from dvdquant.text import shown
 
-__all__ = ["jit"]
+__all__ = ["jit", "jit_part"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,7 +41,8 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
     """Compile ``function`` on its first call, without the GIL and with sums reordered into SIMD lanes.
 
     Only for loops that never see NaN or Inf. numba notices a change of the file a function is in, but not of a function
-    it calls from another file: compiled functions that call each other stay in one file.
+    it calls from another file: compiled functions that call each other stay in one file, and those that are called are
+    made by :func:`jit_part`.
 
     Args:
         function: A function of numbers and numpy arrays that numba can compile.
@@ -49,7 +50,27 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
     Returns:
         The compiled function, with the same arguments.
     """
-    options = {"nogil": True, "fastmath": True}
+    return _compiled(function, forceinline=False)
+
+
+def jit_part(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile a function that only compiled functions call, into the code of each that calls it.
+
+    A caller compiled here would else run this function's own machine code, and a caller loaded from the cache the copy
+    that was optimized once more with it. Their sums go in another order, and at ties the codes of weights differ between
+    the process that compiled and all that come later.
+
+    Args:
+        function: As for :func:`jit`.
+
+    Returns:
+        The compiled function, with the same arguments.
+    """
+    return _compiled(function, forceinline=True)
+
+
+def _compiled(function: Callable[P, R], *, forceinline: bool) -> Callable[P, R]:
+    options = {"nogil": True, "fastmath": True, "forceinline": forceinline}
     try:
         compiled = njit(cache=True, **options)(function)
     except RuntimeError:
@@ -109,8 +130,7 @@ _turn = _Turn()
 def _compile_in_turn(compiled: Any) -> None:
     """Let one process compile while others wait and then load what it wrote.
 
-    A function linked with callees from the cache may sum in another order than one compiled together with them: two
-    processes that race on a cold cache would then give codes that differ at rounding ties.
+    Processes that start together on a cold cache would else all spend the seconds of compiling, and slow each other down.
 
     What the cache has is loaded without asking for the turn: nobody can stop a process whose cache is warm. The turn is
     taken at the first function the cache lacks and held until the outermost function is compiled and stored. Who does

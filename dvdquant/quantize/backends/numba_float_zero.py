@@ -16,7 +16,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from dvdquant.quantize.backends.jit import jit
+from dvdquant.quantize.backends.jit import jit, jit_part
 
 __all__ = ["quantize_rows", "solve_rows"]
 
@@ -52,7 +52,7 @@ _SHRINKS, _SHRINK = 14, 0.04
 _FACTORS, _ZEROS = 8, 8
 
 
-@jit
+@jit_part
 def _moments(v: F32, scale: F64, zero: F64, lanes: F32, sums: F64) -> None:
     """Write Σc, Σc², Σcw, fp64 [3, grids], of the nearest codes c = clamp(round(w/Δ + z), −8, 7) on every grid."""
     count, n = scale.shape[0], v.shape[0]
@@ -86,7 +86,7 @@ def _moments(v: F32, scale: F64, zero: F64, lanes: F32, sums: F64) -> None:
             sums[2, j] += np.float64(s2[j])
 
 
-@jit
+@jit_part
 def _regress(n: int, total: float, sums: F64, scale: F64, zero: F64, gain: F64) -> None:
     """Set (Δ, z) to those of least error for the codes behind ``sums``, and write the gain; ``total`` is Σw.
 
@@ -103,7 +103,7 @@ def _regress(n: int, total: float, sums: F64, scale: F64, zero: F64, gain: F64) 
         gain[j] = t1 * t1 / t2 if good else -1.0
 
 
-@jit
+@jit_part
 def _extent(v: F32) -> tuple[float, float, float, float]:
     """Return min(w, 0), max(w, 0), Σw and Σw²."""
     low, high, total, energy = _f(0.0), _f(0.0), 0.0, 0.0
@@ -119,7 +119,7 @@ def _extent(v: F32) -> tuple[float, float, float, float]:
     return np.float64(low), np.float64(high), total, energy
 
 
-@jit
+@jit_part
 def _error(v: F32, scale: Real, zero: Real) -> float:
     """Return ‖w − Δ(c − z)‖² of the nearest codes, summed in fp64."""
     inverse, total = _f(1.0) / scale, 0.0
@@ -129,7 +129,7 @@ def _error(v: F32, scale: Real, zero: Real) -> float:
     return total
 
 
-@jit
+@jit_part
 def _to_front(scale: F64, zero: F64, gain: F64, kept: int) -> None:
     """Move the grid of highest gain to the front of every run of places kept, 2 kept, …; ``kept`` divides the count.
 
@@ -141,7 +141,7 @@ def _to_front(scale: F64, zero: F64, gain: F64, kept: int) -> None:
                 scale[i], zero[i], gain[i] = scale[first + i], zero[first + i], gain[first + i]
 
 
-@jit
+@jit_part
 def _lay_ranges(low: float, high: float, rms: float, short: bool, scale: F64, zero: F64) -> int:
     """Lay grids over [low, high] and return the number of scales.
 
@@ -162,7 +162,7 @@ def _lay_ranges(low: float, high: float, rms: float, short: bool, scale: F64, ze
     return count
 
 
-@jit
+@jit_part
 def _descend(v: F32, total: float, steps: int, scale: F64, zero: F64, gain: F64, lanes: F32, sums: F64) -> None:
     """Find nearest codes and regress in turn, on all grids, until the sum of the gains stops rising."""
     before = -math.inf
@@ -175,7 +175,7 @@ def _descend(v: F32, total: float, steps: int, scale: F64, zero: F64, gain: F64,
         _regress(v.shape[0], total, sums, scale, zero, gain)
 
 
-@jit
+@jit_part
 def _zoom(v: F32, total: float, steps: int, scale: F64, zero: F64, gain: F64, lanes: F32, sums: F64) -> None:
     """Regress each grid around the best once, ever closer; all arrays hold _SIDE² grids, the best in front."""
     width = 1.0
@@ -191,7 +191,7 @@ def _zoom(v: F32, total: float, steps: int, scale: F64, zero: F64, gain: F64, la
         width *= 0.25
 
 
-@jit
+@jit_part
 def _search(v: F32, steps: int, scale: F64, zero: F64, gain: F64, lanes: F32, sums: F64) -> tuple[float, float]:
     """Return the best grid of a scan of ranges, refined from its highest gains: (scale, zero)."""
     # 1. Scan: one regression of every grid, then the best place of every scale to the front.
@@ -220,7 +220,7 @@ def _search(v: F32, steps: int, scale: F64, zero: F64, gain: F64, lanes: F32, su
     return s, z
 
 
-@jit
+@jit_part
 def _products(n: int, total: float, sums: F64, j: int, zero: float) -> tuple[float, float]:
     """Return ⟨c − z, w⟩ and ⟨c − z, c − z⟩ of grid j.
 
@@ -229,7 +229,7 @@ def _products(n: int, total: float, sums: F64, j: int, zero: float) -> tuple[flo
     return sums[2, j] - zero * total, sums[1, j] - 2.0 * zero * sums[0, j] + n * zero * zero
 
 
-@jit
+@jit_part
 def _bounded_init(v: F32, scale: F64, zero: F64, lanes: F32, sums: F64) -> tuple[float, float]:
     """Return the clip range of least error among those shrunk by (δ_l, δ_u), min-max first: (scale, zero)."""
     low, high, total, _ = _extent(v)
@@ -248,7 +248,7 @@ def _bounded_init(v: F32, scale: F64, zero: F64, lanes: F32, sums: F64) -> tuple
     return scale[best], zero[best]
 
 
-@jit
+@jit_part
 def _paper(v: F32, steps: int, scale: F64, zero: F64, lanes: F32, sums: F64) -> tuple[float, float]:
     """Run the bounded init, then Δ', z' (a mean that is not rounded) and W_q in turn until the error stops falling."""
     n, total, least = v.shape[0], _extent(v)[2], math.inf
@@ -270,7 +270,7 @@ def _paper(v: F32, steps: int, scale: F64, zero: F64, lanes: F32, sums: F64) -> 
     return best_s, best_z
 
 
-@jit
+@jit_part
 def _solve_row(
     v: F32, units: F64, solver: int, steps: int, grids: F64, lanes: F32, sums: F64, scales: F64, zeros: F64
 ) -> None:
@@ -291,13 +291,13 @@ def _solve_row(
         scales[g] = scale * units[g]
 
 
-@jit
+@jit_part
 def _code(zero: float) -> int:
     """Return the byte of a zero-point, z = byte/16 − 8."""
     return int(min(max(np.rint((zero + 8.0) * 16.0), 0.0), 255.0))
 
 
-@jit
+@jit_part
 def _stored_near(v: F32, step: float, near: float, zero: float, grids: F64, lanes: F32, sums: F64) -> tuple[int, int]:
     """Return the best factor and zero-point byte around (near, z), each grid with its own codes; Δ = step · factor."""
     total, count = _extent(v)[2], _FACTORS * _ZEROS
@@ -315,7 +315,7 @@ def _stored_near(v: F32, step: float, near: float, zero: float, grids: F64, lane
     return first + best // _ZEROS, lowest + best % _ZEROS
 
 
-@jit
+@jit_part
 def _row_near(v: F32, scale: float, zero: float, grids: F64, lanes: F32, sums: F64) -> tuple[float, int]:
     """Return the best scale and zero-point byte around (Δ, z) where the scale is fp32."""
     total, n = _extent(v)[2], v.shape[0]
@@ -334,7 +334,7 @@ def _row_near(v: F32, scale: float, zero: float, grids: F64, lanes: F32, sums: F
     return found, lowest + best
 
 
-@jit
+@jit_part
 def _fit(
     v: F32, units: F64, solver: int, grids: F64, lanes: F32, sums: F64, scales: F64, zeros: F64, factors: U8, bytes_: U8
 ) -> tuple[float, float]:
@@ -364,7 +364,7 @@ def _fit(
     return float(row_scale), total
 
 
-@jit
+@jit_part
 def _encode(v: F32, units: F64, scale: Real, factors: U8, bytes_: U8, codes: I8) -> None:
     """Write the codes of the nearest levels under the stored grids; 0, whose level is 0, for a group of zeros."""
     size = v.shape[0] // units.shape[0]

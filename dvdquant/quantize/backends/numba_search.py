@@ -16,7 +16,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from dvdquant.quantize.backends.jit import jit
+from dvdquant.quantize.backends.jit import jit, jit_part
 
 __all__ = ["INTEGER", "MIDRISE", "MINMAX", "PAPER", "SCALE_FLOOR", "SEARCH", "SYMMETRIC", "quantize_rows", "solve_rows"]
 
@@ -44,7 +44,7 @@ _WINDOW_LOW, _WINDOW_HIGH = 0.75, 1.25
 _SHRINKS, _SHRINK = 14, 0.04
 
 
-@jit
+@jit_part
 def _moments(v: F32, inverse: Real, half: Real, low: Real, high: Real) -> tuple[float, float]:
     """Return S1, S2 of the nearest levels for one scale; inverse = 1/Δ."""
     s1, s2 = _f(0.0), _f(0.0)
@@ -55,7 +55,7 @@ def _moments(v: F32, inverse: Real, half: Real, low: Real, high: Real) -> tuple[
     return np.float64(s1), np.float64(s2)
 
 
-@jit
+@jit_part
 def _moments_of_scales(v: F32, inverse: F32, half: Real, low: Real, high: Real, s1: F32, s2: F32) -> None:
     """Write S1, S2 [scales] for many scales, of an even number of weights: pairs save loads and stores of the sums."""
     s1[:], s2[:] = _NIL, _NIL
@@ -68,14 +68,14 @@ def _moments_of_scales(v: F32, inverse: F32, half: Real, low: Real, high: Real, 
             s2[j] += p * p + q * q
 
 
-@jit
+@jit_part
 def _gain(v: F32, scale: float, half: Real, low: Real, high: Real) -> float:
     """Return the gain S1²/S2 of one scale; 0 where all levels are 0."""
     s1, s2 = _moments(v, _f(1.0 / scale), half, low, high)
     return s1 * s1 / s2 if s2 > 0.0 else 0.0
 
 
-@jit
+@jit_part
 def _error(v: F32, scale: Real, half: Real, low: Real, high: Real) -> float:
     """Return ‖w − Δq‖² of the nearest levels, summed in fp64."""
     inverse, total = _f(1.0) / scale, 0.0
@@ -85,7 +85,7 @@ def _error(v: F32, scale: Real, half: Real, low: Real, high: Real) -> float:
     return total
 
 
-@jit
+@jit_part
 def _extent(v: F32) -> tuple[float, float, float]:
     """Return min(w, 0), max(w, 0) and the root mean square."""
     low, high, square = _f(0.0), _f(0.0), _f(0.0)
@@ -96,7 +96,7 @@ def _extent(v: F32) -> tuple[float, float, float]:
     return np.float64(low), np.float64(high), math.sqrt(float(square) / v.shape[0])
 
 
-@jit
+@jit_part
 def _clip_range(low: float, high: float, mode: int) -> tuple[float, float]:
     """Return the grid whose ends lie on a clip range that holds 0: (scale, centred integer zero-point)."""
     if mode == INTEGER:
@@ -105,7 +105,7 @@ def _clip_range(low: float, high: float, mode: int) -> tuple[float, float]:
     return max(-low, high) / (7.5 if mode == MIDRISE else 7.0), 0.0
 
 
-@jit
+@jit_part
 def _descend(v: F32, scale: float, half: Real, zero: float, steps: int) -> tuple[float, float]:
     """Alternate nearest levels and Δ = S1/S2 until the gain stops rising; return (scale, gain)."""
     low, high = _f(-8.0 - zero), _f(7.0 - zero)
@@ -118,7 +118,7 @@ def _descend(v: F32, scale: float, half: Real, zero: float, steps: int) -> tuple
     return scale, best
 
 
-@jit
+@jit_part
 def _climb_zero(v: F32, scale: float, zero: float) -> tuple[float, float]:
     """Return the integer zero-point next to which no other has a higher gain at this scale: (zero, gain)."""
     best = _gain(v, scale, _NIL, _f(-8.0 - zero), _f(7.0 - zero))
@@ -134,7 +134,7 @@ def _climb_zero(v: F32, scale: float, zero: float) -> tuple[float, float]:
     return zero, best
 
 
-@jit
+@jit_part
 def _scan(v: F32, mode: int, top: float, ratio: float, work: F32, gains: F64, zeros: F64) -> None:
     """Write the gain of every scale top·ratio^i and the integer zero-point that reaches it (``zeros[0]`` on entry)."""
     half = _HALF if mode == MIDRISE else _NIL
@@ -159,7 +159,7 @@ def _scan(v: F32, mode: int, top: float, ratio: float, work: F32, gains: F64, ze
         scale *= ratio
 
 
-@jit
+@jit_part
 def _search(v: F32, mode: int, starts: int, steps: int, work: F32, gains: F64, zeros: F64) -> tuple[float, float]:
     """Return the best grid of a geometric scan of scales, refined by descent from its highest gains: (scale, zero)."""
     # 1. Scan: the gain of every scale from above min-max down.
@@ -189,7 +189,7 @@ def _search(v: F32, mode: int, starts: int, steps: int, work: F32, gains: F64, z
     return scale, zero
 
 
-@jit
+@jit_part
 def _bounded_init(v: F32, mode: int) -> tuple[float, float]:
     """Return the clip range of least error among those shrunk by (δ_l, δ_u), min-max first: (scale, zero)."""
     low, high, _ = _extent(v)
@@ -206,7 +206,7 @@ def _bounded_init(v: F32, mode: int) -> tuple[float, float]:
     return scale, zero
 
 
-@jit
+@jit_part
 def _mean_zero(v: F32, scale: float, zero: float, new_scale: float) -> float:
     """Return z' = clamp(round(mean(W_q − W/Δ')), 0, 15), centred; W_q are the codes of the previous (scale, zero)."""
     inverse, new_inverse, total = _f(1.0 / scale), _f(1.0 / new_scale), _f(0.0)
@@ -216,7 +216,7 @@ def _mean_zero(v: F32, scale: float, zero: float, new_scale: float) -> float:
     return float(min(max(np.rint(zero + float(total) / v.shape[0]), -8.0), 7.0))
 
 
-@jit
+@jit_part
 def _paper(v: F32, mode: int, steps: int) -> tuple[float, float]:
     """Run the bounded init, then Δ', z' and W_q in turn until the error stops falling; return (scale, zero)."""
     scale, zero = _bounded_init(v, mode)
@@ -235,7 +235,7 @@ def _paper(v: F32, mode: int, steps: int) -> tuple[float, float]:
     return scale, zero
 
 
-@jit
+@jit_part
 def _solve_row(
     v: F32, units: F64, mode: int, solver: int, starts: int, steps: int, work: F32, memory: F64, scales: F64, zeros: F64
 ) -> None:
@@ -265,7 +265,7 @@ def _solve_row(
         scales[largest] = scale * units[largest]
 
 
-@jit
+@jit_part
 def _best_group_scale(v: F32, first: int, last: int, step: float, half: Real, work: F32) -> int:
     """Return the factor in first..last of least error at scale step·factor, on a grid with a fixed zero-point."""
     count = last - first + 1
@@ -281,7 +281,7 @@ def _best_group_scale(v: F32, first: int, last: int, step: float, half: Real, wo
     return best
 
 
-@jit
+@jit_part
 def _fit(
     v: F32, units: F64, scales: F64, zero: float, half: Real, solver: int, work: F32, group_scales: U8
 ) -> tuple[float, float]:
@@ -308,7 +308,7 @@ def _fit(
     return float(row_scale), total
 
 
-@jit
+@jit_part
 def _encode(v: F32, units: F64, scale: Real, group_scales: U8, zero: float, half: Real, codes: I8) -> None:
     """Write the codes of the nearest levels under the stored scales."""
     size = v.shape[0] // units.shape[0]

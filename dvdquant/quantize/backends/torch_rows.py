@@ -10,7 +10,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from dvdquant.quantize.backends.jit import jit
+from dvdquant.quantize.backends.jit import jit, jit_part
 
 __all__ = ["load_rows"]
 
@@ -18,7 +18,7 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 
-@jit
+@jit_part
 def _normalize(bits: npt.NDArray[np.int32], row: F32, v: F32) -> float:
     """Write v = row · 2^−e with amax(v) in [0.5, 1); return 2^e, 0 for a row of zeros, −1 for one with NaN or Inf.
 
