@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dvdquant.artifact.entries import BuildEntry
+from dvdquant.artifact.layout import PLUGIN_PLACE
 from dvdquant.export.engines.precision import EnginePlan
 from dvdquant.export.engines.report import Shapes
 from dvdquant.export.engines.stage import engine_path
@@ -16,10 +17,7 @@ from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan
 from dvdquant.text import shell_line
 
-__all__ = ["PLUGIN_PLACE", "SCRIPT", "build_entry", "build_script", "same_build", "trtexec_line"]
-
-PLUGIN_PLACE = "plugins/libdvdquant_plugins.so"
-"""Where a bundle holds the plugin library, and the script looks for it."""
+__all__ = ["SCRIPT", "build_entry", "build_script", "same_build", "trtexec_line"]
 
 SCRIPT = "trtexec.sh"
 """The script of an export that builds its TensorRT engines without Python."""

@@ -206,6 +206,7 @@ def estimate_export(
     # 1. Sizes of weights and engines.
     weights = sum(p.quantized_weights for p in plans)
     layers = sum(len(p.layers) for p in plans)
+    traced = [p for i, p in enumerate(plans) if not any(p.same_graph(other) for other in plans[:i])]
     pairs = [(p, e, engine_weight_bytes(p, e)) for p in plans for e in engines]
     # A lowered graph keeps what is not in the weight file (INT8 or FP4 weights) in a scratch file.
     scratch = max((lowered_bytes(p, e) for p, e, _ in pairs), default=0)
@@ -225,7 +226,7 @@ def estimate_export(
         if looking
         else 0.0,
         "quantize": source_bytes / DISK_BYTES_PER_SECOND + (weights / rate + each * layers) * 2 / cores,
-        "trace": TRACE_SECONDS * len(plans) + TRACE_SECONDS_PER_LAYER * layers,
+        "trace": sum(TRACE_SECONDS + TRACE_SECONDS_PER_LAYER * len(p.layers) for p in traced),
         "engines": sum(
             BUILD_SECONDS + BUILD_SECONDS_PER_LAYER * len(p.layers) + size / BUILD_BYTES_PER_SECOND
             for p, _, size in pairs

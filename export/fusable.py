@@ -26,11 +26,6 @@ def planned_fusions(plan: ExportPlan) -> dict[str, int] | None:
         return None
     counted: list[tuple[ModelPlan, int]] = []
     for each in plan.plans:
-        # The transformers of one model mostly differ in their weights alone.
-        same = next((count for other, count in counted if _same_graph(each, other)), None)
+        same = next((count for other, count in counted if each.same_graph(other)), None)
         counted.append((each, fuse_layers(trace_graph(each, plan.sizes)) if same is None else same))
     return {name: count for name, (_, count) in zip(plan.components, counted)}
-
-
-def _same_graph(one: ModelPlan, other: ModelPlan) -> bool:
-    return (one.family.config, one.layers, one.kept) == (other.family.config, other.layers, other.kept)

@@ -28,7 +28,7 @@ from dvdquant.system.copies import link_file
 from dvdquant.system.files import hash_file
 from dvdquant.system.gpu import Gpu
 from dvdquant.system.memory import memory_limit
-from dvdquant.system.plugin_file import machine_name, read_plugin
+from dvdquant.system.plugin_file import PluginFile, machine_name, read_plugin
 from dvdquant.system.progress import Progress
 from dvdquant.text import amount
 
@@ -37,8 +37,9 @@ __all__ = [
     "DeviceBuild",
     "DeviceResult",
     "build_on_device",
-    "check_memory",
-    "check_sm",
+    "builds_here",
+    "check_builds",
+    "check_plugin",
     "plan_on_device",
 ]
 
@@ -106,7 +107,7 @@ class DeviceResult:
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
-def check_sm(sms: Sequence[str], gpu: Gpu | None, what: str) -> None:
+def _check_sm(sms: Sequence[str], gpu: Gpu | None, what: str) -> None:
     """Refuse TensorRT engines that are for another GPU than this machine's.
 
     Args:
@@ -130,19 +131,71 @@ def check_sm(sms: Sequence[str], gpu: Gpu | None, what: str) -> None:
         )
 
 
-def check_memory(builder: int, held: int, gpu: Gpu | None, what: str, limit: int, fitting: Sequence[str] = ()) -> None:
-    """Refuse a build that this machine's memory is too small for, or whose engine could not be used on its GPU.
+def builds_here(manifest: Manifest, gpu: Gpu | None, bits: Sequence[int], what: str) -> list[BuildEntry]:
+    """Return the engines of a manifest that this machine builds.
+
+    Args:
+        manifest: The manifest.
+        gpu: The GPU of this machine, or None.
+        bits: The activation bits whose engines are built; empty means all.
+        what: What holds the manifest, as the subject of the error.
+
+    Raises:
+        UnsupportedError: There is nothing to build, or nothing for this GPU.
+    """
+    if not manifest.builds:
+        raise UnsupportedError(
+            f"{what} has no engine that was left to be built",
+            available=[entry["path"] for entry in manifest.engines] or "no engine at all",
+            fix="export with --target tensorrt --sm X.Y, or with --build device",
+        )
+    wanted = [entry for entry in manifest.builds if not bits or entry["act_bits"] in bits]
+    if not wanted:
+        widths = sorted({entry["act_bits"] for entry in manifest.builds})
+        raise UnsupportedError(
+            f"{what} has no engine of {', '.join(map(str, bits))} bits to build",
+            available=[f"{b} bits" for b in widths],
+        )
+    # TensorRT-RTX compiles for GPUs that are elsewhere, TensorRT for the one that is here.
+    ours = [e for e in wanted if e["backend"] == "tensorrt_rtx" or (gpu is not None and gpu.sm in e["sm"])]
+    if not ours:
+        _check_sm(sorted({sm for entry in wanted for sm in entry["sm"]}, key=float), gpu, what)
+    return ours
+
+
+def check_builds(builds: Sequence[BuildEntry], gpu: Gpu | None) -> None:
+    """Refuse engines that this machine's memory is too small to build, or to use on its GPU.
+
+    Args:
+        builds: The engines to build.
+        gpu: The GPU of this machine, or None.
+
+    Raises:
+        ResourceError: The memory is too small for one of them; the error says what fits.
+    """
+    limit = memory_limit()
+    fitting = [
+        f"{e['component']} a{e['act_bits']} ({e['builder_bytes'] / 2**30:.1f} GiB to build)"
+        for e in builds
+        if e["builder_bytes"] <= limit
+    ]
+    for entry in builds:
+        _check_memory(entry["builder_bytes"], entry["held_bytes"], gpu, entry["engine"], limit, fitting)
+
+
+def _check_memory(builder: int, held: int, gpu: Gpu | None, what: str, limit: int, fitting: Sequence[str]) -> None:
+    """Refuse one engine that this machine's memory is too small for.
 
     Args:
         builder: The memory that the builder takes, in bytes.
         held: The device memory that the weights take, in bytes.
         gpu: The GPU of this machine, or None.
         what: What is built, as the subject of the error.
-        limit: The memory that a builder may take, in bytes (:func:`dvdquant.system.memory.memory_limit`).
+        limit: The memory that a builder may take, in bytes.
         fitting: What would fit, in words.
 
     Raises:
-        ResourceError: One of the two is too small; the error says what fits.
+        ResourceError: One of the two is too small.
     """
     if builder > limit:
         raise ResourceError(
@@ -183,33 +236,20 @@ def plan_on_device(
         ResourceError: The memory is too small; the error says what fits.
     """
     # 1. What is for this machine.
-    if not manifest.builds:
-        raise UnsupportedError(
-            f"{out} has no engine that was left to be built",
-            available=[entry["path"] for entry in manifest.engines] or "no engine at all",
-            fix="export with --target tensorrt --sm X.Y, or with --build device",
-        )
-    wanted = [entry for entry in manifest.builds if not bits or entry["act_bits"] in bits]
-    if not wanted:
-        widths = sorted({entry["act_bits"] for entry in manifest.builds})
-        raise UnsupportedError(
-            f"{out} has no engine of {', '.join(map(str, bits))} bits to build", available=[f"{b} bits" for b in widths]
-        )
-    # TensorRT-RTX compiles for GPUs that are elsewhere, TensorRT for the one that is here.
-    ours = [e for e in wanted if e["backend"] == "tensorrt_rtx" or (gpu is not None and gpu.sm in e["sm"])]
-    if not ours:
-        check_sm(sorted({sm for entry in wanted for sm in entry["sm"]}, key=float), gpu, str(out))
+    ours = builds_here(manifest, gpu, bits, str(out))
     # 2. The builders and the plugin.
     backends: dict[str, Backend] = {name: load_backend(name) for name in sorted({e["backend"] for e in ours})}
     if "tensorrt" in backends:
-        _check_plugins(plugins, backends["tensorrt"], gpu)
+        if not plugins:
+            raise UnsupportedError(
+                "TensorRT engines need the dvdquant plugin library, and --plugin was not given",
+                fix="give the library that make plugin built for this machine (--plugin bundled takes that of the bundle)",
+            )
+        for path in plugins:
+            check_plugin(read_plugin(path), backends["tensorrt"], gpu)
     taken = tuple(plugins) if "tensorrt" in backends else ()
     # 3. The memory.
-    limit = memory_limit()
-    others = [e for e in ours if e["builder_bytes"] <= limit]
-    words = [f"{e['component']} a{e['act_bits']} ({e['builder_bytes'] / 2**30:.1f} GiB to build)" for e in others]
-    for entry in ours:
-        check_memory(entry["builder_bytes"], entry["held_bytes"], gpu, entry["engine"], limit, words)
+    check_builds(ours, gpu)
     # 4. What is there already.
     hashes = tuple(hash_file(plugin)["sha256"] for plugin in taken)
     plan = DeviceBuild(out, manifest, tuple(ours), (), backends, taken, hashes, gpu)
@@ -217,35 +257,33 @@ def plan_on_device(
     return dataclasses.replace(plan, builds=tuple(e for e in ours if e not in current), current=tuple(current))
 
 
-def _check_plugins(plugins: Sequence[Path], backend: Backend, gpu: Gpu | None) -> None:
-    """Refuse plugin libraries that this machine, its TensorRT or its GPU cannot use.
+def check_plugin(library: PluginFile, backend: Backend, gpu: Gpu | None) -> None:
+    """Refuse a plugin library that this machine, its TensorRT or its GPU cannot use.
+
+    Args:
+        library: The plugin library.
+        backend: TensorRT.
+        gpu: The GPU of this machine, or None.
 
     Raises:
-        UnsupportedError: There is none, or one does not fit.
+        UnsupportedError: It does not fit.
     """
-    if not plugins:
+    if library.machine != machine_name():
         raise UnsupportedError(
-            "TensorRT engines need the dvdquant plugin library, and --plugin was not given",
-            fix="give the library that make plugin built for this machine (--plugin bundled takes that of the bundle)",
+            f"{library.path} is for {library.machine}, and this machine is {machine_name()}",
+            fix=f"build it for this machine: make plugin HOST={machine_name()}",
         )
-    for path in plugins:
-        library = read_plugin(path)
-        if library.machine != machine_name():
-            raise UnsupportedError(
-                f"{path} is for {library.machine}, and this machine is {machine_name()}",
-                fix=f"build it for this machine: make plugin HOST={machine_name()}",
-            )
-        major = int(backend.version.partition(".")[0])
-        if library.tensorrt_major not in (None, major):
-            raise UnsupportedError(
-                f"{path} is built for TensorRT {library.tensorrt_major}, and this machine has {backend.version}",
-                fix=f"build it with the headers of TensorRT {major}",
-            )
-        if gpu is not None and library.architectures and not serves(library.architectures, sm_number(gpu.sm)):
-            raise UnsupportedError(
-                f"the kernels in {path} are for {', '.join(library.architectures)}, and this GPU has SM {gpu.sm}",
-                fix=f'build them for it: make kernels SM="{sm_number(gpu.sm)}", then make plugin',
-            )
+    major = int(backend.version.partition(".")[0])
+    if library.tensorrt_major not in (None, major):
+        raise UnsupportedError(
+            f"{library.path} is built for TensorRT {library.tensorrt_major}, and this machine has {backend.version}",
+            fix=f"build it with the headers of TensorRT {major}",
+        )
+    if gpu is not None and library.architectures and not serves(library.architectures, sm_number(gpu.sm)):
+        raise UnsupportedError(
+            f"the kernels in {library.path} are for {', '.join(library.architectures)}, and this GPU has SM {gpu.sm}",
+            fix=f'build them for it: make kernels SM="{sm_number(gpu.sm)}", then make plugin',
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------- build

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -43,6 +44,7 @@ from dvdquant.export.verify.export import verify_export
 from dvdquant.export.verify.graph import GraphCheck
 from dvdquant.export.verify.links import check_links
 from dvdquant.export.verify.stored import StoredCheck, verify_stored
+from dvdquant.model.plan import ModelPlan
 from dvdquant.quantize.checkpoint import PackedWeights, plan_shards, quantize_checkpoint
 from dvdquant.quantize.layer import rotated_weight
 from dvdquant.system.copies import copy_file, link_file
@@ -161,6 +163,7 @@ class _Run:
         self.builds: list[dict[str, Any]] = []
         self.stored: list[StoredCheck] = []
         self.previous: Manifest | None = None
+        self._traced: list[tuple[ModelPlan, ir.Model]] = []
 
     # ---------------------------------------------------------------------------------------------- reuse
 
@@ -232,7 +235,7 @@ class _Run:
         flavours = [name for name in FLAVOURS if name == "tensorrt" or "onnx" in options.targets]
         for component, checkpoint, model_plan in zip(plan.components, plan.checkpoints, plan.plans):
             with self.progress.stage("trace", 1, "graph") as stage:
-                base = trace_graph(model_plan, plan.sizes)
+                base = self._base(model_plan)
                 stage.update(1, component)
             weights = self.weights[component] = ReadOnce.of(checkpoint, self._room())
             packed = quantize_checkpoint(
@@ -257,6 +260,22 @@ class _Run:
                         self.graphs.append(entry)
                         self.known[entry["path"]] = hash_file(self.transaction.tree / entry["path"])
                         stage.update(1, entry["path"])
+        self._traced.clear()
+
+    def _base(self, plan: ModelPlan) -> ir.Model:
+        """Return the traced graph of a transformer, for its writer to change; a graph that several have is traced once.
+
+        Args:
+            plan: The plan of the transformer.
+
+        Raises:
+            ExportError: The transformer cannot be traced.
+        """
+        traced = next((graph for other, graph in self._traced if plan.same_graph(other)), None)
+        if traced is None:
+            traced = trace_graph(plan, self.plan.sizes)
+            self._traced.append((plan, traced))
+        return traced.clone()
 
     def _room(self) -> int:
         """Return the bytes of one more checkpoint that may be held, as the estimate counted them."""
@@ -468,7 +487,7 @@ class _Run:
         # 3. Write the graphs again, and compare their hashes.
         for component, model_plan in zip(plan.components, plan.plans):
             with self.progress.stage("trace", 1, "graph") as stage:
-                base = trace_graph(model_plan, plan.sizes)
+                base = self._base(model_plan)
                 stage.update(1, component)
             own = [graph for graph in self.graphs if Path(graph["path"]).name.startswith(f"{component}_a")]
             names = [*(graph["path"] for graph in own), f"onnx/{component}.constants.bin"]
@@ -484,6 +503,7 @@ class _Run:
                         f"{name} is not what this version of dvdquant writes for {plan.options.model}",
                         fix="remove the output folder and export again",
                     )
+        self._traced.clear()
 
     def verify(self) -> list[GraphCheck]:
         """Run every graph in ONNX Runtime, and judge it.

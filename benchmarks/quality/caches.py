@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality caches                      16 clips; the table in docs/quality/index.md
     python -m benchmarks.quality caches --clips 128 --processes 2
-    python -m benchmarks.quality caches --along              recorded clips, of other words and seeds; minutes
+    python -m benchmarks.quality caches --along              8 recorded clips, of other words and seeds; minutes
     python -m benchmarks.quality caches --try "a8 easycache 0.08 output 6 0.1" --no-page
 
 Every clip is drawn with the layers of ``w4a4``, on a8 or switched as ``dvdq-run`` has it, without a cache and with each
@@ -37,13 +37,13 @@ FIXED = (
     "a8",
     "a8 forecast 0.02 output 3 0",
     "a8 forecast 0.05 output 3 0",
-    "a8 line 0.04 line 5 0 step",
-    "a8 line 0.06 line 5 0 step",
+    "a8 line 0.04 line 4 0 step",
+    "a8 line 0.06 line 4 0 step",
 )
 SWITCHED = (
     "switch",
-    "switch line 0.06 line 5 0 step",
-    "switch=0.06 line 0.06 line 5 0 step",
+    "switch line 0.04 line 4 0 step",
+    "switch=0.06 line 0.04 line 4 0 step",
     "switch forecast 0.02 output 3 0",
     "switch forecast 0.05 output 3 0",
     "switch=0.06 forecast 0.05 output 3 0",
@@ -61,15 +61,14 @@ OTHERS = (
     "a4",
 )
 SETTINGS = (*FIXED, *SWITCHED, *OTHERS)
-# On recorded clips: what is returned, how far apart computed steps may be, and the weight of a step, one by one.
+# On recorded clips: what is returned, the weight of a step, and how far apart computed steps may be, one by one.
 ALONG = (
+    "a8",
     *(f"a8 forecast {threshold} output 3 0" for threshold in (0.02, 0.05)),
     *(f"a8 forecast {threshold} line 3 0" for threshold in (0.02, 0.05)),
-    *(f"a8 forecast {threshold} output 3 0 step" for threshold in (0.02, 0.06)),
-    *(f"a8 forecast {threshold} output 5 0 step" for threshold in (0.04, 0.06)),
-    *(f"a8 line {threshold} line 3 0 step" for threshold in (0.02, 0.06)),
-    *(f"a8 line {threshold} line 5 0 step" for threshold in (0.02, 0.03, 0.04, 0.06, 0.08)),
-    *(f"a8 line {threshold} line 7 0 step" for threshold in (0.04, 0.06)),
+    "a8 forecast 0.05 output 3 0 step",
+    *(f"a8 line 0.04 {residual} {most} 0 step" for residual in ("output", "line") for most in (3, 4, 5)),
+    *(f"a8 line {threshold} line 4 0 step" for threshold in (0.02, 0.06, 0.08)),
 )
 
 Job = tuple[str, str, int]  # model, setting, chunk of clips
@@ -222,23 +221,27 @@ def table_of(rows: Sequence[dict[str, Any]], settings: Sequence[str]) -> str:
     return table(head, lines)
 
 
-def along(settings: Sequence[str], models: Sequence[str]) -> str:
-    """Return a table with a line for every model and setting: what is left out, and what that does to recorded clips.
+def along(settings: Sequence[str], models: Sequence[str], clips: int) -> str:
+    """Return a table with a line for every model and setting: what is left out, and what that does to recorded clips of a8.
 
     Args:
         settings: The settings, in words.
         models: Names of the models.
+        clips: The number of clips.
     """
     from benchmarks.quality.report import table
+    from benchmarks.quality.toy.clips import skips_along
 
     lines = []
     for model in models:
+        bench = _runner.worker.bench(model)
+        recorded = [_runner.worker.recording(model, METHOD, "A8", clip) for clip in range(clips)]
         for setting in settings:
-            bits, errors = _runner.worker.skips(model, lambda _, words=setting: controller_of(words))
-            share = sum(each.count(None) / len(each) for each in bits) / len(bits)
-            rms = (sum(error**2 for error in errors) / len(errors)) ** 0.5
-            lines.append([model, setting, f"{share:.0%}", f"{100 * rms:.2f}"])
-    return table(["model", "setting", "skipped", "error of the latent, %"], lines)
+            bits, *errors = zip(*(skips_along(bench, each, controller_of(setting)) for each in recorded))
+            share = sum(each.count(None) / len(each) for each in bits) / clips
+            rms = [f"{100 * (sum(error**2 for error in each) / clips) ** 0.5:.2f}" for each in errors]
+            lines.append([model, setting, f"{share:.0%}", *rms])
+    return table(["model", "setting", "skipped", "error of the latent by skips, %", "with quantization, %"], lines)
 
 
 def main() -> int:
@@ -247,10 +250,10 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--work", type=Path, default=Path("out/quality"), help="that of `run`: fp32 clips are shared")
     parser.add_argument("--models", nargs="+", choices=["plain", "outliers"], default=["plain", "outliers"])
-    parser.add_argument("--clips", type=int, default=CHUNK, help=f"a multiple of {CHUNK}")
+    parser.add_argument("--clips", type=int, default=CHUNK, help=f"a multiple of {CHUNK}; fewer with --along")
     parser.add_argument("--only", nargs="+", default=[], help="settings by part of their words")
     parser.add_argument("--try", dest="tried", nargs="+", default=[], metavar="SETTING", help="these settings instead")
-    parser.add_argument("--along", action="store_true", help="what skips do to 8 recorded fp32 clips; no clip is drawn")
+    parser.add_argument("--along", action="store_true", help="what skips do to 8 recorded clips of a8")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, help="stop after so long; started again, it goes on")
     parser.add_argument("--eager", action="store_true", help="do not compile the model: for a few clips")
@@ -261,6 +264,7 @@ def main() -> int:
         os.environ[name] = "1"
     from benchmarks.quality.attention import rows_of
     from benchmarks.quality.outliers import write
+    from benchmarks.quality.work import HELD_OUT
 
     started = time.time()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -288,10 +292,11 @@ def main() -> int:
     for model in models:
         _runner.worker.held_out(model)
     if options.along:
-        text = along(settings, models)
+        clips = min(options.clips, HELD_OUT)
+        text = along(settings, models, clips)
         print(text)
         if not options.no_page:
-            _write(options.page, "caches-along", text, "8 recorded clips")
+            _write(options.page, "caches-along", text, f"{clips} recorded clips")
         return 0
     pool: Any = None
     if options.processes > 1:

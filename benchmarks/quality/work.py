@@ -15,7 +15,7 @@ from benchmarks.quality.compared.studies import STUDIES
 from benchmarks.quality.simulation.compiled import CompiledModel, EagerModel
 from benchmarks.quality.simulation.predict import noise_run, predicted_inputs
 from benchmarks.quality.simulation.simulate import Layer, Simulated, layers_of, sampled_inputs
-from benchmarks.quality.toy.clips import Bench, Clips, Prompt, bench_prompts, generate, skips_along
+from benchmarks.quality.toy.clips import Bench, Clips, Prompt, Recording, bench_prompts, generate, record
 from benchmarks.quality.toy.shapes import CHOICES, measure
 from benchmarks.switching.measure import place_high
 from benchmarks.switching.metrics import ssim
@@ -31,7 +31,7 @@ from dvdquant.recipe import RECIPES
 from dvdquant.system.progress import Progress
 from dvdquant.system.whole_file import atomic_path, write_whole
 
-__all__ = ["Worker", "find_method", "generate_chunk", "plan"]
+__all__ = ["HELD_OUT", "Worker", "find_method", "generate_chunk", "plan"]
 
 Row = dict[str, Any]
 # Clips whose trajectories and inputs are looked at: other prompts and seeds than those that are scored.
@@ -257,14 +257,22 @@ class Worker:
         extra = {"kind": "delta", "name": variant["name"], "delta": variant.get("delta"), "method": name}
         return [{**row, **extra} for row in rows]
 
-    def skips(self, model: str, make: Any) -> tuple[list[list[int | None]], list[float]]:
-        """Return what skipped steps do to the latents of the held-out fp32 clips, see :func:`skips_along`.
+    def recording(self, model: str, name: str, width: str, clip: int) -> Recording:
+        """Return a held-out clip of a method with the outputs of fp32 at its latents, drawn once and kept in ``work``.
 
         Args:
             model: Name of the model, a key of ``folders``.
-            make: Makes the controller of a clip from its place in the batch.
+            name: Name of the method.
+            width: Width of the activations, ``A`` and bits, such as ``A8``.
+            clip: The number of the clip, below ``HELD_OUT``.
         """
-        return skips_along(self.bench(model), self._held(model)["trajectory"], make)
+        path = self.work / f"{model}-{name.replace(' ', '-')}-{width}-recorded-{clip}.pt"
+        if not path.exists():
+            bench, simulated = self.bench(model), self.simulated(model, find_method(name), int(width[1:]))
+            prompt = bench_prompts(bench.table, HELD_OUT, seed=1)[clip]
+            made = record(bench, simulated, self.unquantized(model, wide=True), prompt, HELD_OUT_SEED + clip)
+            _save(path, vars(made))
+        return Recording(**torch.load(path))
 
     def steps(self, model: str, name: str, width: str) -> list[Row]:
         """Return the relative L2 of the output at every second step and the last, on held-out fp32 trajectories.

@@ -2,7 +2,9 @@
 
 A bundle is a plain tar: ``bundle.json`` first, then the files that it lists, in its order, each a regular file of the size and
 the SHA-256 that it says. Whatever else a tar may hold (links, devices, sparse files, extended headers, members that are not
-listed) is refused. So the size of every part is known before anything is written, and no name is trusted.
+listed) is refused. So the size of every part is known before anything is written, and no name is trusted. What the record says of
+the engines and of the plugin library is compared with the manifest and with that library when a bundle is opened, so that whoever
+decides by it decides by what is inside.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import mmap
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +26,12 @@ from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
 from dvdquant import __version__
 from dvdquant.artifact.entries import ComputeCapability, Digest, Size, Text
-from dvdquant.artifact.layout import MANIFEST
+from dvdquant.artifact.layout import MANIFEST, PLUGIN_PLACE
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.artifact.transaction import ExportTransaction
-from dvdquant.errors import OutputError
+from dvdquant.errors import OutputError, UnsupportedError
 from dvdquant.system.files import FileEntry, disk_error, hash_file, open_regular, require_disk, strict_json
+from dvdquant.system.plugin_file import PluginFile, parse_plugin, read_plugin
 from dvdquant.system.records import first_problem
 from dvdquant.system.whole_file import atomic_path
 from dvdquant.text import shown
@@ -96,12 +100,16 @@ class Bundle:
 
     Args:
         path: The file.
-        facts: Its record.
-        file: The open file, at the first member after the record.
+        facts: Its record, which says what the manifest and the plugin library say.
+        manifest: The manifest of its export, as it was packed.
+        library: What its plugin library is for; None if it holds none.
+        file: The open file, at the first member after the manifest.
     """
 
     path: Path
     facts: BundleFacts
+    manifest: Manifest
+    library: PluginFile | None
     file: IO[bytes]
 
 
@@ -114,9 +122,6 @@ def write_bundle(
     manifest: Manifest,
     others: Mapping[str, Path | bytes],
     *,
-    sms: Sequence[str],
-    machine: str | None,
-    tensorrt_major: int | None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> str:
     """Write the tar, which appears whole or not at all, and return its SHA-256.
@@ -125,15 +130,13 @@ def write_bundle(
         path: The file to write.
         out: The export.
         manifest: Its manifest, perhaps without some of its files; those that it lists are packed.
-        others: Relative path -> file, or bytes, of what is packed besides.
-        sms: The compute capabilities that its engines are for.
-        machine: The processor that its libraries are for, or None.
-        tensorrt_major: The major version of TensorRT that its plugin library is for, or None.
+        others: Relative path -> file, or bytes, of what is packed besides; a plugin library is at ``PLUGIN_PLACE``.
         progress: A function that gets the number of bytes of every block packed.
 
     Raises:
         OutputError: A file of the export is not what its manifest says, or cannot be read or written.
         ResourceError: The disk is full.
+        UnsupportedError: The plugin library is none.
     """
     # 1. What goes in; the manifest is the first, so that a reader can check the others by it.
     contents: dict[str, Path | bytes] = {MANIFEST: manifest.to_json().encode()}
@@ -151,18 +154,8 @@ def write_bundle(
         if entry is None:
             entry = _entry(content)
         members.append({"path": name, "sha256": entry["sha256"], "bytes": entry["bytes"]})
-    facts = BundleFacts(
-        format=FORMAT,
-        dvdquant=__version__,
-        sm=list(sms),
-        machine=machine,
-        tensorrt_major=tensorrt_major,
-        builder_bytes=max((entry["builder_bytes"] for entry in manifest.builds), default=0),
-        held_bytes=min((entry["held_bytes"] for entry in manifest.builds), default=0),
-        files=members,
-    )
-    if builders := sorted({entry["backend"] for entry in manifest.builds}):
-        facts["builders"] = builders
+    library = others.get(PLUGIN_PLACE)
+    facts = _facts_of(manifest, library if library is None else _plugin_of(library), members)
     record = (json.dumps(facts, indent=1) + "\n").encode()
     require_disk(path.parent, sum(_padded(m["bytes"]) + BLOCK for m in members) + len(record), "the bundle")
     # 2. Write it: the same export gives the same bytes.
@@ -176,6 +169,39 @@ def write_bundle(
     except OSError as error:
         raise disk_error(error, error.filename or path) from error
     return digest.hexdigest()
+
+
+def _plugin_of(library: Path | bytes) -> PluginFile:
+    """Return what a plugin library is for.
+
+    Raises:
+        UnsupportedError: It is none.
+    """
+    return parse_plugin(Path(PLUGIN_PLACE), library) if isinstance(library, bytes) else read_plugin(library)
+
+
+def _facts_of(manifest: Manifest, library: PluginFile | None, files: list[_Member]) -> BundleFacts:
+    """Return the record of a bundle.
+
+    Args:
+        manifest: The manifest that it holds.
+        library: The plugin library that it holds, or None.
+        files: Its files.
+    """
+    builds = manifest.builds
+    facts = BundleFacts(
+        format=FORMAT,
+        dvdquant=__version__,
+        sm=sorted({sm for entry in builds for sm in entry["sm"]}, key=float),
+        machine=None if library is None else library.machine,
+        tensorrt_major=None if library is None else library.tensorrt_major,
+        builder_bytes=max((entry["builder_bytes"] for entry in builds), default=0),
+        held_bytes=min((entry["held_bytes"] for entry in builds), default=0),
+        files=files,
+    )
+    if builders := sorted({entry["backend"] for entry in builds}):
+        facts["builders"] = builders
+    return facts
 
 
 class _Hashed:
@@ -265,13 +291,14 @@ def _add(tar: tarfile.TarFile, name: str, file: IO[bytes], size: int) -> None:
 
 @contextmanager
 def open_bundle(path: Path) -> Iterator[Bundle]:
-    """Open a bundle and check its record; the rest is not looked at yet.
+    """Open a bundle and compare its record with its size, its manifest and its plugin library; the rest is not looked at yet.
 
     Args:
         path: The file.
 
     Raises:
-        OutputError: It is no bundle, one of another format, or its size is not what its record says.
+        OutputError: It is no bundle, one of another format, its size is not what its record says, or the record says
+            something else than the manifest or the plugin library.
     """
     try:
         descriptor, size = open_regular(path)
@@ -292,7 +319,13 @@ def open_bundle(path: Path) -> Iterator[Bundle]:
                 f"{path} has {size} bytes, and its record says {whole}: it was cut off, or something was added",
                 fix=_AGAIN,
             )
-        yield Bundle(path, facts, file)
+        start = file.tell()
+        member = facts["files"][0]
+        _expect(file, path, member)
+        manifest = Manifest.from_json(_hashed_bytes(file, path, member))
+        library = _packed_plugin(file, path, facts, start)
+        _check_claims(path, facts, manifest, library)
+        yield Bundle(path, facts, manifest, library, file)
 
 
 def unpack_bundle(bundle: Bundle, out: Path, progress: Callable[[int], None] = lambda count: None) -> Manifest:
@@ -314,23 +347,75 @@ def unpack_bundle(bundle: Bundle, out: Path, progress: Callable[[int], None] = l
     files = bundle.facts["files"]
     require_disk(out, sum(member["bytes"] for member in files), "what the bundle holds")
     with ExportTransaction(out, key={"bundle": [member["sha256"] for member in files]}) as transaction:
-        manifest = None
         known: dict[str, FileEntry] = {}
-        for member in files:
-            info = _header(bundle.file, bundle.path)
-            if info is None or (info.name, info.size) != (member["path"], member["bytes"]):
-                raise _changed(bundle.path, f"{shown(member['path'])} is not where its record has it")
-            if member["path"] == MANIFEST:
-                manifest = Manifest.from_json(_hashed_bytes(bundle, member))
-                continue
+        for member in files[1:]:  # the manifest was read when the bundle was opened
+            _expect(bundle.file, bundle.path, member)
             with transaction.path(member["path"]).open("xb") as target:
                 _copy(bundle, member, target, progress)
             known[member["path"]] = {"sha256": member["sha256"], "bytes": member["bytes"]}
         if bundle.file.read().strip(b"\0"):
             raise _changed(bundle.path, "there is something behind its last file")
-        if manifest is None or any(known.get(name) != entry for name, entry in manifest.files.items()):
-            raise _changed(bundle.path, "its files are not those of its manifest")
-        return transaction.commit(manifest, known, export_key=manifest.export_key)
+        return transaction.commit(bundle.manifest, known, export_key=bundle.manifest.export_key)
+
+
+def _expect(file: IO[bytes], path: Path, member: _Member) -> None:
+    """Read the header of a member.
+
+    Raises:
+        OutputError: It is of another member than the one that the record lists there.
+    """
+    info = _header(file, path)
+    if info is None or (info.name, info.size) != (member["path"], member["bytes"]):
+        raise _changed(path, f"{shown(member['path'])} is not where its record has it")
+
+
+def _packed_plugin(file: IO[bytes], path: Path, facts: BundleFacts, start: int) -> PluginFile | None:
+    """Return what the plugin library of a bundle is for, or None if it holds none. The place in the file stays as it is.
+
+    Args:
+        file: The open bundle.
+        path: Its path.
+        facts: Its record.
+        start: The place of the first member after the record.
+
+    Raises:
+        OutputError: It is not what the record says, or no plugin library.
+    """
+    for member in facts["files"]:
+        start += BLOCK
+        if member["path"] == PLUGIN_PLACE and member["bytes"]:
+            with (
+                mmap.mmap(file.fileno(), start + member["bytes"], access=mmap.ACCESS_READ) as mapped,
+                memoryview(mapped) as whole,
+                whole[start:] as data,
+            ):
+                if hashlib.sha256(data).hexdigest() != member["sha256"]:
+                    raise _changed(path, f"{PLUGIN_PLACE} was changed")
+                try:
+                    return parse_plugin(path / PLUGIN_PLACE, data)
+                except UnsupportedError as error:
+                    raise _changed(path, f"{PLUGIN_PLACE} is no plugin library") from error
+        start += _padded(member["bytes"])
+    return None
+
+
+def _check_claims(path: Path, facts: BundleFacts, manifest: Manifest, library: PluginFile | None) -> None:
+    """Compare the record with what it is a record of.
+
+    Raises:
+        OutputError: The manifest or the plugin library says something else, or the record lists a file otherwise than the
+            manifest.
+    """
+    listed = {m["path"]: FileEntry(sha256=m["sha256"], bytes=m["bytes"]) for m in facts["files"]}
+    if any(listed.get(name) != entry for name, entry in manifest.files.items()):
+        raise _changed(path, "its files are not those of its manifest")
+    right = _facts_of(manifest, library, facts["files"])
+    for name in ("sm", "builders", "builder_bytes", "held_bytes", "machine", "tensorrt_major"):
+        if name != "builders" or name in facts:  # older bundles lack it
+            said, found = facts.get(name), right.get(name)
+            if said != found:
+                where = PLUGIN_PLACE if name in ("machine", "tensorrt_major") else MANIFEST
+                raise _changed(path, f"{RECORD} says {name} {json.dumps(said)}, and {where} {json.dumps(found)}")
 
 
 def _header(file: IO[bytes], path: Path) -> tarfile.TarInfo | None:
@@ -393,15 +478,15 @@ def _read_facts(raw: bytes, path: Path) -> BundleFacts:
     return facts
 
 
-def _hashed_bytes(bundle: Bundle, member: _Member) -> bytes:
+def _hashed_bytes(file: IO[bytes], path: Path, member: _Member) -> bytes:
     """Return the content of a member.
 
     Raises:
         OutputError: It is not what the record says.
     """
-    raw = _read(bundle.file, member["bytes"], bundle.path)
+    raw = _read(file, member["bytes"], path)
     if hashlib.sha256(raw).hexdigest() != member["sha256"]:
-        raise _changed(bundle.path, f"{shown(member['path'])} was changed")
+        raise _changed(path, f"{shown(member['path'])} was changed")
     return raw
 
 

@@ -1,10 +1,10 @@
-"""The names of an export folder's own bookkeeping: the manifest, the lock, unfinished work, a decided commit."""
+"""The names in an export folder: the manifest, the lock, unfinished work, a decided commit, the library of a bundle."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["COMMIT", "LOCK", "MANIFEST", "OWNER", "STAGE", "TREE", "is_bookkeeping"]
+__all__ = ["COMMIT", "LOCK", "MANIFEST", "OWNER", "PLUGIN_PLACE", "STAGE", "TREE", "is_bookkeeping"]
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -12,6 +12,8 @@ COMMIT = ".commit"
 TREE = "tree"
 OWNER = "owner.json"
 STAGE = re.compile(r"\.tmp-[0-9a-f]{16}")
+PLUGIN_PLACE = "plugins/libdvdquant_plugins.so"
+"""Where a bundle holds the plugin library, and the script of trtexec looks for it."""
 
 
 def is_bookkeeping(name: str) -> bool:

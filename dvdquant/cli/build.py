@@ -16,7 +16,7 @@ from dvdquant.errors import OutputError, UnsupportedError
 from dvdquant.text import amount, json_text
 
 if TYPE_CHECKING:
-    from dvdquant.artifact.bundle import BundleFacts
+    from dvdquant.artifact.bundle import Bundle
     from dvdquant.artifact.manifest import Manifest
     from dvdquant.export.on_device import DeviceBuild, DeviceResult
     from dvdquant.system.gpu import Gpu
@@ -78,8 +78,8 @@ def main(
     first: whole or not at all. What does not fit this GPU, this TensorRT or the memory is refused before any work.
     """
     setup_logging(verbose, log_format)
+    from dvdquant.artifact.layout import PLUGIN_PLACE
     from dvdquant.artifact.manifest import load_manifest
-    from dvdquant.export.elsewhere import PLUGIN_PLACE
     from dvdquant.export.on_device import build_on_device, plan_on_device
     from dvdquant.system.gpu import read_gpu
     from dvdquant.system.progress import Progress
@@ -92,7 +92,7 @@ def main(
         folder = out or Path(source.name.removesuffix(".tar"))
         if folder.resolve() == source.resolve():
             raise UnsupportedError(f"{source} has no .tar to leave out of its name", fix="give a folder with -o")
-        with _refusals(source, gpu, plugins, dry_run) as unpack:
+        with _refusals(source, gpu, plugins, bits, dry_run) as unpack:
             if unpack is None:
                 return
             manifest = unpack(folder, progress)
@@ -124,30 +124,30 @@ def main(
 
 
 @contextlib.contextmanager
-def _refusals(source: Path, gpu: Gpu | None, plugins: tuple[Path, ...], dry_run: bool) -> Iterator[Any]:
+def _refusals(
+    source: Path, gpu: Gpu | None, plugins: tuple[Path, ...], bits: tuple[int, ...], dry_run: bool
+) -> Iterator[Any]:
     """Open a bundle, refuse what this machine cannot build, and yield the function that unpacks it; None in a dry run."""
     from dvdquant.artifact.bundle import open_bundle, unpack_bundle
     from dvdquant.artifact.layout import MANIFEST
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.backends import load_backend
-    from dvdquant.export.elsewhere import PLUGIN_PLACE
-    from dvdquant.export.on_device import check_memory, check_sm
-    from dvdquant.system.memory import memory_limit
-    from dvdquant.system.plugin_file import machine_name
+    from dvdquant.export.on_device import builds_here, check_builds, check_plugin
+    from dvdquant.system.plugin_file import machine_name, read_plugin
 
     with open_bundle(source) as bundle:
         facts = bundle.facts
-        tensorrt = facts["tensorrt_major"] is not None or facts.get("builders") == ["tensorrt"]
-        holds_plugin = any(member["path"] == PLUGIN_PLACE for member in facts["files"])
+        holds_plugin = bundle.library is not None
         if dry_run:
-            echo(_bundle_text(source, facts, tensorrt, holds_plugin))
+            echo(_bundle_text(source, bundle))
+        ours = builds_here(bundle.manifest, gpu, bits, str(source))
+        tensorrt = any(entry["backend"] == "tensorrt" for entry in ours)
         if tensorrt:
-            check_sm(facts["sm"], gpu, str(source))
-            version = load_backend("tensorrt").version
-            major = int(version.partition(".")[0])
+            backend = load_backend("tensorrt")
+            major = int(backend.version.partition(".")[0])
             if facts["tensorrt_major"] not in (None, major):
                 raise UnsupportedError(
-                    f"{source} is for TensorRT {facts['tensorrt_major']}, and this machine has {version}",
+                    f"{source} is for TensorRT {facts['tensorrt_major']}, and this machine has {backend.version}",
                     fix=f"make the bundle with a plugin library for TensorRT {major}",
                 )
         if facts["machine"] not in (None, machine_name()):
@@ -155,7 +155,11 @@ def _refusals(source: Path, gpu: Gpu | None, plugins: tuple[Path, ...], dry_run:
                 f"{source} is for {facts['machine']}, and this machine is {machine_name()}",
                 fix="run it on the device that the bundle is for, or make a bundle with a plugin library for this one",
             )
-        check_memory(facts["builder_bytes"], facts["held_bytes"], gpu, str(source), memory_limit())
+        named = [bundle.library if str(path) == BUNDLED else read_plugin(path) for path in plugins]
+        for library in named or [bundle.library]:
+            if tensorrt and library is not None:
+                check_plugin(library, backend, gpu)
+        check_builds(ours, gpu)
         if dry_run:
             echo("dry run: nothing was unpacked")
             yield None
@@ -188,13 +192,14 @@ def _refusals(source: Path, gpu: Gpu | None, plugins: tuple[Path, ...], dry_run:
         yield unpack
 
 
-def _bundle_text(source: Path, facts: BundleFacts, tensorrt: bool, holds_plugin: bool) -> str:
+def _bundle_text(source: Path, bundle: Bundle) -> str:
     """Return what a bundle is, and what builds it, in words."""
+    facts = bundle.facts
     total = sum(member["bytes"] for member in facts["files"])
     line = f"{source}: {len(facts['files'])} files of {amount(total)} for SM {', '.join(facts['sm'])}, by dvdquant "
     line += f"{facts['dvdquant']}; a build takes up to {amount(facts['builder_bytes'])} of memory"
-    if tensorrt:
-        library = "bundled" if holds_plugin else "FILE, for it holds no plugin library"
+    if any(entry["backend"] == "tensorrt" for entry in bundle.manifest.builds):
+        library = "bundled" if bundle.library is not None else "FILE, for it holds no plugin library"
         line += f"\nbuild it with TensorRT {facts['tensorrt_major'] or ''}".rstrip() + f" and --plugin {library}"
     return line
 

@@ -47,8 +47,8 @@ def main(out: Path, target: Path, plugin: Path | None, wheels: Path | None, verb
     """
     setup_logging(verbose, "text")
     from dvdquant.artifact.bundle import write_bundle
+    from dvdquant.artifact.layout import PLUGIN_PLACE
     from dvdquant.artifact.manifest import load_manifest
-    from dvdquant.export.elsewhere import PLUGIN_PLACE
     from dvdquant.export.model_card import model_card
     from dvdquant.system.plugin_file import read_plugin
     from dvdquant.system.progress import Progress
@@ -73,11 +73,13 @@ def main(out: Path, target: Path, plugin: Path | None, wheels: Path | None, verb
     others: dict[str, Path | bytes] = {}
     if plugin is not None:
         others[PLUGIN_PLACE] = plugin
-    for wheel in sorted(wheels.glob("*.whl")) if wheels is not None else ():
-        others[f"wheels/{wheel.name}"] = wheel
-    if wheels is not None and not any(name.startswith("wheels/") for name in others):
-        raise UnsupportedError(f"{wheels} holds no wheel", fix=f"fill it: {_download(machine)}")
-    others["requirements.txt"] = "".join(f"{line}\n" for line in _requirements(manifest)).encode()
+    required = _requirements(manifest)
+    lacking = []
+    if wheels is not None:
+        files = sorted(wheels.glob("*.whl"))
+        lacking = _lacking(wheels, [file.name for file in files], required, machine)
+        others |= {f"wheels/{file.name}": file for file in files}
+    others["requirements.txt"] = "".join(f"{line}\n" for line in required).encode()
     packed = replace(manifest, engines=(), files=listed)
     # 2. The page. The card of the export tells what it is, the first part what to do.
     own = any(name.startswith("wheels/dvdquant-") for name in others)
@@ -90,9 +92,6 @@ def main(out: Path, target: Path, plugin: Path | None, wheels: Path | None, verb
             out,
             packed,
             others,
-            sms=sms,
-            machine=None if library is None else library.machine,
-            tensorrt_major=None if library is None else library.tensorrt_major,
             progress=stage.update,
         )
     count = 1 + len(listed) + len(others)  # the manifest is a file, too
@@ -103,6 +102,11 @@ def main(out: Path, target: Path, plugin: Path | None, wheels: Path | None, verb
         echo("without a plugin library: TensorRT engines need one, which --plugin packs, or which is built there")
     if wheels is not None and not own:
         echo(f"{wheels} has no wheel of dvdquant, which the device needs as well: {_make_wheel(machine)}")
+    if lacking:
+        echo(
+            f"{wheels} has no wheel of {', '.join(lacking)}: without internet the device must have these already; "
+            f"else {_download(machine)}"
+        )
     if wheels is None:
         echo(
             f"without internet there: tar -xf {target.name} requirements.txt && {_download(machine)}, and then --wheels wheels"
@@ -124,6 +128,58 @@ def _download(machine: str) -> str:
     return f"pip download -r requirements.txt --only-binary=:all: {platforms} --python-version 3.12 -d wheels"
 
 
+def _lacking(folder: Path, wheels: list[str], required: list[str], machine: str) -> list[str]:
+    """Return those of the required packages that no wheel is of.
+
+    Args:
+        folder: The folder of the wheels, for the error.
+        wheels: The names of the files, ``name-version[-build]-python-abi-platform.whl`` (PEP 427).
+        required: The packages, ``name==version``; a version may be missing.
+        machine: The processor of the device.
+
+    Raises:
+        UnsupportedError: There is no wheel, or one is for another system or processor than the device's.
+    """
+    if not wheels:
+        raise UnsupportedError(f"{folder} holds no wheel", fix=f"fill it: {_download(machine)}")
+    there = set()
+    for wheel in wheels:
+        parts = wheel.removesuffix(".whl").split("-")
+        if len(parts) not in (5, 6):
+            raise UnsupportedError(
+                f"{folder / wheel} has not the name of a wheel",
+                fix="take it out, or give the file the name that it was made with",
+            )
+        if not any(tag == "any" or ("linux" in tag and tag.endswith(f"_{machine}")) for tag in parts[-1].split(".")):
+            raise UnsupportedError(
+                f"{folder / wheel} is for {parts[-1]}, and the device is Linux on {machine}",
+                fix=f"empty the folder and fill it: {_download(machine)}",
+            )
+        there |= {_canonical(parts[0]), f"{_canonical(parts[0])}=={parts[1].partition('+')[0]}"}
+    lacking = []
+    for line in required:
+        name, pinned, version = line.partition("==")
+        name = _canonical(_name_of(name))
+        if (f"{name}=={version}" if pinned else name) not in there:
+            lacking.append(line)
+    return lacking
+
+
+def _name_of(requirement: str) -> str:
+    """Return the name that a requirement begins with, or "" where it has none."""
+    import re
+
+    found = re.match(r"[A-Za-z0-9._-]+", requirement)
+    return "" if found is None else found[0]
+
+
+def _canonical(name: str) -> str:
+    """Return the name of a package as indexes compare it (PEP 503)."""
+    import re
+
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def _make_wheel(machine: str) -> str:
     """Return the command that makes the wheel of dvdquant for a device."""
     import platform
@@ -142,18 +198,17 @@ def _requirements(manifest: Manifest) -> list[str]:
     dvdquant itself is in no index and is installed from its wheel, without what only its other targets need.
     """
     import importlib.metadata
-    import re
 
     lines = []
     for requirement in importlib.metadata.requires("dvdquant") or ():
-        name = re.match(r"[A-Za-z0-9._-]+", requirement)
-        if name is None or "extra ==" in requirement:
+        name = _name_of(requirement)
+        if not name or "extra ==" in requirement:
             continue
         rtx = any(entry["backend"] == "tensorrt_rtx" for entry in manifest.builds)
-        if name[0] in _NOT_THERE and not (rtx and name[0] == "tensorrt-rtx"):
+        if name in _NOT_THERE and not (rtx and name == "tensorrt-rtx"):
             continue
         try:
-            lines.append(f"{name[0]}=={importlib.metadata.version(name[0]).partition('+')[0]}")
+            lines.append(f"{name}=={importlib.metadata.version(name).partition('+')[0]}")
         except importlib.metadata.PackageNotFoundError:
             lines.append(requirement.partition(";")[0].strip())
     return lines
@@ -161,7 +216,8 @@ def _requirements(manifest: Manifest) -> list[str]:
 
 def _page(manifest: Manifest, target: Path, machine: str, library: PluginFile | None, wheels: bool, own: bool) -> str:
     """Return what to do on the device, as Markdown; ``own`` where the wheels have that of dvdquant."""
-    from dvdquant.export.elsewhere import PLUGIN_PLACE, SCRIPT
+    from dvdquant.artifact.layout import PLUGIN_PLACE
+    from dvdquant.export.elsewhere import SCRIPT
 
     sms = ", ".join(sorted({sm for entry in manifest.builds for sm in entry["sm"]}, key=float))
     backends = {entry["backend"] for entry in manifest.builds}

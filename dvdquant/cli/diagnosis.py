@@ -97,7 +97,7 @@ def _gpus(gpus: list[Installed]) -> Iterator[Finding]:
     if not gpus:
         yield Finding(
             "GPU", "missing", "none: nvidia-smi is not there, or lists none",
-            "exporting needs none; to run on one, install its driver, and start a container with --gpus all",
+            f"exporting needs none; to run on one, {_driver_advice()}, and start a container with --gpus all",
         )  # fmt: skip
     for gpu in gpus:
         words = f"{gpu.name}, SM {_sm(gpu) or 'unknown'}, {gpu.memory_mib / 1024:.0f} GiB"
@@ -110,6 +110,13 @@ def _gpus(gpus: list[Installed]) -> Iterator[Finding]:
         else:
             slow = slower_in_int8(sm_number(_sm(gpu))) if known is not None else ""
             yield Finding("GPU", "ok", f"{words}; slow in 8 bits: {slow}" if slow else words)
+
+
+def _driver_advice() -> str:
+    """Return how this system gets a driver. WSL 2 takes that of Windows, and its kernel's release has Microsoft's name."""
+    if "microsoft" in platform.release().lower():
+        return "install NVIDIA's driver in Windows and none in WSL"
+    return "install its driver"
 
 
 def _sm(gpu: Installed) -> str:

@@ -77,6 +77,17 @@ class ModelPlan:
         """Return the number of weights that become 4-bit codes."""
         return sum(spec.out_features * spec.features for spec in self.layers)
 
+    def same_graph(self, other: ModelPlan) -> bool:
+        """Return whether both models have the same graph: the transformers of one model mostly differ in weights alone.
+
+        Args:
+            other: The plan of another transformer of the same export.
+        """
+        mine, theirs = (
+            (plan.family.config, plan.dtype, plan.layers, plan.kept, plan.lora_rank) for plan in (self, other)
+        )
+        return mine == theirs
+
 
 def build_skeleton(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     """Build the diffusers transformer of a config in eval mode, with placeholders instead of parameters.

@@ -12,7 +12,7 @@ from pathlib import Path
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.files import open_regular
 
-__all__ = ["PluginFile", "machine_name", "read_plugin"]
+__all__ = ["PluginFile", "machine_name", "parse_plugin", "read_plugin"]
 
 # e_machine of an ELF header.
 _MACHINES = {62: "x86_64", 183: "aarch64"}
@@ -59,21 +59,34 @@ def read_plugin(path: Path) -> PluginFile:
                 raise ValueError("it is empty")
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         with data:
-            head = data[:20]
-            if head[:5] != b"\x7fELF\x02" or int.from_bytes(head[18:20], "little") not in _MACHINES:
-                raise UnsupportedError(
-                    f"{path} is no plugin library for Linux on {' or '.join(_MACHINES.values())}",
-                    fix="give libdvdquant_plugins.so as make plugin builds it",
-                )
-            major, kernels = _TENSORRT.search(data), _KERNELS.search(data)
-            return PluginFile(
-                path,
-                _MACHINES[int.from_bytes(head[18:20], "little")],
-                None if major is None else int(major[1]),
-                () if kernels is None else tuple(kernels[1].decode().split(";")),
-            )
+            return parse_plugin(path, data)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UnsupportedError(
             f"the plugin library {path} cannot be read: {reason}", fix="give another file"
         ) from error
+
+
+def parse_plugin(path: Path, data: bytes | mmap.mmap | memoryview) -> PluginFile:
+    """Return what a plugin library is for.
+
+    Args:
+        path: The file that holds it, for the error.
+        data: Its bytes.
+
+    Raises:
+        UnsupportedError: It is no library of a processor that engines run on.
+    """
+    head = bytes(data[:20])
+    if head[:5] != b"\x7fELF\x02" or int.from_bytes(head[18:20], "little") not in _MACHINES:
+        raise UnsupportedError(
+            f"{path} is no plugin library for Linux on {' or '.join(_MACHINES.values())}",
+            fix="give libdvdquant_plugins.so as make plugin builds it",
+        )
+    major, kernels = _TENSORRT.search(data), _KERNELS.search(data)
+    return PluginFile(
+        path,
+        _MACHINES[int.from_bytes(head[18:20], "little")],
+        None if major is None else int(major[1]),
+        () if kernels is None else tuple(kernels[1].decode().split(";")),
+    )

@@ -18,7 +18,7 @@ from check_kernels import Bench, Outcome, Tally, reachable_layers
 from torch import Tensor, nn
 
 import dvdquant.model.layers
-from dvdquant.model.layers import QuantLinear, prepare_layers
+from dvdquant.model.layers import QuantLinear, prepare_layers, set_activation
 from dvdquant.ops.cuda_linear import CudaKernels, reference_policy, run_quant_linear
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPES, PackedLayer
@@ -292,8 +292,11 @@ def check_model(bench: Bench) -> Iterator[Outcome]:
     if importlib.util.find_spec("diffusers") is None:
         yield Outcome("tiny Wan (diffusers)", True, 0, note="not run: diffusers is not installed")
         return
+    tiny, inputs = _tiny_wan()
     for bits in (8, 4):
-        yield from _compare_model(bench, f"tiny Wan (diffusers), a{bits}", *_tiny_wan(bits))
+        model = copy.deepcopy(tiny)
+        set_activation(model, ActivationSpec(bits))
+        yield from _compare_model(bench, f"tiny Wan (diffusers), a{bits}", model, inputs)
 
 
 def _compare_model(bench: Bench, name: str, model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[Outcome]:
@@ -366,12 +369,8 @@ def _stack(bench: Bench) -> tuple[nn.Module, dict[str, Tensor]]:
     return _Stack(bench), {"x": x.to(DTYPES["bf16"])}
 
 
-def _tiny_wan(bits: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return examples/tiny-wan, quantized with recipe w4a4 in bf16, and the inputs of one step.
-
-    Args:
-        bits: The bits of the activations, 4 or 8.
-    """
+def _tiny_wan() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return examples/tiny-wan, quantized with recipe w4a4 in bf16, with 8-bit activations, and the inputs of one step."""
     from dvdquant.artifact.transaction import ExportTransaction
     from dvdquant.checkpoint.opening import open_checkpoint
     from dvdquant.export.verify.graph import load_quantized
@@ -384,7 +383,7 @@ def _tiny_wan(bits: int) -> tuple[nn.Module, dict[str, Tensor]]:
     plan = plan_model(checkpoint.config, get_recipe("w4a4"), torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder, ExportTransaction(Path(folder) / "export") as transaction:
         packed = quantize_checkpoint(checkpoint, plan, transaction, Progress())
-        model = load_quantized(plan, packed.tensors, transaction.tree, bits)
+        model = load_quantized(plan, packed.tensors, transaction.tree, 8)
         # The copy leaves the mapped files, which are deleted with the folder.
         model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(23)

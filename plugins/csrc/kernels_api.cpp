@@ -17,10 +17,11 @@ namespace {
 #ifdef DVDQUANT_PLUGIN_STATIC_KERNELS
 
 Kernels load() {
-  return {&dvdq_last_error,      &dvdq_abi_version,    &dvdq_path_name,    &dvdq_plan_layer,
-          &dvdq_workspace_bytes, &dvdq_prepare_weight, &dvdq_quant_linear, &dvdq_rows_bytes,
-          &dvdq_make_rows,       &dvdq_packed_workspace_bytes, &dvdq_packed_linear, &dvdq_expand_weight,
-          &dvdq_fused_linear};
+  Kernels table;
+#define DVDQ_LINK(name) table.name = &dvdq_##name;
+  DVDQ_PLUGIN_CALLS(DVDQ_LINK)
+#undef DVDQ_LINK
+  return table;
 }
 
 #else
@@ -61,19 +62,11 @@ Kernels load() {
     Kernels table;
     resolve(library, place, "dvdq_last_error", table.last_error);
     resolve(library, place, "dvdq_abi_version", table.abi_version);
-    resolve(library, place, "dvdq_path_name", table.path_name);
     // First, so that a library of another release is told by its version and not by what it lacks.
     if (table.abi_version() != DVDQ_ABI_VERSION) return table;
-    resolve(library, place, "dvdq_plan_layer", table.plan_layer);
-    resolve(library, place, "dvdq_workspace_bytes", table.workspace_bytes);
-    resolve(library, place, "dvdq_prepare_weight", table.prepare_weight);
-    resolve(library, place, "dvdq_quant_linear", table.quant_linear);
-    resolve(library, place, "dvdq_rows_bytes", table.rows_bytes);
-    resolve(library, place, "dvdq_make_rows", table.make_rows);
-    resolve(library, place, "dvdq_packed_workspace_bytes", table.packed_workspace_bytes);
-    resolve(library, place, "dvdq_packed_linear", table.packed_linear);
-    resolve(library, place, "dvdq_fused_linear", table.fused_linear);
-    resolve(library, place, "dvdq_packed_fused_linear", table.packed_fused_linear);
+#define DVDQ_RESOLVE(name) resolve(library, place, "dvdq_" #name, table.name);
+    DVDQ_PLUGIN_CALLS(DVDQ_RESOLVE)
+#undef DVDQ_RESOLVE
     return table;
   }
   throw Failure(DVDQ_UNSUPPORTED, "the CUDA kernels (libdvdquant_kernels.so) cannot be loaded: " + reasons, "",

@@ -5,20 +5,17 @@
 
 namespace dvdquant::plugin {
 
+// The functions that the plugin calls. What links them and what looks them up both read this list, so that neither
+// lacks one. The first two tell a library of another release apart.
+#define DVDQ_PLUGIN_CALLS(X)                                                                               \
+  X(last_error) X(abi_version) X(path_name) X(plan_layer) X(workspace_bytes) X(prepare_weight)              \
+  X(quant_linear) X(rows_bytes) X(make_rows) X(packed_workspace_bytes) X(packed_linear) X(fused_linear)     \
+  X(packed_fused_linear)
+
 struct Kernels {
-  decltype(&dvdq_last_error) last_error = nullptr;
-  decltype(&dvdq_abi_version) abi_version = nullptr;
-  decltype(&dvdq_path_name) path_name = nullptr;
-  decltype(&dvdq_plan_layer) plan_layer = nullptr;
-  decltype(&dvdq_workspace_bytes) workspace_bytes = nullptr;
-  decltype(&dvdq_prepare_weight) prepare_weight = nullptr;
-  decltype(&dvdq_quant_linear) quant_linear = nullptr;
-  decltype(&dvdq_rows_bytes) rows_bytes = nullptr;
-  decltype(&dvdq_make_rows) make_rows = nullptr;
-  decltype(&dvdq_packed_workspace_bytes) packed_workspace_bytes = nullptr;
-  decltype(&dvdq_packed_linear) packed_linear = nullptr;
-  decltype(&dvdq_fused_linear) fused_linear = nullptr;
-  decltype(&dvdq_packed_fused_linear) packed_fused_linear = nullptr;
+#define DVDQ_FIELD(name) decltype(&dvdq_##name) name = nullptr;
+  DVDQ_PLUGIN_CALLS(DVDQ_FIELD)
+#undef DVDQ_FIELD
 };
 
 // Throws Failure naming every place that was searched when the library is missing, or of another ABI version.

@@ -211,7 +211,7 @@ def test_resume_of_another_export(previous: Path, pristine: Path, tmp_path: Path
 
 
 def test_resume_with_nothing_to_resume_says_so(pristine: Path, tmp_path: Path) -> None:
-    result = run(pristine, "-o", tmp_path / "out", "--target", "graphs", "--recipe", "weights-only", *SIZES, "--resume")
+    result = run(pristine, "-o", tmp_path / "out", "--target", "graphs", "--recipe", "rtn", *SIZES, "--resume")
     assert result.exit_code == 0, result.output
     assert f"nothing to resume in {tmp_path / 'out'}, starting from the beginning" in result.output
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -26,7 +27,22 @@ from tests.support.costs import Costs
 from tests.support.helpers_checkpoint import manifest, memory_folder
 
 CONTENTS = {"config.json": b"{}\n", "onnx/transformer.safetensors": bytes(range(256)) * 40, "onnx/empty.bin": b""}
-OTHERS = {"README.md": b"what to do\n", "plugins/libdvdquant_plugins.so": b"\x7fELF" + b"p" * 5000}
+# A plugin library by its head and its marks: for aarch64 and TensorRT 10.
+LIBRARY = (
+    b"\x7fELF\x02\x01\x01"
+    + bytes(9)
+    + b"\x03\x00\xb7\x00"
+    + bytes(44)
+    + b"@dvdquant-plugin tensorrt=10\0"
+    + b"p" * 5000
+)
+OTHERS = {"README.md": b"what to do\n", "plugins/libdvdquant_plugins.so": LIBRARY}
+BUILD = {
+    "engine": "engines/tensorrt-sm87/transformer_a4.engine", "component": "transformer", "graph": "onnx/empty.bin",
+    "backend": "tensorrt", "sm": ["8.7"], "act_bits": 4, "precision": "plugin", "executes": "the plugin", "onnx_sha256": "0" * 64,
+    "profile": None, "fp8_attentions": 0, "builder_bytes": 3000, "held_bytes": 2000, "optimization_level": None,
+    "workspace_gib": None, "command": "",
+}  # fmt: skip
 
 
 def entry(data: bytes) -> dict[str, Any]:
@@ -40,13 +56,14 @@ def out(tmp_path: Path) -> Path:
     for name, data in CONTENTS.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    export = manifest(files={name: entry(data) for name, data in CONTENTS.items()}, engines=[], graphs=[])
+    files = {name: entry(data) for name, data in CONTENTS.items()}
+    export = manifest(files=files, engines=[], graphs=[], builds=[BUILD])
     (folder / "manifest.json").write_text(export.to_json())
     return folder
 
 
 def pack(out: Path, target: Path) -> str:
-    return write_bundle(target, out, load_manifest(out), OTHERS, sms=["8.7"], machine="aarch64", tensorrt_major=10)
+    return write_bundle(target, out, load_manifest(out), OTHERS)
 
 
 def unpack(path: Path, target: Path) -> Manifest:
@@ -171,6 +188,66 @@ def test_what_dvdq_bundle_never_wrote_is_refused_and_leaves_nothing(attack: str,
         unpack(path, target)
     assert caught.value.fix
     assert sorted(os.listdir(tmp_path)) == before, "no folder, and nothing beside it"
+
+
+@pytest.mark.parametrize(
+    ("field", "claim", "found"),
+    [
+        ("sm", ["11.0"], '["8.7"]'),
+        ("sm", ["8.7", "11.0"], '["8.7"]'),
+        ("builders", ["tensorrt_rtx"], '["tensorrt"]'),
+        ("builder_bytes", 1, "3000"),
+        ("held_bytes", 1, "2000"),
+        ("machine", "x86_64", '"aarch64"'),
+        ("machine", None, '"aarch64"'),
+        ("tensorrt_major", 11, "10"),
+    ],
+)
+def test_a_record_that_claims_what_the_bundle_does_not_hold_is_refused_when_it_is_opened(
+    field: str, claim: object, found: str, out: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.tar"
+    pack(out, path)
+    rewrite(path, record(lambda facts: facts.update({field: claim})))
+    with (
+        pytest.raises(
+            OutputError, match=re.escape(f"says {field} {json.dumps(claim)}, and ") + ".*" + re.escape(found)
+        ),
+        open_bundle(path),
+    ):
+        raise AssertionError("it was opened")
+
+
+def test_the_library_is_checked_when_a_bundle_is_opened(out: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    pack(out, path)
+    with open_bundle(path) as bundle:
+        assert bundle.library is not None
+        assert (bundle.library.machine, bundle.library.tensorrt_major) == ("aarch64", 10)
+    for data, right, words in (
+        (LIBRARY.replace(b"=10", b"=11"), False, "was changed"),
+        (LIBRARY.replace(b"=10", b"=11"), True, "tensorrt_major 10, and .* 11"),
+        (LIBRARY.replace(b"\x7fELF", b"MZ.."), True, "is no plugin library"),
+        (b"", True, 'machine "aarch64", and .* null'),
+    ):
+        pack(out, path)
+
+        def change(content: list[Any], data: bytes = data, right: bool = right) -> None:
+            assert content[-1][0] == "plugins/libdvdquant_plugins.so"
+            content[-1] = (content[-1][0], data)
+            if right:
+                record(lambda facts: facts["files"][-1].update(entry(data)))(content)
+
+        rewrite(path, change)
+        with pytest.raises(OutputError, match=words), open_bundle(path):
+            raise AssertionError("it was opened")
+
+
+def test_a_bundle_from_before_builders_were_recorded_is_opened(out: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    pack(out, path)
+    rewrite(path, record(lambda facts: facts.pop("builders")))
+    assert unpack(path, tmp_path / "there").builds == (BUILD,)
 
 
 def test_a_changed_manifest_is_refused(out: Path, tmp_path: Path) -> None:

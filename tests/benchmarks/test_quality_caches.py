@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.caches import ALONG, SETTINGS, controller_of, kept_a8, table_of
-from benchmarks.quality.toy.clips import Bench, bench_prompts, generate, skips_along
+from benchmarks.quality.toy.clips import Bench, Recording, bench_prompts, generate, record, skips_along
 from benchmarks.quality.work import plan
 from dvdquant.checkpoint.prompt_table import EMPTY_WORD
 from dvdquant.deploy.switching.runner import StepRunner
@@ -59,19 +59,49 @@ def test_what_skips_do_to_recorded_clips() -> None:
     scheduler = copy.deepcopy(bench.scheduler)
     scheduler.set_timesteps(STEPS)
     draw = torch.Generator().manual_seed(0)
-    base, way, x = (torch.randn(2, 3, 2, 4, 4, generator=draw) for _ in range(3))
-    recorded = [(x, base + way * float(sigma)) for sigma in scheduler.sigmas[:-1]]
+    base, way, noise = (torch.randn(2, 3, 2, 4, 4, generator=draw) for _ in range(3))  # with the prompt and without it
+    latents = torch.randn(STEPS + 1, 3, 2, 4, 4, generator=draw)
+    outputs = torch.stack([base + way * float(sigma) for sigma in scheduler.sigmas[:-1]])
+    recording = Recording(latents, outputs, outputs - noise)
     steps = torch.diff(scheduler.sigmas.double())
-    bits, errors = skips_along(bench, recorded, lambda _: controller_of("a8 forecast 1e9 output 1 0"))
-    assert bits == [[8, 8, *([None, 8] * 4)]] * 2
+
+    def guided(output: Tensor) -> Tensor:
+        return ((1 - bench.guidance) * output[1] + bench.guidance * output[0]).double()
+
+    def size(error: Tensor) -> float:
+        return float(error.norm() / latents[-1].double().norm())
+
+    bits, added, whole = skips_along(bench, recording, controller_of("a8 forecast 1e9 output 1 0"))
+    assert bits == [8, 8, *([None, 8] * 4)]
     lagging = sum(float(steps[step]) * -float(steps[step - 1]) for step in (2, 4, 6, 8))
-    ends = (x + float(steps[-1]) * recorded[-1][1]).double()
-    expected = [abs(lagging) * float(w.double().norm() / end.norm()) for w, end in zip(way, ends)]
-    assert errors == pytest.approx(expected, rel=1e-4)
-    # Step 2 is longer than step 1: the line through steps 0 and 1 ends before it. Later ones span two steps.
-    bits, errors = skips_along(bench, recorded, lambda _: controller_of("a8 line 1e9 line 1 0.4"))
-    assert bits == [[8, 8, 8, 8, None, 8, None, 8, None, 8]] * 2
-    assert max(errors) < 0.1 * min(expected)
+    held = size(lagging * guided(way))
+    assert added == pytest.approx(held, rel=1e-4)
+    assert whole == pytest.approx(size(lagging * guided(way) + float(steps.sum()) * guided(noise)), rel=1e-4)
+    # Lines through steps that are one apart would end before the skipped one, as steps grow. These span two.
+    bits, added, whole = skips_along(bench, recording, controller_of("a8 line 1e9 line 1 0.4"))
+    assert bits == [8, 8, 8, 8, None, 8, None, 8, None, 8]
+    assert added < 0.1 * held
+    # A branch that jumps behind its first output: no line goes on with the jump.
+    outputs[0, 1] += 100
+    for setting in ("a8 line 1e9 line 1 0", "a8 line 1e9 output 1 0"):
+        bits, added, whole = skips_along(bench, recording, controller_of(setting))
+        assert bits[2] is None
+        assert added < 1.01 * held
+
+
+def test_a_recording_has_what_both_models_give() -> None:
+    bench = replace(Bench.open(TINY_WAN), steps=3)
+    prompt = bench_prompts(bench.table, 1, seed=3)[0]
+    clip = generate(bench, {8: bench.model}, [prompt], [7], keep_trajectory=True)
+    twice = copy.deepcopy(bench.model)
+    twice.proj_out.weight *= 2
+    twice.proj_out.bias *= 2
+    recording = record(bench, bench.model, twice, prompt, 7)
+    assert torch.equal(recording.latents[:-1], torch.cat([x for x, _ in clip.trajectory]))
+    assert torch.equal(recording.latents[-1:], clip.latents)
+    assert torch.equal(recording.outputs[:, 0], torch.cat([output for _, output in clip.trajectory]))
+    assert not torch.equal(recording.outputs[:, 0], recording.outputs[:, 1])
+    torch.testing.assert_close(recording.exact, 2 * recording.outputs)
 
 
 class _Session:

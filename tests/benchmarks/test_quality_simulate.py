@@ -229,6 +229,31 @@ def test_the_compiled_model_is_the_model(
     assert away(forward(unquantized, bench)) < 1.5 * eager  # its own layers again
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_products_of_bf16_are_rounded_once(monkeypatch: pytest.MonkeyPatch, layers: list[Any], wide: bool) -> None:
+    """In whichever dtype a machine multiplies: the sum of exact products, then one rounding to bf16."""
+    simulate = script("simulate")
+    monkeypatch.setattr(simulate, "_WIDE_PRODUCTS", wide)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 24, 256, generator=draw).to(torch.bfloat16)
+    layer = next(each for each in layers if each.weight.shape[1] == 256 and each.bias is not None)
+    down, up = torch.randn(4, 256, generator=draw), torch.randn(len(layer.weight), 4, generator=draw)
+    plain = simulate.SimulatedGroup(layer, simulate.Simulated(layer.weight))
+    branched = simulate.SimulatedGroup(layer, simulate.Simulated(layer.weight, low_rank=(down, up)))
+    weight, bias, down, up = (each.to(torch.bfloat16).double() for each in (layer.weight, layer.bias, down, up))
+    with torch.autocast("cpu", torch.bfloat16):
+        branch = simulate.product(x, down.to(torch.bfloat16).T)
+        found = {
+            "branch": (branch, x.double(), down, 0.0),
+            "plain": (plain(x), x.double(), weight, bias),
+            "branched": (branched(x), torch.cat((x, branch), -1).double(), torch.cat((weight, up), 1), bias),
+        }
+    for name, (values, left, right, added) in found.items():
+        exact, size = left @ right.T + added, left.abs() @ right.abs().T + abs(added)
+        assert values.dtype == torch.bfloat16, name
+        assert bool(((values.double() - exact).abs() <= 2**-8 * exact.abs() + 300 * 2**-24 * size).all()), name
+
+
 def test_bf16_products_do_not_decide(bench: Any, layers: list[Any]) -> None:
     """The bench's products are rounded to bf16: far less than what W4A8 changes."""
     simulate, method = script("simulate"), script("methods").from_recipe(RECIPES["w4a8"])

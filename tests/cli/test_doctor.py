@@ -61,6 +61,19 @@ def test_it_looks_at_everything() -> None:
         assert each["state"] == "ok" or each["fix"], each
 
 
+@pytest.mark.parametrize(
+    ("release", "advice"),
+    [
+        ("5.15.153.1-microsoft-standard-WSL2", "install NVIDIA's driver in Windows and none in WSL"),
+        ("6.8.0-51-generic", "install its driver, and start a container with --gpus all"),
+    ],
+)
+def test_wsl_takes_the_driver_of_windows(release: str, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.release", lambda: release)
+    (found,) = diagnosis._gpus([])
+    assert advice in found.fix
+
+
 @pytest.mark.usefixtures("no_gpu")
 def test_the_text_says_the_same() -> None:
     text = doctor()

@@ -243,8 +243,10 @@ def test_a_line_goes_through_the_last_two_outputs() -> None:
     def at(timestep: float) -> torch.Tensor:
         return base + way * timestep / 1024
 
-    first = keep(at(1024), base, "line", 1024.0, 8)
-    assert torch.equal(reuse(first, base, 512.0), at(1024))  # one output makes no line
+    jump = keep(-at(1024), base, "line", 1280.0, 8)
+    assert torch.equal(reuse(jump, base, 512.0), -at(1024))  # one output makes no line
+    first = keep(at(1024), base, "line", 1024.0, 8, jump)
+    assert torch.equal(reuse(first, base, 512.0), at(1024))  # nor does the first output of a request with the second
     second = keep(at(768), base, "line", 768.0, 8, first)
     for timestep in (768.0, 704.0, 640.0, 512.0):
         assert torch.equal(reuse(second, base, timestep), at(timestep))
@@ -255,12 +257,14 @@ def test_a_line_goes_through_the_last_two_outputs() -> None:
     again = keep(at(600), base, "line", 704.0, 8, third)  # the same timestep twice: no line
     assert torch.equal(reuse(again, base, 672.0), at(600))
     for bits, before in ((4, 8), (8, 4), (4, 4)):
-        last = keep(at(1024), base, "line", 1024.0, before)
+        last = keep(at(1024), base, "line", 1024.0, before, jump)
         assert torch.equal(reuse(keep(at(768), base, "line", 768.0, bits, last), base, 512.0), at(768))
-    other = keep(at(1024)[:2], base, "line", 1024.0, 8)
-    assert torch.equal(reuse(keep(at(768), base, "line", 768.0, 8, other), base, 512.0), at(768))
+    other = keep(at(1024)[:2], base, "line", 1024.0, 8)  # of another size: a first output again
+    fresh = keep(at(1024), base, "line", 1024.0, 8, other)
+    assert fresh.first
+    assert torch.equal(reuse(keep(at(768), base, "line", 768.0, 8, fresh), base, 512.0), at(768))
     for dtype in (torch.float16, torch.bfloat16):
-        last = keep(at(1024).to(dtype), base, "line", 1024.0, 8)
+        last = keep(at(1024).to(dtype), base, "line", 1024.0, 8, keep(base.to(dtype), base, "line", 1280.0, 8))
         found = reuse(keep(at(768).to(dtype), base, "line", 768.0, 8, last), base, 512.0)
         assert found.dtype == dtype
         assert torch.equal(found, at(512).to(dtype))

@@ -47,7 +47,7 @@ KINDS = [
 def request(model: ImageModel, **more: Any) -> GenerateRequest:
     """A short clip of a model, with the images that it needs."""
     last = picture(1) if model.last else None
-    frames = 9 if model.kind == "ltx-condition" else None  # so that the last image's tokens fit into the graphs
+    frames = 9 if model.kind.startswith("ltx") else None  # so that the last image's tokens fit into the graphs
     asked = GenerateRequest(
         PROMPT, steps=STEPS, seed=3, mode="a8", image=picture(0), last_image=last, num_frames=frames
     )

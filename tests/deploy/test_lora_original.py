@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("lora")
     changes = low_rank(short_wan() / "transformer", blocks(short_wan() / "transformer"))
     lora = write_peft(root / "fast.safetensors", changes)
-    options = ("--recipe", "rtn", "--target", "graphs", "--lora", f"{lora}:0.1", "--steps", 4, "--guidance", 1)
+    options = ("--recipe", "w4a4", "--target", "graphs", "--lora", f"{lora}:0.1", "--steps", 4, "--guidance", 1)
     in_process(short_wan(), "-o", root / "out", *options)
     return Made(root / "out", lora, changes)
 

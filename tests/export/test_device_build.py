@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,7 @@ def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeyp
     said = pack(made, tmp_path / "orin.tar", "--plugin", plugin, "--wheels", tmp_path / "wheels")
     assert "dvdq-build orin.tar -o orin --plugin bundled" in said
     assert "has no wheel of dvdquant" in said
+    assert "wheels has no wheel of accelerate==" in said
     # Refused before anything is unpacked.
     there = tmp_path / "device"
     thor = dataclasses.replace(ORIN, name="Thor", sm="11.0")
@@ -304,8 +306,11 @@ def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeyp
         result = CliRunner().invoke(build_main, [str(tmp_path / "orin.tar"), "-o", str(there), "--plugin", "bundled"])
         assert result.exit_code == 2
         assert text in result.output
-    # A bundle without a plugin library is for that SM just as well, and says what it lacks.
+    # A bundle without a plugin library is for that SM just as well, and says what it lacks; one whose library has other kernels
+    # is no use on this GPU.
     pack(made, tmp_path / "bare.tar")
+    others = plugin_library(tmp_path / "others.so", kernels="90;110")
+    pack(made, tmp_path / "others.tar", "--plugin", others)
     library = ("--plugin", "bundled")
     for gpu, bundle, options, text in (
         (thor, "bare.tar", (), "is for SM 8.7, and this GPU (Thor) has SM 11.0"),
@@ -313,6 +318,15 @@ def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeyp
         (ORIN, "bare.tar", (), "holds none"),
         (ORIN, "bare.tar", library, "holds none"),
         (ORIN, "orin.tar", (), "--plugin bundled takes that of the bundle"),
+        (
+            ORIN,
+            "others.tar",
+            library,
+            "others.tar/plugins/libdvdquant_plugins.so are for 90, 110, and this GPU has SM 8.7",
+        ),
+        (ORIN, "others.tar", ("--dry-run",), "are for 90, 110, and this GPU has SM 8.7"),
+        (ORIN, "orin.tar", ("--plugin", str(others)), "others.so are for 90, 110"),
+        (ORIN, "orin.tar", (*library, "--bits", "6"), "has no engine of 6 bits to build"),
     ):
         monkeypatch.setattr("dvdquant.system.gpu.read_gpu", lambda gpu=gpu: gpu)
         monkeypatch.setattr("dvdquant.backends.load_backend", lambda name: Backend(name, None, "11.4.0.1"))
@@ -342,6 +356,22 @@ def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeyp
     assert engine_of(there, A4)["libraries"] == [str(there / "plugins" / "libdvdquant_plugins.so")]
 
 
+def test_wheels_that_are_there_are_not_named_as_lacking(made: Path, tmp_path: Path) -> None:
+    pack(made, tmp_path / "a.tar")
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        required = tar.extractfile("requirements.txt").read().decode().split()  # type: ignore[union-attr]
+    (tmp_path / "wheels").mkdir()
+    for line in required:
+        name, _, version = line.partition("==")
+        platform = "any" if name == "click" else "manylinux2014_aarch64.manylinux_2_17_aarch64"
+        if name != "numba":
+            (tmp_path / "wheels" / f"{name.replace('-', '_')}-{version}-py3-none-{platform}.whl").touch()
+    (tmp_path / "wheels" / "numba-0.1-py3-none-any.whl").touch()
+    said = pack(made, tmp_path / "a.tar", "--wheels", tmp_path / "wheels")
+    (numba,) = (line for line in required if line.startswith("numba=="))
+    assert f"wheels has no wheel of {numba}: without internet" in said
+
+
 def test_what_cannot_be_packed(made: Path, tmp_path: Path) -> None:
     def packed(*arguments: object) -> str:
         result = CliRunner().invoke(bundle_main, [str(a) for a in arguments])
@@ -351,6 +381,17 @@ def test_what_cannot_be_packed(made: Path, tmp_path: Path) -> None:
 
     (tmp_path / "empty").mkdir()
     assert "holds no wheel" in packed(made, "-o", tmp_path / "x.tar", "--wheels", tmp_path / "empty")
+    for wheel, words in (
+        (
+            "torch-2.13.0-cp312-cp312-manylinux_2_28_x86_64.whl",
+            "is for manylinux_2_28_x86_64, and the device is Linux on aarch64",
+        ),
+        ("torch-2.13.0-cp312-cp312-win_arm64.whl", "is for win_arm64"),
+        ("torch.whl", "has not the name of a wheel"),
+    ):
+        (tmp_path / "empty" / wheel).touch()
+        assert words in packed(made, "-o", tmp_path / "x.tar", "--wheels", tmp_path / "empty")
+        (tmp_path / "empty" / wheel).unlink()
     assert "is a folder" in packed(made, "-o", tmp_path)
     bare = Path(shutil.copytree(made, tmp_path / "bare"))
     manifest = dataclasses.replace(load_manifest(bare), builds=())

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import open_generator
 from dvdquant.deploy.generation.original import load_original
 from dvdquant.errors import CheckpointError
+from dvdquant.export import pipeline
 from dvdquant.export.options import ExportOptions
 from dvdquant.export.plan import plan_export
 from dvdquant.model.families.configs import PIPELINE
@@ -158,9 +160,11 @@ def comfy(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def exported(comfy: Path) -> Path:
-    """An export of the two files."""
+    """An export of the two files, whose graph is traced once."""
     files = [comfy / "models" / HIGH, "--transformer-2", comfy / "models" / LOW]
-    in_process(*files, "-o", comfy / "out", "--recipe", RECIPE, *GRAPHS)
+    with mock.patch.object(pipeline, "trace_graph", wraps=pipeline.trace_graph) as tracing:
+        in_process(*files, "-o", comfy / "out", "--recipe", RECIPE, *GRAPHS)
+    assert tracing.call_count == 1
     return comfy / "out"
 
 

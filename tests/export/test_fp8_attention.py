@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dvdquant.artifact.manifest import load_manifest
+from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import EngineError
 from dvdquant.export.engines import build_engine
 from dvdquant.export.engines.attention import AttentionWish, attention_wish
@@ -29,13 +30,16 @@ from dvdquant.export.verify.attention import attention_intermediates, judge_atte
 from dvdquant.export.verify.graph import Verifier
 from dvdquant.export.verify.intermediates import add_intermediates, load_graph, run_graph
 from dvdquant.model.families import Axis, Sizes, get_family
+from dvdquant.quantize.checkpoint import PackedWeights
 from dvdquant.recipe import get_recipe
 from dvdquant.system.progress import Progress
 from tests.support.bounds import e4m3_attention_error
 from tests.support.exporting import TINY_WAN, Export, export_graphs
+from tests.support.session_exports import copy_of, family_export
 from tests.support.tiny_models import CONFIGS, WAN, write_checkpoint
 
 SIZES = Sizes(Axis(3, 4, 4), Axis(16, 16, 24), Axis(16, 16, 24), text_tokens=12)
+FIXED = Sizes(Axis.fixed(2), Axis.fixed(24), Axis.fixed(24), text_tokens=12)
 WAN_SIZES = Sizes(Axis(2, 8, 8), Axis(16, 24, 32), Axis(16, 24, 32), text_tokens=5)
 # Fused attentions per family: the video's own, and all others (text).
 FUSED = {
@@ -54,10 +58,19 @@ def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Export:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """Two blocks: built in a third of the time."""
+    """Two blocks of one size: traced and built in a fifth of the time."""
     folder = tmp_path_factory.mktemp("small")
     model = write_checkpoint(folder / "model", WAN)
-    return export_graphs(model, folder / "out", get_recipe("w4a8"), SIZES, torch.bfloat16, ("tensorrt",))
+    return export_graphs(model, folder / "out", get_recipe("w4a8"), FIXED, torch.bfloat16, ("tensorrt",))
+
+
+@pytest.fixture(scope="module")
+def ranged(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """One block of a range of sizes; by the count that the pass is given, it is taken for a long video."""
+    artifact = Artifact.open(copy_of(family_export("wan"), tmp_path_factory.mktemp("ranged") / "out"))
+    graphs = [entry for entry in artifact.manifest.graphs if entry["path"].startswith("onnx/transformer_a")]
+    packed = PackedWeights({}, {}, (), ())
+    return Export(artifact.root, artifact.plan("transformer"), artifact.sizes, packed, graphs)
 
 
 def quantized(export: Export, path: Path | None = None) -> tuple[ir.Model, list[AttentionScales]]:
@@ -125,14 +138,16 @@ def test_the_plain_graph_still_builds_16_bit_attention(small: Export, tmp_path: 
     assert build(small, model, ("8.9",), tmp_path).attention == {"BFloat16": 4}
 
 
-def test_scores_in_memory_are_refused(small: Export, tmp_path: Path) -> None:
-    model, _ = quantized(small)
+def test_scores_in_memory_are_refused(ranged: Export, tmp_path: Path) -> None:
+    model = ir.load(ranged.path(8, "tensorrt"))
+    model.functions.clear()
+    assert len(fp8_attention(model, LONG_TOKENS + 1)) == 1
     for node in [node for node in model.graph if (node.name or "").endswith(".p_dq")]:
         codes = node.inputs[0].producer()  # type: ignore[union-attr]
         ir.convenience.replace_all_uses_with(node.outputs[0], codes.inputs[0])  # type: ignore
         model.graph.remove([node, codes], safe=True)  # type: ignore[list-item]
-    with pytest.raises(EngineError, match=r"4 layers write the scores .* to memory(?s:.*)--attention 16"):
-        build(small, model, ("8.9",), tmp_path)
+    with pytest.raises(EngineError, match=r"2 layers write the scores .* to memory(?s:.*)--attention 16"):
+        build(ranged, model, ("8.9",), tmp_path)
     assert not (tmp_path / "x.engine").exists()
 
 
@@ -169,19 +184,21 @@ def test_attention_is_counted_by_the_type_of_its_queries() -> None:
 # ------------------------------------------------------------------------------------------------------ ONNX Runtime
 
 
-def intermediates(export: Export, edit: Any = None) -> tuple[dict[str, Tensor], list[AttentionScales]]:
+def intermediates(
+    export: Export, edit: Any = None, which: str = "min", tokens: int = 0
+) -> tuple[dict[str, Tensor], list[AttentionScales]]:
     """Operands and results of every attention in ONNX Runtime; ``edit`` changes the graph behind the pass."""
     scales: list[AttentionScales] = []
 
     def change(model: ir.Model) -> None:
-        scales.extend(fp8_attention(model, export.plan.family.tokens(*export.sizes.at("max"))))
+        scales.extend(fp8_attention(model, tokens or export.plan.family.tokens(*export.sizes.at("max"))))
         if edit is not None:
             edit(model)
 
     path = export.path(8, "tensorrt")
     model = load_graph(path, change)
     names = add_intermediates(model, attention_intermediates(model, scales))
-    inputs = export.plan.family.sample(export.sizes, torch.bfloat16, which="min")
+    inputs = export.plan.family.sample(export.sizes, torch.bfloat16, which=which)
     got = run_graph(model, path.parent, inputs, path.name)
     return {key: got[name] for key, name in names.items()}, scales
 
@@ -197,6 +214,16 @@ def test_onnxruntime_is_within_the_bounds_of_the_formats(small: Export) -> None:
         assert (
             float((got - exact).norm() / exact.norm()) > 2.0**-8
         )  # it is FP8 indeed: bf16 rounds by half of that at most
+
+
+def test_a_graph_for_ranges_of_sizes(ranged: Export) -> None:
+    """At two of its sizes."""
+    for which in ("opt", "max"):
+        seen, scales = intermediates(ranged, which=which, tokens=LONG_TOKENS + 1)
+        (each,) = scales
+        tokens = ranged.plan.family.tokens(*ranged.sizes.at(which))
+        assert seen[f"{each.name} attended"].numel() == tokens * 128
+        assert judge_attention(seen, each, torch.bfloat16).passed
 
 
 def test_a_wrong_scale_is_out_of_bounds(small: Export) -> None:
@@ -245,7 +272,8 @@ def test_balancing_the_norms_changes_no_score(small: Export) -> None:
     before = {
         n: v.const_value.numpy().astype(np.float64) for n, v in model.graph.initializers.items() if "attn1.norm" in n
     }  # type: ignore
-    scales = fp8_attention(model, 512)
+    scales = fp8_attention(model, LONG_TOKENS + 1)
+    assert len(scales) == 2
     after = model.graph.initializers
     for each in scales:
         assert len(set(each.fold)) > 2
@@ -340,8 +368,8 @@ def test_a_graph_without_norms_stays(small: Export) -> None:
         value = model.graph.initializers.pop(name)
         value.name = "something"
         model.graph.initializers["something"] = value
-    assert [each.order for each in fp8_attention(model, 512)] == [0]
-    assert fp8_attention(model, 512) == []
+    assert [each.order for each in fp8_attention(model, LONG_TOKENS + 1)] == [0]
+    assert fp8_attention(model, LONG_TOKENS + 1) == []
 
 
 # ----------------------------------------------------------------------------------------------------- a whole export
@@ -355,7 +383,7 @@ def test_an_export_with_fp8_attention(tmp_path: Path) -> None:
         tmp_path / "out",
         dataclasses.replace(get_recipe("w4a8"), attention="fp8"),
         sms=("8.9",),
-        latent="4x16x24",
+        latent="2x24x24",
         text_tokens=12,
         verify=True,
     )

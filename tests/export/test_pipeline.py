@@ -210,13 +210,17 @@ def test_globs_and_dtype_reach_the_manifest(model: Path, tmp_path: Path) -> None
     assert graph.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
 
 
-def test_one_component_of_a_pipeline(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_one_component_of_a_pipeline(
+    pipeline_folder: Path, wan22: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """Its graphs are those that it has beside the other, whose trace they share there."""
     out = tmp_path / "out"
     in_process(pipeline_folder, "-o", out, "--target", "onnx", "--subfolder", "transformer_2", *SIZES)
     manifest = load_manifest(out)
     assert manifest.components == ("transformer_2",)
     names = {f"onnx/transformer_2_a{bits}{flavour}.onnx" for bits in (4, 8) for flavour in ("", "_qdq")}
     assert {g["path"] for g in manifest.graphs} == names
+    assert all((out / name).read_bytes() == (wan22[0] / name).read_bytes() for name in names)
 
 
 def test_nonfinite_weights_are_recorded_when_allowed(model: Path, tmp_path: Path) -> None:

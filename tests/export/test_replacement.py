@@ -87,9 +87,9 @@ def test_new_weights_in_the_same_place_are_another_model(out: Path, other_model:
 
 
 def test_replace_puts_the_new_export_in_its_place(out: Path, model: Path) -> None:
-    in_process(model, "-o", out, "--recipe", "weights-only", "--target", "graphs", *SIZES, "--replace")
+    in_process(model, "-o", out, "--recipe", "w4a8", "--target", "graphs", *SIZES, "--replace")
     manifest = load_manifest(out)
-    assert manifest.recipe["name"] == "weights-only"
+    assert manifest.recipe["name"] == "w4a8"
     verify_files(out, manifest)
 
 

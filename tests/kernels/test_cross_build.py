@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
 BUILT = ROOT / "build" / "kernels-aarch64" / "libdvdquant_kernels.so"
 COMPILER, EMULATOR, ROOT_OF_IT = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
+FOR_ARM = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}")
 
 LAYERS = [
     LayerShape(64, 1024, 1, False, 256, 1, 8, 0),
@@ -88,13 +89,18 @@ def test_the_library_for_arm_plans_as_that_for_this_machine(tmp_path: Path) -> N
     assert [serves(tuple(told[0]["architectures"].split(";")), sm) for sm in sms] == [sm in (87, 110) for sm in sms]
 
 
-@pytest.mark.tensorrt_headers
-def test_the_plugin_for_arm_passes_its_harness(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the plugin for aarch64, without its kernels."""
     needs(COMPILER, EMULATOR, "cmake")
     from tests.plugins.test_plugin_harness import configure
 
-    options = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}"]
-    folder = configure(tmp_path / "plugin", *options)
+    return configure(tmp_path_factory.mktemp("plugin"), *FOR_ARM)
+
+
+@pytest.mark.tensorrt_headers
+def test_the_plugin_for_arm_passes_its_harness(plugin: Path) -> None:
+    folder = plugin
     library = folder / "libdvdquant_plugins.so"
     facts = read_plugin(library)
     assert facts.machine == "aarch64"
@@ -107,3 +113,17 @@ def test_the_plugin_for_arm_passes_its_harness(tmp_path: Path) -> None:
         done = emulated(folder / "harness", library, checks, **variables)
         assert done.returncode == 0, done.stdout + done.stderr
         assert " 0 failed" in done.stdout
+
+
+@pytest.mark.tensorrt_headers
+def test_the_plugin_for_arm_holds_its_kernels(plugin: Path) -> None:
+    """As `make plugin HOST=aarch64` links it; it comes last, because it builds the folder anew."""
+    from tests.plugins.test_plugin_harness import configure
+
+    archive = BUILT.with_suffix(".a")
+    runtime = next(BUILT.parent.glob("cudart-aarch64/nvidia/*/lib/libcudart_static.a"), None)
+    if runtime is None or not archive.is_file():
+        pytest.skip('needs the archive: make kernels HOST=aarch64 SM="87 110"')
+    configure(plugin, *FOR_ARM, f"-DDVDQUANT_KERNELS_ARCHIVE={archive}", f"-DCUDART_STATIC={runtime}")
+    facts = read_plugin(plugin / "libdvdquant_plugins.so")
+    assert (facts.machine, facts.architectures) == ("aarch64", ("87", "110"))

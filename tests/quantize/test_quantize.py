@@ -19,7 +19,6 @@ import dvdquant.quantize.layer as layer_module
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.errors import CheckpointError, OutputError, ShapeError
-from dvdquant.export.graph.trace import trace_graph
 from dvdquant.export.graph.writer import GraphWriter
 from dvdquant.export.verify.graph import load_quantized, verify_graph
 from dvdquant.model.loading import fill_quantized
@@ -37,6 +36,7 @@ from dvdquant.recipe import RECIPES, get_recipe
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_reader import read_tensor
 from tests.support import tiny_models as tiny
+from tests.support.traces import traced
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 KEY = {"model": "tiny"}
@@ -227,12 +227,13 @@ def test_source_dtypes(source_dtype: torch.dtype, model: Path, tmp_path: Path) -
         assert all(torch.allclose(ours[n], theirs[n], rtol=2e-2) for n in close)
 
 
-def test_small_shards_reach_onnx_runtime(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_shards_reach_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weight files of at most 60 kB: names, sizes, and a graph over all of them that verifies."""
     limit = 60_000
     monkeypatch.setattr(quantize_module, "SHARD_BYTES", limit)
     monkeypatch.setattr(plan_shards, "__defaults__", (limit,))
-    made = plan(dtype=torch.float16)
+    model = tiny.write_checkpoint(tmp_path / "model", tiny.WAN_ONE)
+    made = plan_model(tiny.WAN_ONE, get_recipe("w4a4"), torch.float16)
     shards = plan_shards(made, "transformer")
     assert len(shards) > 3
     assert list(shards) == [
@@ -241,7 +242,7 @@ def test_small_shards_reach_onnx_runtime(model: Path, tmp_path: Path, monkeypatc
     for tensors in shards.values():
         size = sum(d.itemsize * torch.Size(s).numel() for _, d, s in tensors)
         assert size <= limit or len(tensors) == 1
-    base = trace_graph(made, tiny.FIXED)
+    base = traced(made, tiny.FIXED)
     with ExportTransaction(tmp_path / "out") as transaction:
         packed = quantize_checkpoint(open_checkpoint(model), made, transaction, Progress())
         assert set(packed.files) == set(shards)

@@ -25,7 +25,7 @@ KINDS.update(
     {
         "wan-i2v-22": Kind(tiny_pipelines.WAN_I2V, "2x4x4", (5, 32, 32)),
         "wan-ti2v-5b": Kind(tiny_pipelines.WAN_TI2V, "2x4x4", (5, 64, 64)),
-        "ltx-i2v": Kind(LTX, "2x3x4", (9, 96, 128)),
+        "ltx-i2v": Kind(LTX, "2:3x3x4", (9, 96, 128)),
         "wan-i2v-21": Kind(WAN_CLIP, "2x4x4", (5, 32, 32)),
         "wan-flf2v": Kind({**WAN_CLIP, "pos_embed_seq_len": 514}, "2x4x4", (5, 32, 32)),
         "ltx-condition": Kind(LTX, "2:3x3x4", (9, 96, 128)),
@@ -64,7 +64,7 @@ def image_model(kind: str) -> ImageModel:
     """The export and the pipeline of a kind, made once a process."""
     import diffusers
 
-    folder = process_folder("images") / kind
+    folder = process_folder("images") / ("ltx" if kind.startswith("ltx") else kind)  # one export for two pipelines
     components = 2 if kind == "wan-i2v-22" else 1
     recipe = RECIPES["w4a4"]
     if kind != "wan-i2v-21":  # a graph less; and the traces are those of the pipelines that draw from text
@@ -78,8 +78,9 @@ def image_model(kind: str) -> ImageModel:
         )
         for name in made.plans
     ]
-    _build(kind, *originals).save_pretrained(folder / "pipeline")
-    return ImageModel(kind, made, folder / "pipeline")
+    pipeline = folder / f"pipeline-{kind}"
+    _build(kind, *originals).save_pretrained(pipeline)
+    return ImageModel(kind, made, pipeline)
 
 
 def _build(kind: str, transformer: Any, transformer_2: Any = None) -> Any:

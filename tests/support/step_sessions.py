@@ -16,6 +16,7 @@ from dvdquant.errors import EngineError
 from tests.support import tiny_models as tiny
 from tests.support.commands import in_process
 from tests.support.folders import shared_folder
+from tests.support.session_exports import QUICK, RANGES
 
 TIMESTEPS = [1000.0 - 19.5 * i for i in range(50)]
 
@@ -26,8 +27,7 @@ def tiny_export() -> Path:
 
     def make(folder: Path) -> None:
         model = tiny.write_checkpoint(folder / "wan", tiny.WAN_ONE)
-        how = ("--target", "graphs", "--recipe", "w4a4", "--latent", "2x6:8x8", "--text-tokens", "4")
-        in_process(model, "-o", folder / "out", *how)
+        in_process(model, "-o", folder / "out", *QUICK, *RANGES)
 
     return shared_folder("steps", make) / "out"
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.quality.simulation.simulate import Layer, Simulated, SimulatedGroup, install
+from benchmarks.quality.simulation.simulate import Layer, Simulated, SimulatedGroup, install, product
 
 __all__ = ["CompiledModel", "EagerModel", "WithLayers"]
 
@@ -58,8 +58,8 @@ class _Attention:
         if rotary_emb is not None:
             q, k = _rotary(q, *rotary_emb), _rotary(k, *rotary_emb)
         q, k, v = (t.transpose(1, 2).to(v.dtype) for t in (q, k, v))
-        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-        out = scores.softmax(-1).to(v.dtype) @ v
+        scores = product(q, k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        out = product(scores.softmax(-1).to(v.dtype), v)
         return attn.slots["to_out"](out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 

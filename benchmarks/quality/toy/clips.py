@@ -19,7 +19,7 @@ from dvdquant.deploy.switching.forecasts import Growth, moved_since
 from dvdquant.deploy.switching.gbs import relative_change
 from dvdquant.deploy.switching.step_cache import Kept, keep, residual_norm, reuse
 
-__all__ = ["Bench", "Clips", "bench_prompts", "generate", "skips_along"]
+__all__ = ["Bench", "Clips", "Recording", "bench_prompts", "generate", "record", "skips_along"]
 
 Prompt = tuple[str, ...]
 
@@ -145,7 +145,7 @@ def generate(
                 bits.append(next(iter(models)))
         else:
             output = run.step(step, timestep, x, result.bits)
-        guided = output[1] + bench.guidance * (output[0] - output[1])
+        guided = _guided(bench, output)
         if keep_trajectory:
             result.trajectory.append((x, output[0]))
         x = scheduler.step(guided, timestep, x, return_dict=False)[0]
@@ -153,49 +153,98 @@ def generate(
     return result
 
 
-class _Recorded(nn.Module):
-    """A recorded output in the place of a model, the same with and without the prompt."""
+@dataclass(frozen=True)
+class Recording:
+    """Holds what a model and the fp32 model gave at every step of one clip of the first.
 
-    output: Tensor
+    Args:
+        latents: The latents before each step and at the end, fp32 [steps + 1, C, F, H, W].
+        outputs: The model's outputs with the prompt and without it, fp32 [steps, 2, C, F, H, W].
+        exact: Those of the fp32 model at the same latents.
+    """
+
+    latents: Tensor
+    outputs: Tensor
+    exact: Tensor
+
+
+class _Both(nn.Module):
+    """A model and the fp32 model beside it, whose outputs are kept."""
+
+    def __init__(self, model: nn.Module, exact: nn.Module) -> None:
+        super().__init__()
+        self.models = (model, exact)
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor, *given: Any, **named: Any) -> tuple[Tensor]:
+        output, exact = (model(x, *given, **named)[0] for model in self.models)
+        self.seen.append((x[0], output.float(), exact.float()))
+        return (output,)
+
+
+def record(bench: Bench, model: nn.Module, exact: nn.Module, prompt: Prompt, seed: int) -> Recording:
+    """Draw a clip and keep what two models give at its latents.
+
+    Args:
+        bench: The words, noise and scheduler.
+        model: The model that draws the clip.
+        exact: The fp32 model.
+        prompt: The words of the clip.
+        seed: Its seed.
+    """
+    both = _Both(model, exact)
+    end = generate(bench, {16: both}, [prompt], [seed]).latents
+    latents, outputs, beside = (torch.stack(each) for each in zip(*both.seen))
+    return Recording(torch.cat((latents, end)), outputs, beside)
+
+
+class _Recorded(nn.Module):
+    """Recorded outputs in the place of a model."""
+
+    outputs: Tensor
 
     def forward(self, *_: Any, **__: Any) -> tuple[Tensor]:
-        return (torch.cat((self.output, self.output)),)
+        return (self.outputs,)
 
 
 @torch.inference_mode()
 def skips_along(
-    bench: Bench, trajectory: Sequence[tuple[Tensor, Tensor]], controllers: Callable[[int], StepController]
-) -> tuple[list[list[int | None]], list[float]]:
-    """Return what skipped steps alone do to recorded clips. No step is computed, and none meets a changed latent.
+    bench: Bench, recording: Recording, controller: StepController
+) -> tuple[list[int | None], float, float]:
+    """Return what skipped steps alone do to a recorded clip. No step is computed, and none meets a changed latent.
 
-    A step of length Δσ brings Δσ·(ṽ − v) into the latent, with v as recorded and ṽ what the step cache returns.
+    A step of length Δσ brings Δσ·(ṽ − v) into the latent, with v as recorded and ṽ what the step cache returns, both guided:
+    guidance adds the errors of two branches, and the branch without the prompt need not change as the other does.
 
     Args:
-        bench: The model, for its schedule.
-        trajectory: (x, output with the prompt) of every step, each [B, C, F, H, W].
-        controllers: Makes the controller of a clip from its place in the batch. It may ask for 8 bits alone.
+        bench: The model, for its schedule and guidance.
+        recording: The clip.
+        controller: It may ask for 8 bits alone.
 
     Returns:
-        The bits of each clip and step, and ‖Σ Δσ·(ṽ − v)‖ / ‖x‖ of each clip, in L2, with x the latent at the end.
+        The bits of each step, ‖Σ Δσ·(ṽ − v)‖ / ‖x‖ in L2, with x the latent at the end, and the same against the outputs of the
+        fp32 model in place of v.
     """
     scheduler = copy.deepcopy(bench.scheduler)
     scheduler.set_timesteps(bench.steps)
+    model, word = _Recorded(), torch.zeros(1, 1, 1)
+    run = _Switch(bench.steps, {8: model}, lambda _: controller, 1, word, word)
+    bits: list[list[int | None]] = [[]]
     lengths = scheduler.sigmas[1:] - scheduler.sigmas[:-1]
-    bits: list[list[int | None]] = []
-    errors = []
-    for clip in range(len(trajectory[0][0])):
-        known = [(x[clip : clip + 1], v[clip : clip + 1]) for x, v in trajectory]
-        model = _Recorded()
-        word = torch.zeros(1, 1, 1)
-        run = _Switch(bench.steps, {8: model}, lambda _, clip=clip: controllers(clip), 1, word, word)  # type: ignore[misc]
-        bits.append([])
-        error = torch.zeros_like(known[0][1], dtype=torch.float64)
-        for step, (timestep, (x, now)) in enumerate(zip(scheduler.timesteps, known)):
-            model.output = now
-            error += lengths[step] * (run.step(step, timestep, x, bits[-1:])[0] - now)
-        x, now = known[-1]
-        errors.append(float(error.norm() / (x + lengths[-1] * now).double().norm()))
-    return bits, errors
+    added = torch.zeros_like(recording.latents[0], dtype=torch.float64)
+    whole = added.clone()
+    for step, timestep in enumerate(scheduler.timesteps):
+        model.outputs = recording.outputs[step]
+        returned = run.step(step, timestep, recording.latents[step : step + 1], bits)[:, 0]
+        added += lengths[step] * _guided(bench, returned - recording.outputs[step])
+        whole += lengths[step] * _guided(bench, returned - recording.exact[step])
+    size = recording.latents[-1].double().norm()
+    return bits[0], float(added.norm() / size), float(whole.norm() / size)
+
+
+def _guided(bench: Bench, output: Tensor) -> Tensor:
+    """Return what guidance makes of the outputs with the prompt and without it, [2, ...]."""
+    return output[1] + bench.guidance * (output[0] - output[1])
 
 
 def _both(model: nn.Module, x: Tensor, timestep: Tensor, text: Tensor, empty: Tensor) -> Tensor:
