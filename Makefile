@@ -31,7 +31,7 @@ help:
 	@echo "make edge-check  that library and the plugin's harness under qemu-user (aarch64-linux-gnu-g++, qemu-aarch64, nvcc, TENSORRT_ROOT)"
 	@echo "make wheel   dist/*.whl, with the kernels' library where it was built (HOST=aarch64: with that of a Jetson)"
 	@echo "make wheel-check  such a wheel in a new environment: its commands, run from /"
-	@echo "make walks   the pages for four users, command by command in such an environment, as transcripts in docs/walks (COMFYUI_ROOT=)"
+	@echo "make walks   the pages for six users, command by command in such an environment, as transcripts in docs/walks (COMFYUI_ROOT=)"
 	@echo "make venv    only the environment: $(VENV) with dvdq-export and dvdq-inspect"
 	@echo "make dynamo-check  a worker behind NVIDIA Dynamo's own frontend, out of its wheels (90 MB)"
 	@echo "make triton-check  the model repository in a real tritonserver, out of nvidia-pytriton's wheel (55 MB)"

@@ -68,6 +68,14 @@ def _frozen_imports() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_between_files() -> Iterator[None]:
+    """Nor among what earlier files left: what a process traced, imported and keeps grows with every file."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _shared_traces() -> None:
     """Trace a model once a process, however many exports of it the tests make in this process."""

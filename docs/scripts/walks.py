@@ -1,4 +1,4 @@
-"""Walk through the pages for four users, command by command, in a new environment, and keep what the commands said.
+"""Walk through the pages for six users, command by command, in a new environment, and keep what the commands said.
 
 ``make walks`` builds the wheel and runs ``python docs/scripts/walks.py dist/*.whl``: the wheel goes with what it requires into an
 environment of its own, each walk into a folder of its own, and its transcript to docs/walks. ``make wheel-check`` is the walk
@@ -47,6 +47,9 @@ _VARIES = (
     (re.compile(r"\b[0-9a-f]{64}\b"), "…"),
     (re.compile(r"video_[0-9a-f]+"), "video_…"),
     (re.compile(r'("(?:created_at|completed_at|expires_at|seconds)": ?)[^,}]+'), r"\1…"),
+    (re.compile(r"(?m)^\w+: [\d.]+ M of [\d.]+ M weights, .*\n"), ""),  # a stage that takes more than a minute
+    (re.compile(r"(?<=weights in )… min (?=… s)"), ""),
+    (re.compile(r"(?<= of )[\d.]+ GiB(?=, with [\d.]+ MiB for libraries)"), "… GiB"),
     (re.compile(r"[\d.]+ GiB free at|[\d.]+ GiB of memory free"), lambda found: "… GiB" + found[0].partition("GiB")[2]),
     (re.compile(r"\[\d+\]|pid \d+"), "…"),
     (re.compile(r"(?m)^(transformer +a\d) .*"), r"\1  …"),  # a row of dvdq bench
@@ -131,6 +134,44 @@ WALKS = (
             Step(f"{DRAW} --memory auto --dry-run", "Does a clip fit?"),
             Step(f"{DRAW} -o cat.mp4 --trace cat.json", "Draw. Without a GPU that is ONNX Runtime on the CPU.", "--steps 8"),
             Step("dvdq bench out/wan", "How long does one call take here?", "--repeats 3"),
+        ),
+    ),
+    Walk(
+        "laptop", "The owner of a laptop with an RTX 4060", "for/laptop.md",
+        (
+            Step("dvdq doctor", FIRST),
+            Step(
+                f'dvdq-export {MODEL} -o out/wan --gpu "RTX 4060 Laptop" --dry-run',
+                "What does a laptop with 8 GB gain, and does the pipeline fit?",
+            ),
+            Step(f'dvdq-export {MODEL} -o out/wan --gpu "RTX 4060 Laptop"', "Make it."),
+            Step(
+                f'dvdq-export {MODEL} -o out/wan --gpu "RTX 4060 Laptop" --resume',
+                "Again, as after a laptop that slept: what is there is not made twice.", on_page=False,
+            ),
+            Step(f"{DRAW} --memory auto --dry-run", "What will a run hold, and when?"),
+            Step(
+                f"{DRAW} --memory auto -o cat.mp4 --trace cat.json",
+                "Draw. Without a GPU that is ONNX Runtime on the CPU.", "--steps 8",
+            ),
+            Step("dvdq bench out/wan", "How long does one call take here?", "--repeats 3"),
+        ),
+    ),
+    Walk(
+        "windows", "The user of WSL2", "for/windows.md",
+        (
+            Step("dvdq doctor", FIRST),
+            Step(
+                f"dvdq-export {MODEL} -o out/wan --gpu auto --dry-run",
+                "Here is Linux without a GPU, as in WSL without a driver: `--gpu auto` finds no card.", code=2,
+            ),
+            Step(
+                f'dvdq-export {MODEL} -o out/wan --gpu "RTX 5080" --dry-run', "So the card is named.", on_page=False,
+            ),
+            Step(f'dvdq-export {MODEL} -o out/wan --gpu "RTX 5080"', "Make it.", on_page=False),
+            Step(
+                f"{DRAW} --memory auto -o cat.mp4", "Draw. Without a GPU that is ONNX Runtime on the CPU.", "--steps 8",
+            ),
         ),
     ),
     Walk(

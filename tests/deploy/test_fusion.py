@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from dvdquant.ops.repack import LayerShape
 from tests.support import session_exports as made
 from tests.support.commands import refused
 from tests.support.lora_files import low_rank, write_peft
-from tests.support.running import PROMPT, call, run, short_wan_export
+from tests.support.running import PROMPT, call, decode, drawn, run, short_wan_export
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "kernels" / folder) for folder in ("", "bench", "check")]
 
@@ -349,3 +350,24 @@ def test_inductors_code_around_fused_layers_computes_the_same(monkeypatch: pytes
     with PyTorchSession(artifact, bits=[8], compile=True) as session:
         assert session.fused
         assert made.relative(session.run(inputs, 8), exact) <= 1.5 * apart
+
+
+@pytest.mark.stress
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("policy", ["forecast", "line"])
+def test_a_step_cache_skips_the_same_steps(policy: str, tmp_path: Path) -> None:
+    """Of a session that fuses, whose outputs differ by their rounding: the same decisions, and nearly the same clip."""
+    clips, frames = [], []
+    for option in ("--no-fuse", "--fuse"):
+        torch._dynamo.reset()
+        clip, trace = tmp_path / f"clip{option}.mp4", tmp_path / f"trace{option}.json"
+        cache = ("--prompt", PROMPT, "--steps", 16, "--cache", 0.1, "--cache-policy", policy, "--backend", "pytorch")
+        drawn(*call(short_wan_export(), *cache, option, "-o", clip, "--trace", trace))
+        (found,) = json.loads(trace.read_text())["clips"]
+        clips.append(found)
+        frames.append(decode(clip).astype(float))
+    apart, fused = clips
+    assert (apart["executed"]["fused"], fused["executed"]["fused"]) == (False, True)
+    assert 0 < apart["summary"]["skipped"] < apart["summary"]["calls"]
+    assert apart["blocks"] == fused["blocks"]
+    assert abs(frames[0] - frames[1]).mean() < 2
