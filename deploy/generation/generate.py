@@ -32,8 +32,8 @@ __all__ = [
     "Generator",
     "generate",
     "open_generator",
-    "rearranged",
     "reload_generator",
+    "with_changed_options",
 ]
 
 
@@ -146,7 +146,7 @@ def open_generator(
     return _open(checker, options, lora)
 
 
-def rearranged(generator: Generator, **changes: Any) -> Generator:
+def with_changed_options(generator: Generator, **changes: Any) -> Generator:
     """Return a generator of the same model and export with other options; call it before anything is loaded.
 
     Args:

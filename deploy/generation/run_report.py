@@ -77,7 +77,7 @@ def bit_strip(trace: Sequence[StepRecord]) -> str:
 
 
 def average_bits(steps: Sequence[StepRecord]) -> str:
-    """Mean over the computed steps, as text.
+    """Return the mean bits over the computed steps, as text.
 
     Args:
         steps: One record per step.
@@ -88,7 +88,7 @@ def average_bits(steps: Sequence[StepRecord]) -> str:
 
 @cache
 def machine() -> str:
-    """Processor and number of usable cores, and the GPU if PyTorch sees one."""
+    """Return the processor, the number of usable cores, and the GPU if PyTorch sees one, in words."""
     import torch
 
     parts = [f"{processor_name()}, {len(os.sched_getaffinity(0))} cores"]

@@ -48,13 +48,16 @@ class Row:
 
 
 def psnr(clip: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> float:
-    """Peak signal-to-noise ratio in dB, 10 · log10(255² / mean((clip − reference)²)), of uint8 arrays of one shape.
+    """Compute the peak signal-to-noise ratio of two clips in dB, 10 · log10(255² / mean((clip − reference)²)).
 
-    Infinite for equal clips. ShapeError on another dtype or on shapes that differ.
+    It is infinite for equal clips.
 
     Args:
         clip: The clip, uint8 of any shape.
         reference: The clip it is compared with, of the same shape.
+
+    Raises:
+        ShapeError: One is of another dtype, or the shapes differ.
     """
     if clip.dtype != np.uint8 or reference.dtype != np.uint8 or clip.shape != reference.shape or not clip.size:
         raise ShapeError(

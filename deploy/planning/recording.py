@@ -131,7 +131,7 @@ class Recorder:
             session.begin(prompt, seed)
 
     def end(self) -> list[ClipRecording]:
-        """Stop; the recordings of the transformers that ran, in the order of their steps."""
+        """Stop, and return the recordings of the transformers that ran, in the order of their steps."""
         self._clip = None
         clips = [clip for session in self.sessions if (clip := session.end()) is not None]
         return sorted(clips, key=lambda clip: -clip.timesteps[0])

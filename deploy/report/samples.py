@@ -189,7 +189,7 @@ def _row(result: GenerateResult, reference: GenerateResult) -> SampleRow:
 
 
 def frames_png(result: GenerateResult) -> tuple[str, int, int]:
-    """Up to eight frames beside each other as (data URI of a PNG, width, height), enlarged with nearest neighbour.
+    """Return up to eight frames beside each other as (data URI of a PNG, width, height), enlarged with nearest neighbour.
 
     Args:
         result: The clip and its records.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,6 +11,7 @@ from dvdquant.artifact.entries import EngineEntry
 from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.provenance import lora_room, lora_words, sampling_words
 from dvdquant.checkpoint.formats.files import names_file
+from dvdquant.hardware.capabilities import CAPABILITIES
 from dvdquant.model.families.base import ImageInputs
 from dvdquant.recipe import fitted_text, looks_at_inputs
 from dvdquant.text import shell_word, unsafe, without_secrets
@@ -31,7 +31,6 @@ __all__ = [
 
 LONGEST = 600  # characters of one text of the page
 NO_IMAGES = ImageInputs()
-_SLOW = re.compile(r"(?i)no faster than a8")
 
 
 def shown(value: Any) -> Any:
@@ -125,7 +124,7 @@ def millions(count: int) -> str:
 
 
 def size_text(shapes: Mapping[str, Any]) -> str:
-    """Latent sizes of the graphs, ranges with what they are tuned for.
+    """Return the latent sizes of the graphs in words, ranges with what they are tuned for.
 
     Args:
         shapes: The sizes that the manifest records.
@@ -179,7 +178,7 @@ def executions(manifest: Manifest) -> tuple[list[Execution], list[str]]:
     """
     rows, slow = [], []
     for engine in manifest.engines:
-        flat = engine["act_bits"] == 4 and _SLOW.search(engine["executes"]) is not None
+        flat = _is_flat(engine)
         slow += [sm for sm in engine["sm"] if flat and sm not in slow]
         rows.append(
             Execution(
@@ -207,6 +206,14 @@ def executions(manifest: Manifest) -> tuple[list[Execution], list[str]]:
             )
         )
     return rows, slow
+
+
+def _is_flat(engine: EngineEntry) -> bool:
+    """Return whether an engine of 4-bit activations multiplies as one of 8 bits does on all of its SMs."""
+    if engine["act_bits"] != 4 or engine["precision"] not in ("int8", "plugin"):
+        return False
+    known = [CAPABILITIES[sm] for sm in engine["sm"] if sm in CAPABILITIES]
+    return engine["precision"] == "int8" or (bool(known) and not any(each.kernels_a4 for each in known))
 
 
 def _builder(engine: EngineEntry) -> str:

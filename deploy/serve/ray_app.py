@@ -53,7 +53,7 @@ from dvdquant.text import shown
 if TYPE_CHECKING:
     from dvdquant.deploy.generation.session_options import WrapSession
 
-__all__ = ["RayArguments", "app", "bound"]
+__all__ = ["RayArguments", "app", "bind_app"]
 
 KEY_VARIABLE = "DVDQ_API_KEY"
 _LAST_SECONDS = 30.0  # that a worker gets to put its job back, after its time to drain
@@ -318,10 +318,10 @@ def app(args: RayArguments) -> Any:
     Raises:
         UnsupportedError: Arguments contradict each other, or the environment lacks what they need.
     """
-    return bound(args)
+    return bind_app(args)
 
 
-def bound(args: RayArguments, wrap_session: WrapSession | None = None) -> Any:
+def bind_app(args: RayArguments, wrap_session: WrapSession | None = None) -> Any:
     """Return the application.
 
     Args:

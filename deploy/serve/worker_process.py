@@ -153,7 +153,7 @@ def _berth(settings: WorkerSettings) -> Berth | None:
 
 def _obey(worker: Worker, messages: Iterator[dict[str, Any]], link: Link, berth: Berth | None) -> None:
     """Do what the server says. Without a server, wait for the next one for a while, then let go of the job and end."""
-    told = _do(worker, messages)
+    told = _obey_one_server(worker, messages)
     end = time.monotonic() + _ALONE_SECONDS
     while berth is not None and not told:
         link.channel = None
@@ -172,7 +172,7 @@ def _obey(worker: Worker, messages: Iterator[dict[str, Any]], link: Link, berth:
         channel.send("goes_on")
         link.channel = channel
         worker.end_alone()
-        told = _do(worker, messages)
+        told = _obey_one_server(worker, messages)
         end = time.monotonic() + _ALONE_SECONDS
     worker.let_go()
     # A call of an engine cannot be interrupted; the lease runs out, so no job is lost.
@@ -180,8 +180,8 @@ def _obey(worker: Worker, messages: Iterator[dict[str, Any]], link: Link, berth:
     os._exit(1)
 
 
-def _do(worker: Worker, messages: Iterator[dict[str, Any]]) -> bool:
-    """Do what the server says until it is gone. Return whether it has told the worker to end."""
+def _obey_one_server(worker: Worker, messages: Iterator[dict[str, Any]]) -> bool:
+    """Do what one server says until it is gone; return whether it has told the worker to end."""
     told = False
     for message in messages:
         kind = message["event"]

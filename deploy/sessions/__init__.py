@@ -106,17 +106,8 @@ def open_session(
     chosen_bits(artifact, component, bits)
     if attention is not None and attention not in ATTENTION:
         raise UnsupportedError(f"unknown attention {attention!r:.100}", available=ATTENTION, fix="pick one of these")
-    for option, given, refusal, instead in (
-        ("the library", attention_backend is not None, "takes no library for attention", "compute it themselves"),
-        ("compile", compile, "does not take compile", "are compiled already"),
-        ("fuse", fuse, "does not take fuse", "are fused when they are built"),
-    ):  # fmt: skip
-        if given and name not in ("auto", "pytorch"):
-            raise UnsupportedError(
-                f"{name} {refusal}: its engines and graphs {instead}",
-                available="pytorch",
-                fix=f"leave {option} out, or choose the backend pytorch",
-            )
+    if name not in ("auto", "pytorch"):
+        _refuse_options_of_pytorch(name, compile, fuse, attention_backend)
     # 4. Open it.
     if name == "pytorch" or asks_for_pytorch(compile, fuse, attention_backend):
         from dvdquant.deploy.sessions.pytorch import PyTorchSession
@@ -138,6 +129,21 @@ def open_session(
             "%s: attention is in 16 bit: only PyTorch sessions have %s, not %s", component, wanted, session.backend
         )
     return session
+
+
+def _refuse_options_of_pytorch(name: str, compile: bool, fuse: bool | None, attention_backend: str | None) -> None:
+    """Refuse options that PyTorch sessions alone have, of another backend."""
+    for option, given, refusal, instead in (
+        ("the library", attention_backend is not None, "takes no library for attention", "compute it themselves"),
+        ("compile", compile, "does not take compile", "are compiled already"),
+        ("fuse", fuse, "does not take fuse", "are fused when they are built"),
+    ):  # fmt: skip
+        if given:
+            raise UnsupportedError(
+                f"{name} {refusal}: its engines and graphs {instead}",
+                available="pytorch",
+                fix=f"leave {option} out, or choose the backend pytorch",
+            )
 
 
 def full_name(backend: str) -> str:

@@ -46,7 +46,7 @@ _VARIES = (
     (re.compile(r"\d{4}-\d\d-\d\dT[\d:+.]+"), "…"),
     (re.compile(r"\b[0-9a-f]{64}\b"), "…"),
     (re.compile(r"video_[0-9a-f]+"), "video_…"),
-    (re.compile(r'("(?:created_at|completed_at|expires_at|seconds)": ?)[^,}]+'), r"\1…"),
+    (re.compile(r'("(?:created_at|completed_at|expires_at|seconds|encode_seconds)": ?)[^,}]+'), r"\1…"),
     (re.compile(r"(?m)^\w+: [\d.]+ M of [\d.]+ M weights, .*\n"), ""),  # a stage that takes more than a minute
     (re.compile(r"(?<=weights in )… min (?=… s)"), ""),
     (re.compile(r"(?<= of )[\d.]+ GiB(?=, with [\d.]+ MiB for libraries)"), "… GiB"),

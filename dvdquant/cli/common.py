@@ -124,7 +124,7 @@ class _ToStderr(logging.StreamHandler[Any]):
 
     @property
     def stream(self) -> Any:
-        """Standard error."""
+        """Return standard error as it is now."""
         return sys.stderr
 
 

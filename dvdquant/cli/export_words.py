@@ -79,18 +79,20 @@ def plan_text(plan: ExportPlan, choice: Choice, fused: dict[str, int] | None) ->
         choice: What was chosen for the GPUs, and the notes on it.
         fused: The number of fused layers of each transformer, or None where none is asked for.
     """
-    from dvdquant.artifact.provenance import sampling_sentence
-    from dvdquant.checkpoint.lora.fuse import lora_lines
+    lines = [*_made(plan, choice), *_besides(plan), *_executed(plan, fused), *_costs(plan.estimate)]
+    return "\n".join([*lines, "dry run: nothing was written"])
+
+
+def _made(plan: ExportPlan, choice: Choice) -> list[str]:
+    """Return the model, what is made of it, and whether that fits the devices."""
     from dvdquant.cli.export_answers import answers, device_answers
     from dvdquant.export.source_words import source_lines
     from dvdquant.ops.attention.libraries import ladders_words
-    from dvdquant.quantize.checkpoint import left_out_text
 
-    # 1. The model, what is made of it, and whether that fits.
     first = plan.plans[0]
     devices = device_answers(plan, choice)
     weights = sum(p.quantized_weights for p in plan.plans)
-    lines = [
+    return [
         f"{plan.options.model}: {first.family.config['_class_name']}, {', '.join(plan.components)}",
         *(
             line
@@ -112,7 +114,15 @@ def plan_text(plan: ExportPlan, choice: Choice, fused: dict[str, int] | None) ->
         _kinds_of_layers(plan),
         "",
     ]
-    # 2. What is left out, fused in, reserved or written besides.
+
+
+def _besides(plan: ExportPlan) -> list[str]:
+    """Return what is left out, fused in, reserved or written besides, and the defaults of the runtime."""
+    from dvdquant.artifact.provenance import sampling_sentence
+    from dvdquant.checkpoint.lora.fuse import lora_lines
+    from dvdquant.quantize.checkpoint import left_out_text
+
+    lines = []
     for model_plan, checkpoint in zip(plan.plans, plan.checkpoints):
         if unused := model_plan.left_out(checkpoint.tensors):
             lines += [left_out_text(checkpoint, unused), ""]
@@ -130,7 +140,12 @@ def plan_text(plan: ExportPlan, choice: Choice, fused: dict[str, int] | None) ->
         lines += [note, ""]
     if plan.options.sampling is not None:
         lines += [sampling_sentence(plan.options.sampling), ""]
-    # 3. What executes where, and what it costs.
+    return lines
+
+
+def _executed(plan: ExportPlan, fused: dict[str, int] | None) -> list[str]:
+    """Return what executes where, and what an engine holds on the device."""
+    lines = []
     if plan.engines:
         lines += [
             "what will execute",
@@ -153,7 +168,7 @@ def plan_text(plan: ExportPlan, choice: Choice, fused: dict[str, int] | None) ->
             "on the device, an engine of one transformer with its weights: "
             + ", ".join(f"{name} {amount(size)}" for name, size in held.items())
         )
-    return "\n".join([*lines, *_costs(plan.estimate), "dry run: nothing was written"])
+    return lines
 
 
 def _kinds_of_layers(plan: ExportPlan) -> str:

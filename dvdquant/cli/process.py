@@ -91,7 +91,7 @@ class _Results(_Stream):
 
     @property
     def encoding(self) -> str:
-        """UTF-8 where the locale is ASCII, too: what it lacks is escaped, and click need not put a writer of its own."""
+        """Return UTF-8 where the locale is ASCII, too: what it lacks is escaped, and click need not put a writer of its own."""
         name: str = self.inner.encoding
         return "utf-8" if name.lower() in ("ascii", "us-ascii", "ansi_x3.4-1968") else name
 
@@ -291,7 +291,7 @@ def _no_memory(text: str) -> ResourceError:
 
 
 def require_folder() -> None:
-    """OutputError where the working directory was deleted: libraries and relative paths need one."""
+    """Refuse to run where the working directory was deleted, with OutputError: libraries and relative paths need one."""
     try:
         os.getcwd()
     except OSError as error:

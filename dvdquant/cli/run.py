@@ -21,7 +21,7 @@ from dvdquant.system.devices import check_device_word, resolve_device
 from dvdquant.system.whole_file import check_writable
 
 if TYPE_CHECKING:
-    from dvdquant.cli.run_memory import Arranged
+    from dvdquant.cli.run_memory import ArrangedRun
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.generate import Generator
     from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
@@ -244,7 +244,7 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
     out = locate_export(out, revision)
     manifest = load_manifest(out)
     loading("PyTorch and the runtime", log_format)
-    from dvdquant.cli.run_memory import arranged
+    from dvdquant.cli.run_memory import arrange_run
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.generate import open_generator
     from dvdquant.system.progress import Progress
@@ -283,7 +283,7 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
             generator.save_text_embeds(settings.save_text_embeds, [requests[0] for requests in plan])
             progress.say(f"text embeddings of {len(plan)} prompts  {settings.save_text_embeds}")
             return
-        arrangement = arranged(settings, generator, plan, memory)
+        arrangement = arrange_run(settings, generator, plan, memory)
         generator, plan = stack.enter_context(arrangement.generator), arrangement.requests
         for note in generator.notes(plan[0][0]):
             progress.say(note)
@@ -307,7 +307,7 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
 
 
 def say_needs(
-    generator: Generator, plan: list[list[GenerateRequest]], arrangement: Arranged, progress: Progress
+    generator: Generator, plan: list[list[GenerateRequest]], arrangement: ArrangedRun, progress: Progress
 ) -> None:
     """Say what a run would take, for ``--dry-run``.
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dvdquant.deploy.generation.memory_plan import MemoryPlan
     from dvdquant.deploy.generation.request import GenerateRequest
 
-__all__ = ["Arranged", "Place", "arranged", "memory_text", "place_of", "plan_run"]
+__all__ = ["ArrangedRun", "Place", "arrange_run", "memory_text", "place_of", "plan_run"]
 
 LEAST_BASE = 512 << 20
 
@@ -145,7 +145,7 @@ def _backend(settings: RunOptions, generator: Generator, device: torch.device) -
 
 
 @dataclass(frozen=True)
-class Arranged:
+class ArrangedRun:
     """A run whose parts were arranged on a device.
 
     Args:
@@ -169,12 +169,12 @@ class Arranged:
         return memory_text(self.plan, self.place, self.memory)
 
 
-def arranged(
+def arrange_run(
     settings: RunOptions,
     generator: Generator,
     requests: list[list[GenerateRequest]],
     memory: int | Literal["auto"] | None,
-) -> Arranged:
+) -> ArrangedRun:
     """Arrange a run on its device, before anything is loaded.
 
     Args:
@@ -186,7 +186,7 @@ def arranged(
     Raises:
         ResourceError: It does not fit; the error says what does.
     """
-    from dvdquant.deploy.generation.generate import rearranged
+    from dvdquant.deploy.generation.generate import with_changed_options
     from dvdquant.deploy.generation.memory_plan import PACKED
     from dvdquant.system.devices import resolve_device
 
@@ -195,11 +195,11 @@ def arranged(
     limit = place.free if memory == "auto" else memory
     plan = plan_run(settings, generator, requests[0], limit, place, backend)
     if limit is None:
-        return Arranged(generator, requests, plan, place, backend, None)
+        return ArrangedRun(generator, requests, plan, place, backend, None)
     how = plan.arrangement
     bits = generator.artifact.bits(generator.artifact.components[0])
     alone = how.transformer.bits if len(how.transformer.bits) < len(bits) else ()
-    changed = rearranged(
+    changed = with_changed_options(
         generator,
         vae_tiling=how.vae_tiling,
         offload=how.offload,
@@ -210,7 +210,7 @@ def arranged(
     )
     if alone and requests[0][0].mode == "switch":
         requests = [[changed.check(_at_width(request, alone[0])) for request in each] for each in requests]
-    return Arranged(changed, requests, plan, place, backend, limit)
+    return ArrangedRun(changed, requests, plan, place, backend, limit)
 
 
 def _at_width(request: GenerateRequest, width: int) -> GenerateRequest:

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from dvdquant.deploy.generation.video import Row
     from dvdquant.system.progress import Progress
 
-__all__ = ["Writer", "numbered"]
+__all__ = ["Writer", "numbered_path"]
 
 
-def numbered(path: Path, index: int, count: int) -> Path:
+def numbered_path(path: Path, index: int, count: int) -> Path:
     """Return ``clip.mp4``, or of several ``clip-1.mp4``, ``clip-2.mp4``.
 
     Args:
@@ -65,7 +65,7 @@ class Writer:
             if path is None:
                 continue
             for index in range(count if many else 1):
-                target = check_target(numbered(path, index, count) if many else path, suffixes).absolute()
+                target = check_target(numbered_path(path, index, count) if many else path, suffixes).absolute()
                 if target in seen:
                     raise OutputError(f"{option} and {seen[target]} are both {path}", fix="give each its own name")
                 seen[target] = option
@@ -108,7 +108,7 @@ class Writer:
         outputs: dict[str, str] = {}
         for kind, base in (("clip", self.settings.output), ("gif", self.settings.gif)):
             if base is not None:
-                path = numbered(base, index, self.count)
+                path = numbered_path(base, index, self.count)
                 (write_gif if path.suffix.lower() == ".gif" else write_mp4)(path, picture, fps)
                 outputs[kind] = str(path)
                 self.written.append((kind, path))

@@ -14,10 +14,10 @@ from dvdquant.cli.common import CUDA_GRAPHS, FUSE, ExamplesCommand, runs_on
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.cli.serve_options import (
     KEY_VARIABLE,
+    allowed_names,
     check_open,
     check_session_options,
     devices,
-    hosts,
     read_files,
     read_keys,
     read_limits,
@@ -218,7 +218,7 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
             **{each.name: options[each.name] for each in fields(EngineSettings)},
             limits=read_limits(options),
             api_keys=tuple(key_digest(key) for key in keys),
-            allowed_hosts=hosts(options["host"], options["allow_host"]),
+            allowed_hosts=allowed_names(options["host"], options["allow_host"]),
             keep=3600 * options["keep_hours"],
             stall=options["stall_seconds"],
             drain=options["drain_seconds"],
@@ -275,7 +275,7 @@ def run_dynamo(exports: tuple[str, ...], options: dict[str, Any]) -> None:
 
 
 def require_packages() -> None:
-    """UnsupportedError naming what the server needs and this environment lacks."""
+    """Refuse to run without the packages of the server, with UnsupportedError that names them."""
     missing = [package for module, package in _MODULES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UnsupportedError(f"dvdq-serve needs {', '.join(missing)}", fix="pip install 'dvdquant[serve]'")

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 __all__ = [
     "KEY_VARIABLE",
     "LOOPBACK",
+    "allowed_names",
     "check_open",
     "check_session_options",
     "devices",
     "gpus",
-    "hosts",
     "read_files",
     "read_keys",
     "read_limits",
@@ -148,7 +148,7 @@ def check_open(host: str, has_keys: bool, is_open: bool) -> None:
         )
 
 
-def hosts(host: str, more: tuple[str, ...]) -> tuple[str, ...]:
+def allowed_names(host: str, more: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names that the Host header may have: on the loopback interface those of it, or a page could rebind a name.
 
     Args:

@@ -325,7 +325,7 @@ def run_quant_linear(
 
     Args:
         kernels: The kernels of x's device.
-        cache: Where prepared weights and balances are kept.
+        cache: Where prepared weights, and rows of scale and shift, are kept.
         x: bf16 or fp16 [..., K].
         packed: The tensors of the layer.
         act_bits: Bits of the activation codes.

@@ -1,4 +1,4 @@
-"""Results that the kernels need of a layer's stored tensors, made once: prepared weights, balances, matrix checks."""
+"""Results that the kernels need of a layer's stored tensors, made once: prepared weights, smoothing rows, matrix checks."""
 
 from __future__ import annotations
 

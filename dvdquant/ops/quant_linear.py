@@ -77,7 +77,7 @@ def smooth_quant_linear(
 ) -> Tensor:
     """Compute :func:`quant_linear` of :func:`smooth_input`, for eager PyTorch on a GPU.
 
-    The kernel that quantizes x also balances it. Graphs and compilers get the two operations apart.
+    The kernel that quantizes x also smooths it. Graphs and compilers get the two operations apart.
 
     Args:
         x: [..., K] float32, float16 or bfloat16.

@@ -1,4 +1,4 @@
-"""Balance of a layer's input before its rotation: subtract a predicted mean, scale channels by powers of two."""
+"""Smoothing of a layer's input before its rotation: subtract a predicted mean, scale channels by powers of two."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def quantize_layer(
     for member, rows, has_bias in zip(spec.members, spec.rows, spec.biases):
         weight, found = read_counted(checkpoint, f"{member}.weight", limits, allow_nonfinite)
         bad += found
-        # 1. In chunks of rows: W·shift, balance, rotate, quantize (BGR), round with feedback, add up errors, pack.
+        # 1. In chunks of rows: W·shift, smooth, rotate, quantize (BGR), round with feedback, add up errors, pack.
         shifted = []
         step = max(1, CHUNK_WEIGHTS // spec.features)
         for start in range(0, rows, step):
@@ -192,7 +192,7 @@ def rotated_weight(checkpoint: Checkpoint, spec: LayerSpec, pre_quant_scale: Ten
     Args:
         checkpoint: The checkpoint that holds the layer; NaN and infinities count as 0.
         spec: The layer.
-        pre_quant_scale: fp32 [K], by which columns are divided where the layer is balanced; None where it is not.
+        pre_quant_scale: fp32 [K], by which columns are divided where the layer is smoothed; None where it is not.
     """
     parts = []
     for member in spec.members:

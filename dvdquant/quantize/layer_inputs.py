@@ -51,7 +51,7 @@ class LayerInputs:
     Args:
         smooth_scale: fp32 [K], powers of two, with a sign each where the layer has signs and is rotated; the shifted input is
             divided by them and the weight's columns are multiplied. Their magnitudes are 1 where the layer is not
-            balanced.
+            smoothed.
         hessian: fp32 [K/b, b, b] of the divided and rotated input. The mean is not subtracted: feedback then minds how
             far the shift is from the mean of real inputs. That was no worse on predicted inputs and better on real
             ones.

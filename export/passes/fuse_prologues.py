@@ -48,13 +48,13 @@ class _Found:
 def fuse_prologues(model: ir.Model) -> int:
     """Replace quantized layers, and what is computed before them, by single nodes; returns how many.
 
-    1. ``QuantLinear(balance(a · norm(x + gate · y) + b))`` becomes ``FusedQuantLinear``, whose second output is the sum, for
-       whoever reads it further on. The residual, the gate, a, b and the balance may be missing; ``gelu(x)`` by tanh stands in
+    1. ``QuantLinear(smooth(a · norm(x + gate · y) + b))`` becomes ``FusedQuantLinear``, whose second output is the sum, for
+       whoever reads it further on. The residual, the gate, a, b and the smoothing may be missing; ``gelu(x)`` by tanh stands in
        their place. The definition is :func:`dvdquant.ops.fused.apply_prologue`: sums and norms in fp32, the sum and the result
        rounded to 16 bits.
     2. Rows (gate, a, b) are one for all tokens, one for each sample or one for each token, in fp32. The weight and the bias of
        a norm are folded into a and b.
-    3. The balance is a constant of the node, in the form that the kernel reads.
+    3. Its scale and shift are a constant of the node, in the form that the kernel reads.
     4. Left alone: a layer whose input something else reads, too, with an outer factor of its rotation, or with more than 32768
        channels; a norm over something else than the last axis.
 
@@ -83,9 +83,9 @@ def _find(graph: ir.Graph, layer: ir.Node) -> _Found | None:
     channels = value.shape[-1]
     if tuple(outer.shape) != (1, 1) or not isinstance(channels, int) or channels > MAX_CHANNELS:
         return None
-    # 1. The balance: (z − shift) · scale.
-    scale, value = _balance(value, "Mul", ".pre_quant_scale", layer)
-    shift, value = _balance(value, "Sub", ".pre_quant_shift", layer) if value is not None else (None, None)
+    # 1. The smoothing: (z − shift) · scale.
+    scale, value = _smoothing_step(value, "Mul", ".pre_quant_scale", layer)
+    shift, value = _smoothing_step(value, "Sub", ".pre_quant_shift", layer) if value is not None else (None, None)
     # 2. What it is of.
     start = _only_for(value)
     if start is None:
@@ -103,10 +103,10 @@ def _find(graph: ir.Graph, layer: ir.Node) -> _Found | None:
     return found
 
 
-def _balance(
+def _smoothing_step(
     value: ir.Value | None, operator: str, suffix: str, layer: ir.Node
 ) -> tuple[np.ndarray | None, ir.Value | None]:
-    """Return the constant of a step of the balance and what it is applied to, or None and the value itself."""
+    """Return the constant of a step of the smoothing and what it is applied to, or None and the value itself."""
     node = _producer(value, operator)
     if node is None or not _has_one_reader(value):
         return None, value
@@ -325,7 +325,7 @@ def _rewrite(graph: ir.Graph, layer: ir.Node, found: _Found) -> bool:
     reads: dict[str, ir.Value | None] = {
         "y": found.y, "gate": rows.widen(found.gate), "multiplier": a, "addend": b, "pre_quant": None
     }  # fmt: skip
-    # 2. The balance.
+    # 2. The smoothing.
     if found.pre_quant is not None:
         kind = found.x.dtype or ir.DataType.BFLOAT16
         tensor = ir.tensor(found.pre_quant.view(kind.numpy()), dtype=kind, name=f"{name}.pre_quant")

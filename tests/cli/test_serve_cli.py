@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dvdquant.cli.serve import main
-from dvdquant.cli.serve_options import devices, gpus, hosts, read_keys
+from dvdquant.cli.serve_options import allowed_names, devices, gpus, read_keys
 from dvdquant.deploy.serve.direct import DirectModel
 from dvdquant.deploy.serve.model_names import named, named_export
 from dvdquant.deploy.serve.settings import Limits, ModelSource, ServerSettings, SessionSettings
@@ -176,8 +176,8 @@ def test_small_questions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert named("plain") is None
     assert named_export("/x/a=b/out") == ("out", "/x/a=b/out")
     assert named_export("a=/x/out/") == ("a", "/x/out")
-    assert hosts("0.0.0.0", ()) == ()
-    assert hosts("0.0.0.0", ("Video.Example",)) == ("127.0.0.1", "localhost", "[::1]", "video.example")
+    assert allowed_names("0.0.0.0", ()) == ()
+    assert allowed_names("0.0.0.0", ("Video.Example",)) == ("127.0.0.1", "localhost", "[::1]", "video.example")
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

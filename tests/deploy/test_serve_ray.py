@@ -101,7 +101,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from ray import serve
 
     from benchmarks.serving.stub_worker import StubSession
-    from dvdquant.deploy.serve.ray_app import RayArguments, bound
+    from dvdquant.deploy.serve.ray_app import RayArguments, bind_app
 
     folder = tmp_path_factory.mktemp("ray")
     port = free_port()
@@ -124,7 +124,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
                 s3_endpoint=endpoint, data=str(folder / "data"), min_workers=1, max_workers=2, up_seconds=0.5,
                 down_seconds=4, gpus=0, cpus=0.5, open=True, backend="onnxruntime", drain_seconds=60, warm_up=False,
             )  # fmt: skip
-            serve.run(bound(args, StubSession), name="dvdq", blocking=False)  # type: ignore[arg-type]
+            serve.run(bind_app(args, StubSession), name="dvdq", blocking=False)  # type: ignore[arg-type]
             yield SimpleNamespace(url=f"http://127.0.0.1:{port}", serve=serve, store=store)
             serve.shutdown()
         finally:

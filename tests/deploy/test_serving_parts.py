@@ -19,7 +19,9 @@ from dvdquant.deploy.generation.generate import GenerateRequest, open_generator,
 from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
 from dvdquant.errors import EngineError, OutputError, ResourceError, ShapeError
 from tests.support import tiny_pipelines
+from tests.support.commands import in_process
 from tests.support.running import PROMPT, short_wan_export, wan_pipeline
+from tests.support.session_exports import QUICK, RANGES
 from tests.support.step_sessions import tiny_export
 
 
@@ -111,8 +113,9 @@ def test_a_reload_that_fails_leaves_the_old_one(
         assert np.array_equal(old.generate(request).frames, before.frames)
 
 
-def test_the_need_grows_with_the_clip() -> None:
-    checker = open_checker(Artifact.open(tiny_export()), pipeline=wan_pipeline()[1])  # of 48 to 64 pixels in height
+def test_the_need_grows_with_the_clip(tmp_path: Path) -> None:
+    in_process(wan_pipeline()[0].parent / "source" / "transformer", "-o", tmp_path / "out", *QUICK, *RANGES)
+    checker = open_checker(Artifact.open(tmp_path / "out"), pipeline=wan_pipeline()[1])  # of 32 to 96 pixels in height
     low, high = (checker.check(GenerateRequest("a cat", height=height)) for height in (48, 64))
     assert 0 < estimated_need(checker, low) < estimated_need(checker, high)
 

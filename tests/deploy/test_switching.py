@@ -17,6 +17,7 @@ from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import EngineError, ShapeError, UnsupportedError
 from tests.support.bounds import UNIT
+from tests.support.session_exports import family_export
 from tests.support.step_sessions import FAULTS, TIMESTEPS, FaultySession, inputs_at, poison, tiny_export, walk
 
 # Of this random model L1 is 0.5 to 1.8 a step: δ = 3 gives runs of one to five low steps.
@@ -141,8 +142,16 @@ def resized(inputs: dict[str, Tensor], how: str) -> dict[str, Tensor]:
     return {**inputs, "hidden_states": inputs["hidden_states"][:, :, :, :6]} if how == "shape" else inputs
 
 
+@pytest.fixture
+def ranged() -> Iterator[FaultySession]:
+    """A session of other graphs, which take several heights."""
+    with FaultySession(family_export("wan")) as session:
+        yield session
+
+
 @pytest.mark.parametrize("how", ["explicit", "step 0", "timestep", "shape"])
-def test_a_new_request_forgets_the_last(session: FaultySession, how: str) -> None:
+def test_a_new_request_forgets_the_last(request: pytest.FixtureRequest, how: str) -> None:
+    session = request.getfixturevalue("ranged" if how == "shape" else "session")
     fresh, runner = switch(session, 1e9), switch(session, 1e9)
     for step, inputs in walk(session, 6):
         runner.run(inputs, step=step if how == "step 0" else None)

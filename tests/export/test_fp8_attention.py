@@ -58,7 +58,7 @@ def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Export:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """Two blocks of one size: traced and built in a fifth of the time."""
+    """Two blocks of one size, which are traced and built sooner than six for a range."""
     folder = tmp_path_factory.mktemp("small")
     model = write_checkpoint(folder / "model", WAN)
     return export_graphs(model, folder / "out", get_recipe("w4a8"), FIXED, torch.bfloat16, ("tensorrt",))

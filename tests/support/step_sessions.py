@@ -14,9 +14,8 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 from dvdquant.errors import EngineError
 from tests.support import tiny_models as tiny
-from tests.support.commands import in_process
+from tests.support.commands import SIZES, in_process
 from tests.support.folders import shared_folder
-from tests.support.session_exports import QUICK, RANGES
 
 TIMESTEPS = [1000.0 - 19.5 * i for i in range(50)]
 
@@ -27,7 +26,7 @@ def tiny_export() -> Path:
 
     def make(folder: Path) -> None:
         model = tiny.write_checkpoint(folder / "wan", tiny.WAN_ONE)
-        in_process(model, "-o", folder / "out", *QUICK, *RANGES)
+        in_process(model, "-o", folder / "out", "--target", "graphs", "--recipe", "w4a4", *SIZES)
 
     return shared_folder("steps", make) / "out"
 

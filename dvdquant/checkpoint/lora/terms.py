@@ -82,7 +82,7 @@ class Term:
 
     @property
     def nbytes(self) -> int:
-        """Memory of its tensors while they are read: as stored and in fp32."""
+        """Return the memory of its tensors while they are read: as stored and in fp32."""
         parts = (self.up, self.down, self.diff)
         return max(info.nbytes + 4 * math.prod(info.shape) for info in parts if info is not None)
 
