@@ -92,7 +92,7 @@ def main(
         folder = out or Path(source.name.removesuffix(".tar"))
         if folder.resolve() == source.resolve():
             raise UnsupportedError(f"{source} has no .tar to leave out of its name", fix="give a folder with -o")
-        with _refusals(source, gpu, plugins, bits, dry_run) as unpack:
+        with _opened_bundle(source, gpu, plugins, bits, dry_run) as unpack:
             if unpack is None:
                 return
             manifest = unpack(folder, progress)
@@ -124,7 +124,7 @@ def main(
 
 
 @contextlib.contextmanager
-def _refusals(
+def _opened_bundle(
     source: Path, gpu: Gpu | None, plugins: tuple[Path, ...], bits: tuple[int, ...], dry_run: bool
 ) -> Iterator[Any]:
     """Open a bundle, refuse what this machine cannot build, and yield the function that unpacks it; None in a dry run."""

@@ -127,7 +127,7 @@ def _kept(artifact: Artifact, component: str) -> str:
         rows.append(
             (
                 f"{len(rest)} others",
-                f"{sum(math.prod(t.shape) for t in rest):.3g} numbers",
+                f"{sum(math.prod(t.shape) for t in rest):,} numbers",
                 amount(sum(t.nbytes for t in rest)),
             )
         )
