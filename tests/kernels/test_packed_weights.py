@@ -13,7 +13,7 @@ from dvdquant.ops import packed_rows, repack
 from dvdquant.ops.cuda.arguments import WeightPointers
 from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.paths import choose_path, form_of
-from dvdquant.ops.repack import LayerShape
+from dvdquant.ops.repack import LayerShape, padded
 from tests.kernels.test_kernels_emulated import (
     AMPERE,
     BLACKWELL,
@@ -75,7 +75,7 @@ def test_a_packed_weight_expands_to_the_bytes_of_the_prepared_one(
         stored = (*weight[:4], weight[4] if bias else None)
         expected = packed_rows.make_rows(layer, *stored)
         assert rows.bytes.size == packed_rows.rows_bytes(layer) == len(expected)
-        for start in range(0, len(expected), packed_rows._padded(4 * n)):
+        for start in range(0, len(expected), padded(4 * n)):
             assert rows.bytes[start : start + 4 * n].tobytes() == expected[start : start + 4 * n], start
         # 2. What is expanded from them is what is prepared from the stored tensors; so in numpy.
         prepared = repack.from_bytes(layer, str(path), _prepare(library, layer, sm, weight, bias).bytes.tobytes())
