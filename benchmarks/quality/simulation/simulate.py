@@ -158,7 +158,7 @@ class SimulatedGroup:
         return (rotated if activation is None else activation(rotated)).to(self.dtype)
 
 
-# Without AVX-512, a product in bf16 takes ten times as long as one in float32 (576 x 256 by 256 x 768 on an EPYC: 32 and 3 ms).
+# Without AVX-512, a product in bf16 takes much longer than one in float32.
 # Products of two bf16 numbers are exact in float32, so the same operands give the same sum but for its order.
 _WIDE_PRODUCTS = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
