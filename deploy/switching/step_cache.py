@@ -166,9 +166,10 @@ _USUAL_STEPS = 50
 #   line       .04  65 %, −.43 and −.59 dB (64)
 #   easycache  .02  58 %, +.32 and −.34 dB (16);                                     .03  69 %, −.34 dB (16)
 #   magcache   .12  62 %, −.15 and −.76 dB (16);                                     .24  68 %, −.91 dB (16)
-# Of 16 clips one decides; only the intervals of forecast .05 and, with outliers, of line leave out 0. All but line return the last output: along a
-# rectified flow the velocity changes less than its difference to the latent. The setting of line was chosen by --along on
-# recorded clips, where the skipped steps of line .04 leave the error of forecast .02 and are 9 % of all steps more.
+# Of 16 clips one decides; only the intervals of forecast .05 and, with outliers, of line leave out 0. All but line return
+# the last output: along a rectified flow the velocity changes less than its difference to the latent. The setting of line
+# was chosen by --along on recorded clips, where the skipped steps of line .04 leave the error of forecast .02 and are 9 %
+# of all steps more.
 POLICIES: Mapping[str, StepCachePolicy] = {
     "forecast": StepCachePolicy(0.02),
     "line": StepCachePolicy(0.04, "line", 4, "line", weighting="step"),
