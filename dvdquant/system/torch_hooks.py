@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dvdquant.system.hooks import hook
@@ -21,6 +22,7 @@ __all__ = [
     "parse_to",
     "tensor_version",
     "trace_error",
+    "without_stack_traces",
 ]
 
 REQUIREMENT = "torch>=2.10,<2.15"
@@ -92,6 +94,19 @@ def trace_error() -> type[Exception]:
     """Return the class of what torch.export raises about code that it cannot trace."""
     found: type[Exception] = hook("torch", "torch._dynamo.exc:UserError", "to report a failed trace", REQUIREMENT)
     return found
+
+
+@contextlib.contextmanager
+def without_stack_traces() -> Iterator[None]:
+    """Let PyTorch note no line of code beside each node that it traces, which takes time in every trace."""
+    config = hook("torch", "torch.fx.config", "to trace a model without the lines of its code", REQUIREMENT)
+    name = "do_not_emit_stack_traces"
+    before = getattr(config, name, False)  # versions that do not know it pass over it
+    setattr(config, name, True)
+    try:
+        yield
+    finally:
+        setattr(config, name, before)
 
 
 def tensor_version(x: torch.Tensor) -> int:

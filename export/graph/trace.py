@@ -14,7 +14,6 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-import torch.fx.config
 
 from dvdquant.errors import ExportError
 from dvdquant.export.passes.boolean_where import boolean_where
@@ -26,7 +25,7 @@ from dvdquant.model.loading import GraphWrapper
 from dvdquant.model.lora_inputs import install_lora_inputs, lora_input_shapes
 from dvdquant.model.plan import ModelPlan, quantized_skeleton
 from dvdquant.onnx.schema import OPSET, register_schemas
-from dvdquant.system.torch_hooks import trace_error
+from dvdquant.system.torch_hooks import trace_error, without_stack_traces
 
 __all__ = ["OPSET_VERSION", "profile_shapes", "trace_graph"]
 
@@ -62,7 +61,7 @@ def trace_graph(plan: ModelPlan, sizes: Sizes) -> ir.Model:
     inputs = plan.family.sample(sizes, plan.dtype)
     # 2. Trace it and translate it to ONNX.
     try:
-        with _quiet_exporter(), _without_places(), torch.no_grad():
+        with _quiet_exporter(), without_stack_traces(), torch.no_grad():
             exported = torch.export.export(
                 wrapper, (inputs,), dynamic_shapes=_dynamic_shapes(plan.family, sizes), strict=False
             )
@@ -178,18 +177,6 @@ def _quiet_exporter() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _without_places() -> Iterator[None]:
-    """Let PyTorch note no line of code beside each node: that is a fifth of the time of a trace, and no graph keeps it."""
-    config, name = torch.fx.config, "do_not_emit_stack_traces"
-    before = getattr(config, name, False)  # versions that do not know it pass over it
-    setattr(config, name, True)
-    try:
-        yield
-    finally:
-        setattr(config, name, before)
 
 
 def profile_shapes(family: Family, sizes: Sizes) -> Mapping[str, tuple[tuple[int, ...], ...]] | None:
