@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
@@ -93,15 +94,35 @@ def kill_when(arguments: list[object], ready: Callable[[], bool], limit: float =
     try:
         while process.poll() is None and time.monotonic() < deadline:
             if ready():
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                _kill_group(process)
                 return True
             time.sleep(0.002)
         return False
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _kill_group(process)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL a process that leads its group, and the group; return when none of them holds a file any more.
+
+    A builder that is being started at that moment has the lock of the export open until it has died, too.
+    """
+    group = process.pid
+    os.killpg(group, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 60
+    while any(_is_alive_in(group, pid) for pid in psutil.pids()):
+        assert time.monotonic() < deadline, "a process that was killed goes on"
+        time.sleep(0.002)
+
+
+def _is_alive_in(group: int, pid: int) -> bool:
+    """Return whether a process is in a group and has not ended; one that waits to be collected has closed its files."""
+    try:
+        return os.getpgid(pid) == group and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
 
 
 def digests(out: Path, *below: str) -> dict[str, str]:
