@@ -45,15 +45,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         OutputError: The folder refuses, or ``path`` is a folder or a device.
         ResourceError: The disk or a quota is full, or too many files are open.
     """
-    try:
+    unfinished = _UnfinishedFile(path)
+    try:  # before the file is made: Ctrl-C or SIGTERM may come between any two lines
         check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep_unfinished(path.parent)
-        temporary, descriptor = _create(path)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    heartbeat = Heartbeat(descriptor)
-    try:
+        temporary = unfinished.create()
         yield temporary
         # The file is opened again, because a writer may have put another file under the name.
         with temporary.open("rb") as file:
@@ -65,10 +62,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise KeyboardInterrupt from error
         raise disk_error(error, path) from error
     finally:
-        heartbeat.stop()
-        with contextlib.suppress(OSError):  # the cause is being reported already
-            temporary.unlink(missing_ok=True)
-        os.close(descriptor)
+        unfinished.remove()
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -166,27 +160,56 @@ def _machine() -> str:
     return hashlib.sha256(socket.gethostname().encode(errors="surrogateescape")).hexdigest()[:6]
 
 
-def _create(path: Path) -> tuple[Path, int]:
-    """Make the unfinished file, locked, with the permissions that the umask allows.
+class _UnfinishedFile:
+    """The locked file beside a path that its writer fills, with the permissions that the umask allows.
 
-    Returns:
-        Its path, and its descriptor, which holds the lock.
+    Args:
+        path: The file that it will become.
     """
-    suffix = path.suffix if len(path.suffix) <= 12 else ""
-    while True:
-        temporary = path.with_name(f".{path.stem[:_LONGEST_STEM]}.dvdq-{_machine()}{secrets.token_hex(3)}{suffix}")
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # Each is set before or as soon as there is something to remove, so that a stop at any time leaves nothing.
+        self._temporary: Path | None = None
+        self._descriptor: int | None = None
+        self._heartbeat: Heartbeat | None = None
+
+    def create(self) -> Path:
+        """Make the file, lock it and keep its time new.
+
+        Returns:
+            Its path.
+
+        Raises:
+            OSError: The folder or the disk refuses.
+        """
+        suffix = self._path.suffix if len(self._path.suffix) <= 12 else ""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(temporary, flags, 0o666)
-        try:
-            _lock(descriptor)
-            if _is_at(descriptor, temporary):
-                return temporary, descriptor
-        except BaseException:
-            os.close(descriptor)
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        os.close(descriptor)  # a sweep deleted it before it was locked
+        while True:
+            number = _machine() + secrets.token_hex(3)
+            temporary = self._path.with_name(f".{self._path.stem[:_LONGEST_STEM]}.dvdq-{number}{suffix}")
+            self._temporary = temporary
+            try:
+                self._descriptor = os.open(temporary, flags, 0o666)
+            except FileExistsError:
+                self._temporary = None  # another writer's
+                raise
+            _lock(self._descriptor)
+            if _is_at(self._descriptor, temporary):
+                self._heartbeat = Heartbeat(self._descriptor)
+                return temporary
+            self.remove()  # a sweep deleted it before it was locked
+
+    def remove(self) -> None:
+        """Delete the file if it is still there, and let go of its lock. Do nothing the second time."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        if self._temporary is not None:
+            with contextlib.suppress(OSError):  # the cause is being reported already
+                self._temporary.unlink(missing_ok=True)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._heartbeat = self._temporary = self._descriptor = None
 
 
 def _lock(descriptor: int) -> None:

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
 from dvdquant.errors import DvdquantError, OutputError, ResourceError
+from dvdquant.system import whole_file
 from dvdquant.system.files import disk_error
 from dvdquant.system.whole_file import UNFINISHED, atomic_path, check_writable, sweep_unfinished, write_whole
 from tests.support.commands import environment
@@ -54,6 +56,37 @@ def test_the_next_writer_sweeps_what_a_killed_one_left_and_nothing_else(tmp_path
     living.wait()
     sweep_unfinished(tmp_path)
     assert not there.exists()
+
+
+def test_a_stop_at_any_line_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    """Ctrl-C and SIGTERM raise between two lines, those that make the unfinished file included."""
+    target, lines, stop_at = tmp_path / "clip.json", 0, 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename != whole_file.__file__:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == stop_at:
+                raise KeyboardInterrupt
+        return trace
+
+    ended, before = False, sys.gettrace()
+    while not ended:
+        stop_at, lines = stop_at + 1, 0
+        target.write_text("old")
+        sys.settrace(trace)
+        try:
+            write_whole(target, b"new")
+            ended = True
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        assert [path.name for path in tmp_path.iterdir()] == [target.name], f"a stop at line {stop_at} leaves a file"
+        assert target.read_text() in ("old", "new")
+    assert stop_at > 40
 
 
 def test_a_device_is_never_replaced(tmp_path: Path) -> None:
