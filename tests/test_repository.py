@@ -372,6 +372,10 @@ def test_skips_are_listed_with_what_is_missing(tmp_path: Path) -> None:
     """The conftest of this suite on tests that need what a child without CUDA, TensorRT and headers lacks."""
     shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path / "conftest.py")
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['tensorrt'] = None\n")
+    # In the place of PyTorch, whose import takes seconds: all that the conftest asks it for.
+    (tmp_path / "torch.py").write_text(
+        "class version:\n    cuda = None\nclass cuda:\n    is_available = staticmethod(lambda: False)\n__version__ = '0'\n"
+    )
     marks = ("slow", "gpu", "tensorrt", "tensorrt_headers")
     body = [f"@pytest.mark.{m}\ndef test_{m}():\n    pass\n" for m in marks]
     (tmp_path / "test_marks.py").write_text("\n".join(["import pytest", *body, "def test_plain():\n    pass\n"]))
