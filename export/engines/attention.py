@@ -63,7 +63,8 @@ def attention_wish(recipe: Recipe, family: Family, sizes: Sizes) -> AttentionWis
         family: The model family.
         sizes: The sizes of the export, in latent units.
     """
-    from dvdquant.export.passes.fp8_attention import LONG_TOKENS  # imports PyTorch, which the table of precisions needs not
+    # Not at import: it brings PyTorch, which the table of precisions does without.
+    from dvdquant.export.passes.fp8_attention import LONG_TOKENS
 
     kind = recipe.attention
     tokens = family.tokens(*sizes.at("max"))
