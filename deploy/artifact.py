@@ -6,13 +6,13 @@ does that, after it has compared the hashes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvdquant.artifact.entries import EngineEntry, GraphEntry
+from dvdquant.artifact.layout import constants_path, is_of, is_weight_path
 from dvdquant.artifact.manifest import Manifest, load_manifest
 from dvdquant.artifact.verify_files import read_verified
 from dvdquant.checkpoint.recorded_source import had_few_bits
@@ -176,7 +176,7 @@ class Artifact:
 
     def _graphs(self, component: str) -> list[GraphEntry]:
         wanted = [g for g in self.manifest.graphs if g["target"] == "tensorrt"]
-        return [g for g in wanted if Path(g["path"]).stem == f"{component}_a{g['act_bits']}"]
+        return [g for g in wanted if is_of(g["path"], component, g["act_bits"])]
 
     def graph(self, component: str, bits: int) -> str:
         """Return the relative path of the graph with QuantLinear nodes.
@@ -220,7 +220,7 @@ class Artifact:
             for entry in self.manifest.engines
             if backend_name(entry["backend"]) == name
             and entry["act_bits"] == bits
-            and Path(entry["path"]).stem == f"{component}_a{bits}"
+            and is_of(entry["path"], component, bits)
         )
 
     def weight_files(self, component: str) -> tuple[str, ...]:
@@ -232,15 +232,14 @@ class Artifact:
         Raises:
             OutputError: The export has no weight file of the component.
         """
-        pattern = re.compile(rf"onnx/{re.escape(component)}(-\d{{5}}-of-\d{{5}})?\.safetensors")
-        names = sorted(name for name in self.manifest.files if pattern.fullmatch(name))
+        names = sorted(name for name in self.manifest.files if is_weight_path(name, component))
         if not names:
             raise OutputError(
                 f"the export has no weight file of {component}",
                 available=sorted(self.manifest.files)[:8],
                 fix="export again",
             )
-        constants = f"onnx/{component}.constants.bin"
+        constants = constants_path(component)
         return (*names, *((constants,) if constants in self.manifest.files else ()))
 
     def read(self, name: str) -> bytes:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dvdquant.artifact.entries import BuildEntry
-from dvdquant.artifact.layout import PLUGIN_PLACE
+from dvdquant.artifact.layout import PLUGIN_PLACE, graph_path
 from dvdquant.export.engines.precision import EnginePlan
 from dvdquant.export.engines.report import Shapes
-from dvdquant.export.engines.stage import engine_path
 from dvdquant.export.estimate import builder_bytes, held_bytes
 from dvdquant.export.graph.trace import profile_shapes
-from dvdquant.export.graph.writer import graph_path
 from dvdquant.export.options import ExportOptions
 from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan
@@ -48,7 +46,7 @@ def build_entry(
         fused_layers: The number of layers that it has fused with what comes before them.
     """
     shapes = profile_shapes(plan.family, sizes)
-    path = engine_path(component, engine)
+    path = engine.path(component)
     return BuildEntry(
         engine=path,
         component=component,

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import shutil
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dvdquant.artifact.entries import BuildEntry, EngineEntry, GraphEntry, LayerEntry
+from dvdquant.artifact.layout import constants_path, is_of
 from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.artifact.verify_files import verify_files
@@ -26,7 +26,6 @@ from dvdquant.export.engines.stage import (
     BuildSettings,
     EngineStage,
     build_settings,
-    engine_path,
     find_current,
     fuses,
 )
@@ -304,7 +303,7 @@ class _Run:
                 stage = self._engine_stage(component)
                 try:
                     for engine in wanted:
-                        bar.update(0, engine_path(component, engine))
+                        bar.update(0, engine.path(component))
                         self._build(stage, component, engine)
                         bar.update(1)
                 finally:
@@ -317,7 +316,7 @@ class _Run:
         missing = []
         for index, component in enumerate(self.plan.components):
             for engine in self.plan.later:
-                path = engine_path(component, engine)
+                path = engine.path(component)
                 there = next((entry for entry in self.later if entry["engine"] == path), None)
                 wanted = int(fuses(engine, self.plan.options))
                 if there is None or not same_build(there, self._build_entry(index, engine, there["graph"], 0, wanted)):
@@ -359,8 +358,9 @@ class _Run:
                 finally:
                     stage.close()
             # What was written again has another hash.
+            constants = set(map(constants_path, self.plan.components))
             for name in [name for name in self.known if name.endswith((".bin", ".onnx"))]:
-                if name not in {graph["path"] for graph in self.graphs} and not name.endswith(".constants.bin"):
+                if name not in {graph["path"] for graph in self.graphs} | constants:
                     self.known.pop(name)
 
     def _engine_stage(self, component: str) -> EngineStage:
@@ -393,7 +393,7 @@ class _Run:
 
     def _build(self, stage: EngineStage, component: str, engine: EnginePlan) -> None:
         """Build one engine as a step of the transaction, and record its entry; a step that is done is not repeated."""
-        relative = engine_path(component, engine)
+        relative = engine.path(component)
         settings = self._settings(component, engine)
         step = f"engine:{relative}:{settings.digest}"
         if not self.transaction.is_done(step) or not (self.transaction.tree / relative).exists():
@@ -489,8 +489,8 @@ class _Run:
             with self.progress.stage("trace", 1, "graph") as stage:
                 base = self._base(model_plan)
                 stage.update(1, component)
-            own = [graph for graph in self.graphs if Path(graph["path"]).name.startswith(f"{component}_a")]
-            names = [*(graph["path"] for graph in own), f"onnx/{component}.constants.bin"]
+            own = [graph for graph in self.graphs if is_of(graph["path"], component)]
+            names = [*(graph["path"] for graph in own), constants_path(component)]
             for name in names:
                 (tree / name).unlink(missing_ok=True)
             writer = GraphWriter(tree, model_plan, component, base, self._tensors(component))

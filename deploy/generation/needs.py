@@ -7,9 +7,9 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from dvdquant.artifact.layout import is_of
 from dvdquant.checkpoint.lora.terms import Loras
 from dvdquant.checkpoint.untrusted import UntrustedFolder
 from dvdquant.deploy.artifact import Artifact
@@ -264,10 +264,11 @@ def _has_plugin(artifact: Artifact) -> bool:
 
 def _engine_bytes(artifact: Artifact, component: str, bits: Sequence[int]) -> int:
     """Return the bytes of a transformer's engines of some bit-widths, on the GPU where they are largest."""
-    files, by_place = artifact.manifest.files, dict[Path, int]()
-    for path in map(Path, (e["path"] for e in artifact.manifest.engines if e["act_bits"] in bits)):
-        if path.stem.startswith(f"{component}_a"):  # one folder an SM
-            by_place[path.parent] = by_place.get(path.parent, 0) + files[str(path)]["bytes"]
+    files, by_place = artifact.manifest.files, dict[str, int]()
+    for path in (entry["path"] for entry in artifact.manifest.engines if entry["act_bits"] in bits):
+        if is_of(path, component):
+            place = path.rpartition("/")[0]  # one folder an SM
+            by_place[place] = by_place.get(place, 0) + files[path]["bytes"]
     return max(by_place.values(), default=0)
 
 

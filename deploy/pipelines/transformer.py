@@ -139,6 +139,7 @@ class DvdqTransformer(LoraAdapters, FixedPlace, WholeEngine, ModelMixin, ConfigM
         cfg_parallel: str | None = None,
         weights: WeightPolicy = "auto",
         fuse: bool | None = None,
+        cuda_graphs: bool = False,
         **unknown: Any,
     ) -> Self:
         """Open an export as the transformer of a diffusers pipeline.
@@ -177,6 +178,7 @@ class DvdqTransformer(LoraAdapters, FixedPlace, WholeEngine, ModelMixin, ConfigM
                 :func:`.sessions.open_session`.
             fuse: Run in PyTorch with what comes before quantized layers in their kernels. The default is to do so where
                 ``compile`` is on and the GPU has the kernels.
+            cuda_graphs: Repeat steps as CUDA graphs, where launches count, see :func:`.sessions.open_session`.
             **unknown: Refused, except options that make no difference here.
 
         Raises:
@@ -215,6 +217,7 @@ class DvdqTransformer(LoraAdapters, FixedPlace, WholeEngine, ModelMixin, ConfigM
                 attention_backend=attention_backend,
                 weights=weights,
                 fuse=fuse,
+                cuda_graphs=cuda_graphs,
             )
 
         session = opener(device)

@@ -43,7 +43,7 @@ def collect() -> list[Entry]:
 
 
 def _entry(call: ast.Call) -> Entry | None:
-    name = ast.unparse(call.func).rpartition(".")[2]
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
     if name == "Clash" and len(call.args) > 1:
         fix = next((_words(keyword.value) for keyword in call.keywords if keyword.arg == "fix"), Clash.fix)
         return Entry("UnsupportedError", _words(call.args[1]), fix, lists=False)

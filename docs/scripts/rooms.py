@@ -10,6 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BOX_WIDTH, BOX_HEIGHT, GAP, ROW = 148, 32, 16, 62
 # Files of the package itself that stand above all rooms.
 ABOVE = ("__init__", "__main__", "api")
+# Where statements stand in statements. An import is one, so no expression is looked through.
+_BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
 FACE = "font: 13px system-ui, 'DejaVu Sans', sans-serif"
 
 
@@ -34,11 +36,12 @@ def imports() -> dict[str, set[str]]:
 
 
 def _running(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those under ``if TYPE_CHECKING``, which never run."""
-    for child in ast.iter_child_nodes(tree):
-        if not (isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")):
-            yield child
-            yield from _running(child)
+    """Every statement but those under ``if TYPE_CHECKING``, which never run."""
+    for block in _BLOCKS:
+        for child in getattr(tree, block, ()):
+            if not (isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")):
+                yield child
+                yield from _running(child)
 
 
 def _room(top: str, parts: tuple[str, ...]) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dvdquant.artifact.entries import LayerEntry
+from dvdquant.artifact.layout import weight_paths
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.errors import CheckpointError
 from dvdquant.model.plan import ModelPlan
@@ -73,10 +74,7 @@ def plan_shards(plan: ModelPlan, component: str, shard_bytes: int = SHARD_BYTES)
             filled = 0
         shards[-1].append((name, dtype, shape))
         filled += nbytes
-    if len(shards) == 1:
-        return {f"onnx/{component}.safetensors": shards[0]}
-    count = len(shards)
-    return {f"onnx/{component}-{i + 1:05d}-of-{count:05d}.safetensors": shard for i, shard in enumerate(shards)}
+    return dict(zip(weight_paths(component, len(shards)), shards))
 
 
 def check_weights(checkpoint: Checkpoint, plan: ModelPlan) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from dvdquant.export.passes.fp8_attention import LONG_TOKENS
-from dvdquant.model.families import Family, Sizes
-from dvdquant.recipe import Recipe
+if TYPE_CHECKING:
+    from dvdquant.model.families import Family, Sizes
+    from dvdquant.recipe import Recipe
 
 __all__ = ["FP8_SMS", "SIXTEEN_BIT", "AttentionWish", "attention_wish"]
 
@@ -63,6 +63,9 @@ def attention_wish(recipe: Recipe, family: Family, sizes: Sizes) -> AttentionWis
         family: The model family.
         sizes: The sizes of the export, in latent units.
     """
+    # Not at import: it brings PyTorch, which the table of precisions does without.
+    from dvdquant.export.passes.fp8_attention import LONG_TOKENS
+
     kind = recipe.attention
     tokens = family.tokens(*sizes.at("max"))
     if tokens <= LONG_TOKENS:

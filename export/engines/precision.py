@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dvdquant.artifact.layout import engine_path
 from dvdquant.errors import UnsupportedError
 from dvdquant.export.engines.attention import SIXTEEN_BIT, AttentionWish
 from dvdquant.hardware.capabilities import sm_number
@@ -88,6 +89,14 @@ class EnginePlan:
     def folder(self) -> str:
         """Return the name of the engine's folder, such as ``tensorrt_rtx-8.0+8.6``."""
         return f"{self.backend}-{'+'.join(self.sms)}"
+
+    def path(self, component: str) -> str:
+        """Return the path of the engine, relative to the export.
+
+        Args:
+            component: The name of the transformer's folder.
+        """
+        return engine_path(component, self.backend, self.sms, self.act_bits)
 
 
 def choose_precision(backend: str, sm: str, activation: ActivationSpec, override: str = "auto") -> Precision:

@@ -15,12 +15,12 @@ import onnx_ir as ir
 from torch import Tensor
 
 from dvdquant.artifact.entries import EngineEntry
+from dvdquant.artifact.layout import graph_path
 from dvdquant.errors import EngineError
 from dvdquant.export.engines import build_engine
 from dvdquant.export.engines.precision import EnginePlan
 from dvdquant.export.engines.report import BuildReport, Shapes
 from dvdquant.export.graph.trace import profile_shapes
-from dvdquant.export.graph.writer import graph_path
 from dvdquant.export.options import ExportOptions
 from dvdquant.export.passes.fp8_attention import fp8_attention
 from dvdquant.export.passes.fuse_prologues import fuse_prologues
@@ -40,22 +40,10 @@ __all__ = [
     "EngineStage",
     "build_settings",
     "check_attention",
-    "engine_path",
     "find_current",
     "fuses",
     "run_builder",
 ]
-
-
-def engine_path(component: str, engine: EnginePlan) -> str:
-    """Return the path of an engine, relative to the export.
-
-    Args:
-        component: The name of the transformer's folder.
-        engine: The engine to build.
-    """
-    backend = engine.backend.removeprefix("tensorrt_")
-    return f"engines/{backend}-sm{'+'.join(sm.replace('.', '') for sm in engine.sms)}/{component}_a{engine.act_bits}.engine"
 
 
 @dataclass
@@ -101,7 +89,7 @@ class EngineStage:
         """
         # 1. Lower the graph.
         source = self.root / graph_path(self.component, engine.act_bits, "tensorrt")
-        target = self.root / engine_path(self.component, engine)
+        target = self.root / engine.path(self.component)
         target.parent.mkdir(parents=True, exist_ok=True)
         graph = self._for_plugin(source, engine) if engine.precision == "plugin" else self._lower(source, engine)
         # 2. Build the engine.
@@ -216,7 +204,7 @@ class EngineStage:
         graph = graph_path(self.component, engine.act_bits, "tensorrt")
         shapes: dict[str, Any] = dict(self.sizes.to_json())
         return EngineEntry(
-            path=engine_path(self.component, engine),
+            path=engine.path(self.component),
             backend=engine.backend,
             sm=list(engine.sms),
             act_bits=engine.act_bits,
@@ -441,5 +429,5 @@ def find_current(
         entries: The entries of the engines that are there.
         settings: The settings to build it with.
     """
-    path = engine_path(component, engine)
+    path = engine.path(component)
     return next((entry for entry in entries if entry["path"] == path and settings.made(entry)), None)

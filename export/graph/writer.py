@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from dvdquant.artifact.entries import GraphEntry
+from dvdquant.artifact.layout import constants_path, graph_path
 from dvdquant.export.graph.functions import attach_functions
 from dvdquant.export.passes.bind_weights import StoredTensor, bind_weights
 from dvdquant.export.passes.lowering.qdq_int4 import lower_qdq_int4
@@ -18,7 +19,7 @@ from dvdquant.model.plan import ModelPlan
 from dvdquant.onnx.expand_attention_mask import expand_attention_mask
 from dvdquant.system.safetensors_reader import TensorInfo
 
-__all__ = ["FLAVOURS", "GraphWriter", "graph_path", "stored_tensors"]
+__all__ = ["FLAVOURS", "GraphWriter", "stored_tensors"]
 
 FLAVOURS = {
     "tensorrt": "dvdquant::QuantLinear nodes for the TensorRT plugin, with function bodies for ONNX Runtime",
@@ -33,17 +34,6 @@ _DTYPES = {
     "I8": ir.DataType.INT8,
     "U8": ir.DataType.UINT8,
 }
-
-
-def graph_path(component: str, bits: int, flavour: str) -> str:
-    """Return the path of a flavour's ONNX file, relative to the export.
-
-    Args:
-        component: The name of the transformer's folder, which the file name begins with.
-        bits: The bits of the activations: 4, 6 or 8.
-        flavour: A key of ``FLAVOURS``.
-    """
-    return f"onnx/{component}_a{bits}{'_qdq' if flavour == 'onnx' else ''}.onnx"
 
 
 def stored_tensors(tensors: Mapping[str, tuple[str, TensorInfo]]) -> dict[str, StoredTensor]:
@@ -83,7 +73,7 @@ class GraphWriter:
         self._folder = self.root / "onnx"
         self._folder.mkdir(exist_ok=True)
         # Rotary tables and Hadamard matrices are the same in every graph, so they are stored once.
-        self.constants = TensorStore(self._folder / f"{self.component}.constants.bin", self._folder)
+        self.constants = TensorStore(self.root / constants_path(self.component), self._folder)
         bind_weights(self.base, stored_tensors(self.tensors), str(self._folder))
         for name, value in self.base.graph.initializers.items():
             tensor = value.const_value

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from dvdquant.artifact.entries import EngineEntry, GraphEntry, LayerEntry
 from dvdquant.artifact.folder import Folder
-from dvdquant.artifact.layout import MANIFEST, is_bookkeeping
+from dvdquant.artifact.layout import MANIFEST, graph_path, is_bookkeeping, is_of, is_weight_path
 from dvdquant.errors import DvdquantError, OutputError
-from dvdquant.export.graph.writer import graph_path
 from dvdquant.system.files import FileEntry
 from dvdquant.system.safetensors_reader import TensorInfo, read_header
 from dvdquant.system.safetensors_writer import PAD
@@ -103,9 +102,9 @@ def link_problems(
         bare: dict[str, tuple[str, bytes]] = {}
         for graph in graphs:
             path = graph["path"]
-            if PurePosixPath(path).name.startswith(f"{component}_a"):
+            if is_of(path, component):
                 problems += _graph_problems(root, files, graph, names, weights, regions, bare)
-    known = {g["path"] for g in graphs if any(PurePosixPath(g["path"]).name.startswith(f"{c}_a") for c in components)}
+    known = {g["path"] for g in graphs if any(is_of(g["path"], c) for c in components)}
     problems += [f"{g['path']} is of none of the transformers" for g in graphs if g["path"] not in known]
     return problems
 
@@ -140,10 +139,8 @@ def _engine_problems(
 ) -> Iterator[str]:
     """Yield the engines that belong to no graph, or were built from another one."""
     for engine in engines:
-        stem = PurePosixPath(engine["path"]).name
-        graph = next(
-            (graph_path(c, engine["act_bits"], "tensorrt") for c in components if stem.startswith(f"{c}_a")), None
-        )
+        mine = [c for c in components if is_of(engine["path"], c)]
+        graph = graph_path(mine[0], engine["act_bits"], "tensorrt") if mine else None
         if graph is None or graph not in files:
             yield f"{engine['path']} is of no graph of the export"
         elif engine["onnx_sha256"] != files[graph]["sha256"]:
@@ -163,11 +160,7 @@ def _weights(
     """
     found: dict[str, tuple[str, TensorInfo]] = {}
     for name in files:
-        path = PurePosixPath(name)
-        of = path.name == f"{component}.safetensors" or (
-            path.name.startswith(f"{component}-") and path.name.endswith(".safetensors")
-        )
-        if str(path.parent) != "onnx" or not of:
+        if not is_weight_path(name, component):
             continue
         try:
             tensors = read_header(root / name).tensors

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.pipelines.transformer import DvdqTransformer
 from dvdquant.deploy.sessions import open_session, replay
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.deploy.sessions.replay import GraphReplay, why_not
@@ -97,7 +98,11 @@ def test_a_session_repeats_its_steps(
     inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
     with open_session(artifact, backend="pytorch", device="cpu", cuda_graphs=True) as session:
         wanted = {bits: session.run(inputs, bits) for bits in (4, 8)}
-    assert "not captured as CUDA graphs: there is no CUDA device" in caplog.text
+    reason = "not captured as CUDA graphs: there is no CUDA device"
+    assert reason in caplog.text
+    caplog.clear()
+    DvdqTransformer.from_pretrained(artifact.root, backend="pytorch", device="cpu", cuda_graphs=True).close()
+    assert reason in caplog.text
     monkeypatch.setattr("dvdquant.deploy.sessions.pytorch.why_not", lambda *_: None)
     with PyTorchSession(artifact, cuda_graphs=True) as session:
         for bits in (8, 4, 8, 4, 8, 4):
