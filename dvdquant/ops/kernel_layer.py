@@ -181,4 +181,5 @@ def _make_outside_of_traces() -> Callable[[KernelLayer, int, int], None]:
 
     Not a decorator: that would import PyTorch's compiler, a second of every process, where there is no layer like this.
     """
-    return torch.compiler.disable(KernelLayer._make_weight)
+    make: Callable[[KernelLayer, int, int], None] = torch.compiler.disable(KernelLayer._make_weight)  # type: ignore[no-untyped-call]
+    return make
