@@ -334,7 +334,7 @@ def run_tool(command: list[str]) -> None:
         raise BuildError(f"{Path(command[0]).name} failed:\n{(done.stdout + done.stderr)[-4000:]}")
 
 
-EMULATED_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DDVDQ_EMULATE")
+EMULATED_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DDVDQ_EMULATE")
 
 
 def build_emulated(folder: Path | None = None, jobs: int = 1) -> Path:

@@ -94,7 +94,7 @@ def check_op(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
     yield from tally.rows.values()
 
 
-def check_pre_quant(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
+def check_pre_quant(bench: Bench, tokens: int = 33, rows: int = 136) -> Iterator[Outcome]:
     """Yield the check that a smooth scale and shift in the kernel give the same bits as a smoothed x.
 
     K 1920 cuts a strip of the kernel.
@@ -102,10 +102,11 @@ def check_pre_quant(bench: Bench, tokens: int = 33) -> Iterator[Outcome]:
     Args:
         bench: The kernels and the device.
         tokens: M, the number of tokens.
+        rows: N, the number of output channels.
     """
     tally, cache = Tally(), PreparedCache()
     for features, rotation in ((1536, "full"), (1536, "auto"), (1920, "auto")):
-        for path, grid, layer in reachable_layers(bench, features, rotation=rotation):
+        for path, grid, layer in reachable_layers(bench, features, rows, rotation):
             packed = make_weight(layer, grid.zero, bench.device, seed=11)
             x = make_tokens(layer, tokens, bench.device, seed=12)
             scale, shift = make_pre_quant(layer, bench.device)

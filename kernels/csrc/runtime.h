@@ -1,8 +1,8 @@
-// cudaStream_t and friends: from the CUDA runtime, from the emulator, or declared here for host-only builds.
+// cudaStream_t: from the CUDA runtime, or declared here for builds without it (the emulator's name for it; host-only builds).
 #pragma once
 
 #if defined(DVDQ_EMULATE)
-#include "../emulator/emulator.h"
+typedef struct emulated_stream* cudaStream_t;
 #elif defined(DVDQ_HOST_ONLY)
 typedef struct CUstream_st* cudaStream_t;
 #else

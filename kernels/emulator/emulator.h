@@ -1,7 +1,7 @@
 // A CUDA block on a CPU: one fiber per CUDA thread, blocks one after another, warp-wide operations as rendezvous.
 //
 // It supplies the names of device.cuh and as much of the CUDA language as our own kernels use, to be compiled with
-//   g++ -x c++ -std=c++17 -O2 -ffp-contract=off -DDVDQ_EMULATE
+//   g++ -x c++ -std=c++17 -O1 -ffp-contract=off -DDVDQ_EMULATE
 // Deliberately unkind: dynamic shared memory starts as NaN bytes, cp.async lands only when it is waited for, the order of
 // threads between barriers is shuffled (set_schedule), a thread missing at a barrier or lanes meeting in different
 // operations end the process with a message. It shows wrong indices, layouts, roundings and missing barriers; it says
@@ -15,10 +15,9 @@
 #include <string.h>
 #include <ucontext.h>
 
-#include <algorithm>
+// Every kernel's file reads these; <functional>, <memory> and <algorithm> would double the time.
 #include <cmath>
-#include <functional>
-#include <memory>
+#include <utility>
 #include <vector>
 
 // ---- language and runtime -----------------------------------------------------------------------------------------
@@ -71,7 +70,7 @@ struct Copy { unsigned char* to; const unsigned char* from; bool valid; };
 struct Fiber {
   ucontext_t start;
   jmp_buf state;
-  std::unique_ptr<unsigned char[]> stack;
+  unsigned char* stack = nullptr;
   dim3 thread;
   bool started = false, finished = false;
   const uint64_t* waits_for = nullptr;  // runnable once *waits_for != seen
@@ -84,12 +83,13 @@ struct Block {
   dim3 grid, size, index;
   std::vector<unsigned char> shared;
   std::vector<Warp> warps;
-  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Fiber*> fibers;  // as many as the largest block had; they live as long as the process
   Fiber* current = nullptr;
   jmp_buf scheduler;
   int threads = 0, arrived = 0;
   uint64_t generation = 0;
-  std::function<void()> body;
+  void (*call)(const void* body) = nullptr;
+  const void* body = nullptr;
 };
 
 inline Block block;
@@ -108,7 +108,7 @@ inline void wait_on(const uint64_t* generation) {
 }
 
 inline void entry() {
-  block.body();
+  block.call(block.body);
   block.current->finished = true;
   _longjmp(block.scheduler, 1);
 }
@@ -142,14 +142,14 @@ inline void meet(Operation operation, void* record, Combine combine) {
 
 inline void prepare_fibers(int threads) {
   while (static_cast<int>(block.fibers.size()) < threads) {
-    auto fiber = std::make_unique<Fiber>();
-    fiber->stack.reset(new unsigned char[kStack]);
-    block.fibers.push_back(std::move(fiber));
+    Fiber* fiber = new Fiber;
+    fiber->stack = new unsigned char[kStack];
+    block.fibers.push_back(fiber);
   }
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = *block.fibers[i];
     getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_sp = fiber.stack;
     fiber.start.uc_stack.ss_size = kStack;
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, entry, 0);
@@ -185,14 +185,16 @@ inline void run_threads(int threads) {
   }
 }
 
-inline void run_grid(dim3 grid, dim3 size, size_t shared, std::function<void()> body) {
+// Runs call(body) once for every thread of every block.
+inline void run_grid(dim3 grid, dim3 size, size_t shared, void (*call)(const void*), const void* body) {
   if (size.y != 1 || size.z != 1 || size.x % 32 != 0 || size.x == 0 || size.x > 1024) stop("block size is not 32..1024 in x");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) stop("grid size out of range");
   if (shared > 227 * 1024) stop("more dynamic shared memory than any machine has");
   block.grid = grid;
   block.size = size;
   block.threads = static_cast<int>(size.x);
-  block.body = std::move(body);
+  block.call = call;
+  block.body = body;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {

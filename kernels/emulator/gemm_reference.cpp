@@ -14,11 +14,20 @@ int code_s4(const void* codes, int64_t i) {
   return static_cast<int8_t>((i % 2 ? byte >> 4 : byte) << 4) >> 4;
 }
 
-double code_e4m3(const void* codes, int64_t i) {
-  const int byte = static_cast<const uint8_t*>(codes)[i], exponent = (byte >> 3) & 15, mantissa = byte & 7;
-  const double size = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
-  return byte & 128 ? -size : size;
-}
+// The number that each byte of e4m3 stands for.
+struct E4m3 {
+  double numbers[256];
+  E4m3() {
+    for (int byte = 0; byte < 256; ++byte) {
+      const int exponent = (byte >> 3) & 15, mantissa = byte & 7;
+      const double size = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+      numbers[byte] = byte & 128 ? -size : size;
+    }
+  }
+};
+const E4m3 e4m3;
+
+double code_e4m3(const void* codes, int64_t i) { return e4m3.numbers[static_cast<const uint8_t*>(codes)[i]]; }
 
 void store(const GemmArgs& args, int64_t m, int64_t n, float value) {
   const uint16_t bits = args.dtype == DVDQ_FP16 ? float_to_fp16(value) : float_to_bf16(value);

@@ -1,5 +1,5 @@
 // Runs the grouped GEMM on the CPU: its launchers, behind a C function that the tests call.
-//   g++ -std=c++17 -O2 -ffp-contract=off -DDVDQ_EMULATE -shared -fPIC grouped.cpp
+//   g++ -std=c++17 -O1 -ffp-contract=off -DDVDQ_EMULATE -shared -fPIC grouped.cpp
 //
 // Every input is copied to the very end of readable memory, so that a read behind it is a fault, which is reported.
 #include <setjmp.h>

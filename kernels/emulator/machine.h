@@ -208,13 +208,19 @@ inline void multiply_fragments(Operation operation, Sum (&d)[4], const uint32_t 
   struct Record { Sum* d; const uint32_t *a, *b; } record{d, a, b};
   meet(operation, &record, [element](void** records) {
     auto at = [records](int lane) { return static_cast<Record*>(records[lane]); };
+    // Every element is read once; a product of the two matrices follows.
+    Sum left[16][kDepth], right[8][kDepth];
+    for (int k = 0; k < kDepth; ++k) {
+      const int half = k / (4 * PerRegister), t = k / PerRegister % 4, i = k % PerRegister;
+      for (int row = 0; row < 16; ++row) left[row][k] = element(at(4 * (row % 8) + t)->a[2 * half + row / 8], i);
+      for (int column = 0; column < 8; ++column) right[column][k] = element(at(4 * column + t)->b[half], i);
+    }
     for (int row = 0; row < 16; ++row)
       for (int column = 0; column < 8; ++column) {
-        Sum& sum = at(4 * (row % 8) + column / 2)->d[2 * (row / 8) + column % 2];
-        for (int k = 0; k < kDepth; ++k) {
-          const int half = k / (4 * PerRegister), t = k / PerRegister % 4, i = k % PerRegister;
-          sum += element(at(4 * (row % 8) + t)->a[2 * half + row / 8], i) * element(at(4 * column + t)->b[half], i);
-        }
+        Sum& d = at(4 * (row % 8) + column / 2)->d[2 * (row / 8) + column % 2];
+        Sum sum = d;
+        for (int k = 0; k < kDepth; ++k) sum += left[row][k] * right[column][k];
+        d = sum;
       }
   });
 }
@@ -244,7 +250,8 @@ inline void mma_16bit_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint3
 template <class... Parameters, class... Arguments>
 inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t,
                           Arguments... arguments) {
-  emulator::run_grid(grid, block, shared, [=] { kernel(arguments...); });
+  const auto body = [=] { kernel(arguments...); };
+  emulator::run_grid(grid, block, shared, [](const void* b) { (*static_cast<decltype(&body)>(b))(); }, &body);
   return cudaSuccess;
 }
 

@@ -8,8 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,37 +150,18 @@ def test_killed_before_every_single_operation(memory: Path, children: CleanChild
     assert outcomes == ({None, 2} if first else {1, 2})
 
 
-LOOP = """
-import sys
-from pathlib import Path
-from tests.support.helpers_checkpoint import export
-out, version = Path(sys.argv[1]), 1
-while True:
-    print(version, flush=True)
-    export(out, version)
-    version += 1
-"""
-
-
-def _random_kills(tmp_path: Path, kills: int) -> None:
+def _random_kills(tmp_path: Path, children: CleanChildren, kills: int) -> None:
     """A process that exports version after version, killed at a random time, again and again in the same folder."""
-    root, out, rng = Path(__file__).parents[2], tmp_path / "out", random.Random(2)
-    versions = {json.dumps(seen(version), sort_keys=True): version for version in range(1, 5000)}
+    out, rng = tmp_path / "out", random.Random(2)
     before: dict[str, str] | None = None
     for _ in range(kills):
-        process = subprocess.Popen([sys.executable, "-c", LOOP, out], cwd=root, stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(rng.uniform(0, 0.08))
-        process.kill()
-        begun = 1 + len(process.stdout.read().split())
-        process.wait()
+        begun = children.kill_at_random(out, rng.uniform(0, 0.08))
         raw = state(out)
         if raw is None and (out / ".commit").exists():
             read_unfinished(out)
             recover(out)
             raw = state(out)
-        assert raw == before or (raw is not None and versions[json.dumps(raw, sort_keys=True)] <= begun)
+        assert raw == before or raw in [seen(version) for version in range(1, begun + 1)]
         before = raw
     export(out, 1)
     assert state(out) == seen(1)
@@ -190,12 +169,12 @@ def _random_kills(tmp_path: Path, kills: int) -> None:
 
 
 @pytest.mark.stress
-def test_500_random_kills(memory: Path) -> None:
-    _random_kills(memory, 500)
+def test_500_random_kills(memory: Path, children: CleanChildren) -> None:
+    _random_kills(memory, children, 500)
 
 
-def test_20_random_kills(memory: Path) -> None:
-    _random_kills(memory, 20)
+def test_20_random_kills(memory: Path, children: CleanChildren) -> None:
+    _random_kills(memory, children, 20)
 
 
 def test_a_commit_record_cannot_reach_outside(tmp_path: Path) -> None:
@@ -284,34 +263,17 @@ def test_the_new_folder_is_locked_from_the_moment_it_is_there(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("races", [2, pytest.param(200, marks=pytest.mark.stress)])
-def test_races_of_8_processes(memory: Path, races: int) -> None:
+def test_races_of_8_processes(memory: Path, children: CleanChildren, races: int) -> None:
     """Every process either exports or says that another one does; what is left is one whole export."""
     wins = losses = 0
     for race in range(races):
-        out, gate = memory / f"race{race}" / "out", os.pipe()
+        out = memory / f"race{race}" / "out"
         out.parent.mkdir()
         if race % 2:
             export(out, 1)
-        children = {}
-        for rival in range(8):
-            pid = os.fork()
-            if pid == 0:
-                code = 9
-                try:
-                    os.close(gate[1])
-                    os.read(gate[0], 1)  # all start together, when the parent closes the gate
-                    export(out, 2 + rival)
-                    code = 0
-                except OutputError as error:
-                    code = 5 if "is being written by another export" in error.what else 8
-                finally:
-                    os._exit(code)
-            children[pid] = rival
-        os.close(gate[0])
-        os.close(gate[1])
-        codes = {children[pid]: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children}
-        assert set(codes.values()) <= {0, 5}, codes
-        winners = [2 + rival for rival, code in codes.items() if code == 0]
+        codes = children.race(out, 2, 8)
+        assert set(codes) <= {0, 5}, codes
+        winners = [2 + rival for rival, code in enumerate(codes) if code == 0]
         assert winners
         assert state(out) in [seen(version) for version in winners]
         assert "manifest.json" in names_in(out)

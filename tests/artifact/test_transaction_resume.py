@@ -93,7 +93,7 @@ def test_resume_after_a_kill_at_every_operation(memory: Path, case: str) -> None
         if case == "replacing":  # by the exchange
             export(out, 1)
         elif case == "swept":
-            _interrupted(out, 3)
+            children.abandon(out, 3)
         status = children.run("abandoned" if case == "swept" else "resumable", out, kill_at, "kill")
         export_resumable(out, resume=True)
         assert (out / "weights.safetensors").read_bytes() == b"".join(bytes([step]) * 100 for step in range(3))

@@ -46,7 +46,7 @@ def test_two_transformers(artifact: Artifact) -> None:
 
 def test_defaults_of_diffusers_fill_the_config(tmp_path: Path) -> None:
     """A config.json may leave out what diffusers has defaults for."""
-    artifact = Artifact.open(made.family_export("cogvideox"))
+    artifact = Artifact.open(made.weights_export("cogvideox"))
     config = artifact.family().config
     assert "patch_size_t" not in artifact.config()
     assert config["patch_size_t"] is None

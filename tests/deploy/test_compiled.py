@@ -62,7 +62,7 @@ def test_a_compiled_session_gives_what_an_eager_one_gives(
 
 def test_the_weight_is_made_before_the_compiled_step() -> None:
     """Inside of a compiled function nothing can be made: there the operation only takes what is there."""
-    artifact = Artifact.open(made.family_export("wan"))
+    artifact = Artifact.open(made.weights_export("wan"))
     double = CudaKernels(HostLibrary(), 90)  # type: ignore[arg-type]
     model = made.quantized_model(artifact, "transformer", 8)
     recipe = artifact.plan("transformer").recipe
@@ -74,7 +74,7 @@ def test_the_weight_is_made_before_the_compiled_step() -> None:
 
 
 def test_what_compile_does_not_go_with() -> None:
-    artifact = Artifact.open(made.family_export("wan"))
+    artifact = Artifact.open(made.weights_export("wan"))
     with pytest.raises(UnsupportedError, match="does not take compile"):
         open_session(artifact, backend="onnxruntime", device="cpu", compile=True)
     out = short_wan_export()
@@ -123,7 +123,7 @@ def test_compiled_code_outlives_the_process(monkeypatch: pytest.MonkeyPatch, tmp
 def test_inductors_code_computes_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The compiler that users get, here its C++ for the CPU. It rounds less often between operations than eager mode."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    artifact = Artifact.open(made.family_export("wan"))
+    artifact = Artifact.open(made.weights_export("wan"))
     inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
     exact = made.reference(artifact, "transformer", 8, inputs)[1]
     with PyTorchSession(artifact) as session:

@@ -146,7 +146,7 @@ def test_folding_norms_changes_no_bit(name: str) -> None:
 
 def test_padded_words_are_cut_off_exactly() -> None:
     """In float64 the model with padded words and their mask, and without both, are the same function."""
-    artifact = Artifact.open(made.family_export("hunyuan-video"))
+    artifact = Artifact.open(made.deep_export("hunyuan-video"))
     inputs = sample(artifact)
     mask = torch.zeros_like(inputs["encoder_attention_mask"])
     mask[:, :7] = 1
@@ -161,7 +161,7 @@ def test_padded_words_are_cut_off_exactly() -> None:
 
 
 def test_masks_that_are_no_padding_stay() -> None:
-    artifact = Artifact.open(made.family_export("hunyuan-video"))
+    artifact = Artifact.open(made.deep_export("hunyuan-video"))
     inputs = sample(artifact)
     mask = torch.ones_like(inputs["encoder_attention_mask"])
     for kind in ("holes", "none", "two"):
@@ -191,7 +191,7 @@ def test_masks_that_are_no_padding_stay() -> None:
 
 
 def test_what_attention_does_not_go_with(caplog: pytest.LogCaptureFixture) -> None:
-    artifact = Artifact.open(made.family_export("wan"))
+    artifact = Artifact.open(short_wan_export())
     with pytest.raises(UnsupportedError, match="unknown attention 'int4'") as info:
         open_session(artifact, device="cpu", attention="int4")
     assert "fp8" in str(info.value)
@@ -206,7 +206,7 @@ def test_what_attention_does_not_go_with(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_without_a_library_a_session_stays_in_16_bit() -> None:
-    artifact = Artifact.open(made.family_export("wan"))
+    artifact = Artifact.open(made.deep_export("wan"))
     inputs = sample(artifact)
     with PyTorchSession(artifact) as session:
         sixteen = session.run(inputs, 8)
@@ -258,7 +258,7 @@ def test_an_engine_says_what_it_does_instead(tmp_path: Path) -> None:
 
 
 def test_inspect_says_what_is_tried() -> None:
-    artifact = Artifact.open(made.family_export("wan"))
+    artifact = Artifact.open(made.deep_export("wan"))
     manifest = artifact.manifest
     assert "attention of long sequences" not in _summary(artifact.root, manifest, False)
     chosen = dataclasses.replace(manifest, recipe={**manifest.recipe, "attention": "fp8"})

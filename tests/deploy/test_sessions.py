@@ -196,9 +196,9 @@ def test_bad_inputs_are_refused_in_words(kind: str, lasting: EngineSession) -> N
 
 
 def test_bad_inputs_of_other_families() -> None:
-    cog = Artifact.open(made.family_export("cogvideox"))
-    ltx = Artifact.open(made.family_export("ltx-video"))
-    with open_session(cog, device="cpu", backend="onnxruntime", bits=[8]) as session:
+    cog = Artifact.open(made.weights_export("cogvideox"))
+    ltx = Artifact.open(made.weights_export("ltx-video"))
+    with open_session(cog, device="cpu", backend="pytorch", bits=[8]) as session:
         inputs = sample(cog)
         inputs["rotary_cos"] = inputs["rotary_cos"][:-1]
         with pytest.raises(ShapeError, match=r"tokens is 48 in rotary_sin but 47 in rotary_cos"):
@@ -206,7 +206,7 @@ def test_bad_inputs_of_other_families() -> None:
         inputs["rotary_sin"] = inputs["rotary_sin"][:-1]
         with pytest.raises(ShapeError, match=r"rotary_cos has 47 tokens, the latents make 48"):
             session.run(inputs, 8)
-    with open_session(ltx, device="cpu", backend="onnxruntime", bits=[8]) as session:
+    with open_session(ltx, device="cpu", backend="pytorch", bits=[8]) as session:
         inputs = sample(ltx)
         for name, axis in (("hidden_states", 1), ("timestep", 1), ("video_coords", 2)):
             inputs[name] = torch.cat([inputs[name]] * 4, axis)

@@ -38,7 +38,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("no g++ to compile the emulated kernel")
     library = tmp_path_factory.mktemp("emulated") / "grouped.so"
-    command = [compiler, "-std=c++17", "-O2", "-ffp-contract=off", "-DDVDQ_EMULATE", "-Wno-unknown-pragmas", "-shared"]
+    command = [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-DDVDQ_EMULATE", "-Wno-unknown-pragmas", "-shared"]
     command += ["-fPIC", f"-I{KERNELS / 'include'}", f"-I{KERNELS / 'csrc'}", str(KERNELS / "emulator" / "grouped.cpp")]
     subprocess.run([*command, "-o", str(library)], check=True, timeout=120)
     loaded = ctypes.CDLL(str(library))

@@ -72,7 +72,7 @@ def test_sessions_give_what_the_op_gives_without_packed_weights(
 ) -> None:
     """Families rounded to nearest, and recipes with balances, shifts and groups; ``forms`` are held of each weight."""
     recipe = name.startswith("w4a4")
-    artifact = Artifact.open(made.recipe_export(name) if recipe else made.family_export(name))
+    artifact = Artifact.open(made.weights_export(*("wan", name) if recipe else (name,)))
     inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
     kernels = double(sm)
     called: list[torch.dtype] = []
@@ -110,7 +110,7 @@ def test_sessions_give_what_the_op_gives_without_packed_weights(
 
 
 def test_a_session_of_one_width_holds_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    artifact = Artifact.open(made.recipe_export("w4a4"))
+    artifact = Artifact.open(made.weights_export("wan", "w4a4"))
     inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
     monkeypatch.setattr(pytorch, "usable_kernels", lambda device: double(80))
     with PyTorchSession(artifact) as session:

@@ -47,7 +47,7 @@ def test_sessions_of_packed_weights_give_the_same_bits_and_hold_them_once(
     name: str, sm: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = name.startswith("w4a4")
-    artifact = Artifact.open(made.recipe_export(name) if recipe else made.family_export(name))
+    artifact = Artifact.open(made.weights_export(*("wan", name) if recipe else (name,)))
     inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
     monkeypatch.setattr(pytorch, "usable_kernels", lambda device: double(sm))
     counted = held_weights(artifact.plan("transformer"), sm, (4, 8), artifact.sizes)
@@ -76,7 +76,7 @@ def test_sessions_of_packed_weights_give_the_same_bits_and_hold_them_once(
 def test_the_count_decides_where_nothing_else_was_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    artifact = Artifact.open(made.recipe_export("w4a4"))
+    artifact = Artifact.open(made.weights_export("wan", "w4a4"))
     monkeypatch.setattr(pytorch, "usable_kernels", lambda device: double(80))
     with caplog.at_level(logging.INFO, logger="dvdquant"), PyTorchSession(artifact) as session:
         # So few tokens, that expanding takes longer than the product: nothing of any size stays packed.
@@ -88,7 +88,7 @@ def test_the_count_decides_where_nothing_else_was_said(
 
 
 def test_a_session_holds_some_layers_so_and_some_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    artifact = Artifact.open(made.recipe_export("w4a4"))
+    artifact = Artifact.open(made.weights_export("wan", "w4a4"))
     inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
     monkeypatch.setattr(pytorch, "usable_kernels", lambda device: double(90))
     counted = held_weights(artifact.plan("transformer"), 90, (4, 8), artifact.sizes)
@@ -112,7 +112,7 @@ def test_a_session_holds_some_layers_so_and_some_so(monkeypatch: pytest.MonkeyPa
 
 
 def test_policies_that_a_backend_does_not_have() -> None:
-    artifact = Artifact.open(made.recipe_export("w4a4"))
+    artifact = Artifact.open(made.weights_export("wan", "w4a4"))
     with pytest.raises(UnsupportedError, match="unknown weights 'thin'"):
         open_session(artifact, device="cpu", weights="thin")  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="as they were built, not packed"):
@@ -121,7 +121,8 @@ def test_policies_that_a_backend_does_not_have() -> None:
         open_session(artifact, backend="pytorch", device="cpu", weights="expanded")
     with open_session(artifact, backend="pytorch", device="cpu", weights="packed") as session:
         assert session.weights == "packed"
-    with open_session(artifact, backend="onnxruntime", device="cpu", weights="expanded") as session:
+    graphs = Artifact.open(made.recipe_export("w4a4"))
+    with open_session(graphs, backend="onnxruntime", device="cpu", weights="expanded") as session:
         assert session.weights == "expanded"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from torch import nn
 from dvdquant.recipe import RECIPES
 from tests.support import tiny_models as tiny
 from tests.support import tiny_pipelines
-from tests.support.folders import process_folder
+from tests.support.folders import shared_folder
 from tests.support.tiny_pipelines import KINDS, LTX, TOKENS, Exported, Kind
+from tests.support.traces import without_graphs
 
 WAN_CLIP = {**tiny.WAN_ONE, "in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 128}
 HUNYUAN_CONCAT = {**tiny.HUNYUAN, "in_channels": 9, "image_condition_type": "latent_concat", "guidance_embeds": False}
@@ -34,6 +36,8 @@ KINDS.update(
         "hunyuan-token": Kind({**tiny.HUNYUAN, "image_condition_type": "token_replace"}, "2x4x4", (5, 32, 32)),
     }
 )
+# Drawn by PyTorch in the normal run: the graphs of their families are judged in tests/export, and with text in test_pipelines.py.
+PYTORCH_ALONE = ("wan-flf2v", "cogvideox-i2v", "hunyuan-concat", "hunyuan-token")
 # What stands before the words in the text of HunyuanVideo: the image, every second or fourth token of 576.
 _TEXT = {"hunyuan-concat": TOKENS + 288, "hunyuan-token": TOKENS + 144}
 
@@ -60,27 +64,44 @@ class ImageModel:
 
 
 @functools.cache
-def image_model(kind: str) -> ImageModel:
-    """The export and the pipeline of a kind, made once a process."""
-    import diffusers
+def image_model(kind: str, graphs: bool | None = None) -> ImageModel:
+    """Return the export and the pipeline of a kind, made once in a test run; nobody writes into them.
 
-    folder = process_folder("images") / ("ltx" if kind.startswith("ltx") else kind)  # one export for two pipelines
+    Args:
+        kind: A key of ``KINDS``.
+        graphs: Whether the export can run on ONNX Runtime; by default all can but those of ``PYTORCH_ALONE``.
+    """
+    with_graphs = kind not in PYTORCH_ALONE if graphs is None else graphs
+    name = "ltx" if kind.startswith("ltx") else kind  # one export for two pipelines
+    folder = shared_folder(f"images-{name}-{with_graphs}", lambda made: _export(kind, made, with_graphs))
+    made = _export(kind, folder, with_graphs)
+    pipeline = shared_folder(f"images-pipeline-{kind}-{with_graphs}", lambda here: _save_pipeline(kind, made, here))
+    return ImageModel(kind, made, pipeline)
+
+
+def _export(kind: str, folder: Path, graphs: bool) -> Exported:
+    """Export a kind into a folder, or take what is there."""
     components = 2 if kind == "wan-i2v-22" else 1
     recipe = RECIPES["w4a4"]
     if kind != "wan-i2v-21":  # a graph less; and the traces are those of the pipelines that draw from text
         recipe = dataclasses.replace(recipe, name="eight-bit", activations=recipe.activations[1:])
-    made = tiny_pipelines.export_kind(
-        kind, folder, components=components, text_tokens=_TEXT.get(kind, TOKENS), recipe=recipe
-    )
+    with contextlib.nullcontext() if graphs else without_graphs():
+        return tiny_pipelines.export_kind(
+            kind, folder, components=components, text_tokens=_TEXT.get(kind, TOKENS), recipe=recipe
+        )
+
+
+def _save_pipeline(kind: str, made: Exported, folder: Path) -> None:
+    """Write the pipeline of an export as a folder, with the transformers of its source."""
+    import diffusers
+
     originals = [
         getattr(diffusers, KINDS[kind].config["_class_name"]).from_pretrained(
             made.source / name, torch_dtype=torch.bfloat16
         )
         for name in made.plans
     ]
-    pipeline = folder / f"pipeline-{kind}"
-    _build(kind, *originals).save_pretrained(pipeline)
-    return ImageModel(kind, made, pipeline)
+    _build(kind, *originals).save_pretrained(folder)
 
 
 def _build(kind: str, transformer: Any, transformer_2: Any = None) -> Any:

@@ -20,34 +20,55 @@ from dvdquant.system.safetensors_reader import read_header
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, in_process
 from tests.support.folders import shared_folder
+from tests.support.traces import without_graphs
 
 RANGES = ["--latent", "2:3:4x4:8:12x6:8:10", "--text-tokens", "12"]
+FIXED = ["--latent", "3x8x8", "--text-tokens", "12"]
 # Rounding to nearest is the fastest recipe; what it does to the weights is no matter here.
 QUICK = ["--recipe", "rtn", "--target", "graphs"]
 
 
 @functools.cache
 def family_export(name: str, dtype: str = "bf16") -> Path:
-    """Graphs of one block of a family, with ranges of sizes; of Wan the first transformer of :func:`engine_export`."""
+    """Graphs of one block of a family, with ranges of sizes; of Wan the first transformer of :func:`engine_export`.
+
+    In fp16 they have one size: to trace ranges takes three times as long, and is no other in fp16.
+    """
     if (name, dtype) == ("wan", "bf16") and importlib.util.find_spec("tensorrt_rtx"):
         return engine_export()
 
     def make(folder: Path) -> None:
         source = tiny.write_checkpoint(folder / "model", {**tiny.CONFIGS[name], "num_layers": 1})
-        in_process(source, "-o", folder / "out", "--dtype", dtype, *QUICK, *RANGES)
+        sizes = RANGES if dtype == "bf16" else FIXED
+        in_process(source, "-o", folder / "out", "--dtype", dtype, *QUICK, *sizes)
 
     return shared_folder(f"sessions-{name}-{dtype}", make) / "out"
 
 
 @functools.cache
+def weights_export(name: str, recipe: str = "rtn", ranges: bool = True) -> Path:
+    """As :func:`family_export` for PyTorch sessions alone: a graph takes most of the time of an export, and has no node here.
+
+    Where sessions trace blocks for a compiler, one size takes a fraction of the time of ranges.
+    """
+
+    def make(folder: Path) -> None:
+        source = tiny.write_checkpoint(folder / "model", {**tiny.CONFIGS[name], "num_layers": 1})
+        with without_graphs():
+            in_process(source, "-o", folder / "out", "--recipe", recipe, "--target", "graphs", *sizes)
+
+    sizes = RANGES if ranges else FIXED
+    return shared_folder(f"sessions-weights-{name}-{recipe}-{ranges}", make) / "out"
+
+
+@functools.cache
 def deep_export(name: str) -> Path:
-    """As :func:`family_export` with two blocks or more, for what blocks share; of one size."""
-    if name == "hunyuan-video":  # one of each kind
-        return family_export(name)
+    """As :func:`weights_export` with two blocks or more, for what blocks share; of one size."""
 
     def make(folder: Path) -> None:
         source = tiny.write_checkpoint(folder / "model", tiny.CONFIGS[name])
-        in_process(source, "-o", folder / "out", *QUICK, "--latent", "3x8x8", "--text-tokens", "12")
+        with without_graphs():
+            in_process(source, "-o", folder / "out", *QUICK, *FIXED)
 
     return shared_folder(f"sessions-deep-{name}", make) / "out"
 
