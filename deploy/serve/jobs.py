@@ -266,7 +266,7 @@ class JobStore(ABC):
         """
 
     @abstractmethod
-    def complete(self, video: str, token: str, summary: dict[str, Any], keep: float) -> bool:
+    def complete(self, video: str, token: str, summary: dict[str, Any], keep: float, bits: str) -> bool:
         """Say that the clip is there. False if the job belongs to another claim, is deleted, or was cancelled.
 
         Args:
@@ -274,6 +274,7 @@ class JobStore(ABC):
             token: The secret of the claim.
             summary: Figures of the clip.
             keep: Seconds until it expires.
+            bits: See :class:`Job`; those of the last steps may be in no beat.
         """
 
     @abstractmethod

@@ -192,14 +192,14 @@ class PostgresStore(SqlStore[Connection]):
             )
         return "lost" if row is None else "cancelled" if row["cancelled"] else "ok"
 
-    def complete(self, video: str, token: str, summary: dict[str, Any], keep: float) -> bool:
+    def complete(self, video: str, token: str, summary: dict[str, Any], keep: float, bits: str) -> bool:
         """See :class:`JobStore`."""
         with self._connection() as db:
             done = db.execute(
                 f"update dvdq_jobs set status = 'completed', progress = 100, completed_at = {_NOW}, "
-                f"expires_at = {_NOW} + %s, summary = %s, token = null, lease = null "
+                f"expires_at = {_NOW} + %s, summary = %s, bits = %s, token = null, lease = null "
                 "where id = %s and token = %s and cancelled = 0",
-                (keep, json.dumps(summary), video, token),
+                (keep, json.dumps(summary), bits, video, token),
             )
             return done.rowcount > 0
 

@@ -180,14 +180,14 @@ class SqliteStore(SqlStore[sqlite3.Connection]):
             ).fetchone()
         return "lost" if row is None else "cancelled" if row["cancelled"] else "ok"
 
-    def complete(self, video: str, token: str, summary: dict[str, Any], keep: float) -> bool:
+    def complete(self, video: str, token: str, summary: dict[str, Any], keep: float, bits: str) -> bool:
         """See :class:`JobStore`."""
         now = time.time()
         with self._transaction(durable=True) as db:
             done = db.execute(
                 "update jobs set status = 'completed', progress = 100, completed_at = ?, expires_at = ?, summary = ?, "
-                "token = null, lease = null where id = ? and token = ? and cancelled = 0",
-                (now, now + keep, json.dumps(summary), video, token),
+                "bits = ?, token = null, lease = null where id = ? and token = ? and cancelled = 0",
+                (now, now + keep, json.dumps(summary), bits, video, token),
             )
             return done.rowcount > 0
 

@@ -417,7 +417,7 @@ class Worker:
         size = self.files.write(job.id, lambda path: write_mp4(path, drawn.result.frames, drawn.fps))
         seconds = time.perf_counter() - started
         summary = _summary(drawn, size, seconds)
-        if not self.store.complete(job.id, running.token, summary, self.settings.keep):
+        if not self.store.complete(job.id, running.token, summary, self.settings.keep, running.bits):
             self._delete_unwanted(running)
             self._beat(running)
             self._failed(running, Cancelled("the job was stopped"))

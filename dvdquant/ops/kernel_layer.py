@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -73,6 +74,7 @@ class KernelLayer:
         self.packed, self.dtype, self.device, self.form = packed, dtype, device, form
         self._kernels, self._parts = kernels, (scale, shift)
         self._handle = handle_of(kernels)
+        self._make_outside = _make_outside_of_traces()
         self._weights: dict[tuple[str, int], tuple[Tensor, ...]] = {}
         self._pre_quant: Tensor | None = None
 
@@ -135,11 +137,10 @@ class KernelLayer:
         """
         form = self._runs[act_bits, act_group][1]
         if form not in self._weights:
-            self._make(act_bits, act_group)
+            self._make_outside(self, act_bits, act_group)
         return self._weights[form]
 
-    @torch.compiler.disable
-    def _make(self, act_bits: int, act_group: int) -> None:
+    def _make_weight(self, act_bits: int, act_group: int) -> None:
         shape, form = self._runs[act_bits, act_group]
         refuse_capture(self.device, "its weight is prepared at the first call")
         here = tuple(tensor.to(self.device) for tensor in self.packed.stored())
@@ -172,3 +173,13 @@ class KernelLayer:
         library = self._kernels.library
         ask = library.packed_workspace_bytes if self.form == "packed" else library.workspace_bytes
         return max(ask(shape, self._kernels.sm, tokens) for shape in shapes)
+
+
+@functools.cache
+def _make_outside_of_traces() -> Callable[[KernelLayer, int, int], None]:
+    """Return what makes a weight, and is never traced.
+
+    Not a decorator: that would import PyTorch's compiler, a second of every process, where there is no layer like this.
+    """
+    make: Callable[[KernelLayer, int, int], None] = torch.compiler.disable(KernelLayer._make_weight)  # type: ignore[no-untyped-call]
+    return make

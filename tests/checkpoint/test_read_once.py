@@ -27,7 +27,7 @@ SPOILED = ("blocks.0.attn1.to_q.weight", "blocks.0.norm2.weight")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In fp32, in which a conversion to fp32 returns the tensor itself."""
-    folder = tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "wan", tiny.WAN, torch.float32)
+    folder = tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "wan", tiny.WAN_ONE, torch.float32)
     for name in SPOILED:
         poke(name, float("nan"))(folder)
     return folder
@@ -92,7 +92,7 @@ def test_an_export_with_an_engine_made_from_the_original_weights(
     tmp_path: Path, reads: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NVFP4 needs the weights a third time; with --verify they are read once more, from the disk on purpose."""
-    source = tiny.write_checkpoint(tmp_path / "model", tiny.WAN)
+    source = tiny.write_checkpoint(tmp_path / "model", tiny.WAN_ONE)
     monkeypatch.setattr(estimate, "memory_limit", lambda: 1 << 40)
     dropped: list[int] = []
     forget = ReadOnce.forget

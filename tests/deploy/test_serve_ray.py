@@ -54,7 +54,7 @@ def test_the_number_of_workers_follows_the_jobs(tmp_path: Path) -> None:
     assert job is not None
     policy.look()
     assert policy(context) == (3, {})  # what runs needs its worker
-    assert store.complete(job.id, job.token or "", {}, 60)
+    assert store.complete(job.id, job.token or "", {}, 60, "8")
     policy.look()
     assert policy(context) == (2, {})
     policy._asked -= 60

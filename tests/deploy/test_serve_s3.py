@@ -154,7 +154,7 @@ def _client(files: ClipFiles, tmp_path: Path) -> tuple[Any, str]:
     job = store.claim("w", ("wan",), 60)
     assert job is not None
     files.write(job.id, lambda path: write_whole(path, CLIP))
-    assert store.complete(job.id, job.token or "", {}, HOUR)
+    assert store.complete(job.id, job.token or "", {}, HOUR, "8")
     settings = ServerSettings(models=(), data=tmp_path, limits=Limits())
     service = Service(settings, store, files, LocalWorkers(), ServerMetrics())
     return TestClient(make_app(service), base_url="http://127.0.0.1"), job.id
@@ -284,7 +284,7 @@ def test_a_server_leaves_clips_of_others_and_expires_its_own(objects: ClipFiles,
     assert job is not None
     for video in (job.id, other := new_video_id()):
         objects.write(video, lambda path: write_whole(path, CLIP))
-    assert store.complete(job.id, job.token or "", {}, 0.0)
+    assert store.complete(job.id, job.token or "", {}, 0.0, "8")
     run = _Run(ServerSettings(models=(), data=tmp_path, devices=()), store, objects, ServerMetrics(), ())
     run.recover()
     assert sorted(objects.ids()) == sorted([job.id, other])

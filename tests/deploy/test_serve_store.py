@@ -79,10 +79,11 @@ def test_a_job_lives_from_queue_to_clip(store: JobStore) -> None:
     half = store.get(job.id)
     assert half is not None
     assert (half.progress, half.bits) == (50, "84s")
-    assert store.complete(job.id, _token(job), {"bytes": 7}, HOUR)
+    assert store.complete(job.id, _token(job), {"bytes": 7}, HOUR, "84s8")
     done = store.get(job.id)
     assert done is not None
     assert (done.status, done.progress, done.summary, done.token) == ("completed", 100, {"bytes": 7}, None)
+    assert done.bits == "84s8"  # of steps after the last beat, too
     assert done.expires_at == pytest.approx(time.time() + HOUR, abs=60)
     assert store.counts() == {"completed": 1}
 
@@ -128,7 +129,7 @@ def test_a_lease_that_ran_out_frees_the_job_once(store: JobStore) -> None:
     second = _claimed(store, lease=-1, worker="v")
     assert (second.id, second.attempts) == (first.id, 2)
     assert store.beat(first.id, _token(first), 60, 99, "") == "lost"
-    assert not store.complete(first.id, _token(first), {}, HOUR)
+    assert not store.complete(first.id, _token(first), {}, HOUR, "8")
     assert store.fail(first.id, _token(first), FAULT, HOUR, final=True) is None
     assert not store.release(first.id, _token(first))
     assert store.claim("u", ("wan",), 60) is None
@@ -207,7 +208,7 @@ def test_cancel_in_every_state(store: JobStore) -> None:
         assert flagged.status == "in_progress"
         assert store.beat(running.id, _token(running), 60, 1, "") == "cancelled"
         if end == "complete":
-            assert not store.complete(running.id, _token(running), {}, HOUR)
+            assert not store.complete(running.id, _token(running), {}, HOUR, "8")
             store.fail(running.id, _token(running), FAULT, HOUR, final=False)
         elif end == "fail":
             store.fail(running.id, _token(running), FAULT, HOUR, final=False)
@@ -228,7 +229,7 @@ def test_a_deleted_job_is_lost_to_its_worker(store: JobStore) -> None:
     job = _claimed(store)
     assert store.delete(job.id)
     assert store.beat(job.id, _token(job), 60, 1, "") == "lost"
-    assert not store.complete(job.id, _token(job), {}, HOUR)
+    assert not store.complete(job.id, _token(job), {}, HOUR, "8")
     assert not store.delete(job.id)
 
 
@@ -249,7 +250,7 @@ def test_pages_cover_every_job_once_in_both_orders(store: JobStore) -> None:
 def test_what_expired_is_named_and_nothing_else(store: JobStore) -> None:
     store.create(WHAT, 10)
     job = _claimed(store)
-    store.complete(job.id, _token(job), {}, 10)
+    store.complete(job.id, _token(job), {}, 10, "8")
     waiting = store.create(WHAT, 10).id
     assert store.expire(time.time()) == []
     assert store.expire(time.time() + 11) == [job.id]
@@ -270,7 +271,7 @@ store = SqliteStore(Path(sys.argv[1]))
 while True:
     made = store.create(NewJob("wan", {"prompt": "x"}, 1, (2, 2), 1.0), 10**6).id
     job = store.claim("w", ("wan",), 60)
-    store.complete(job.id, job.token, {}, 3600)
+    store.complete(job.id, job.token, {}, 3600, "8")
     print(job.id, flush=True)
 """
     path = tmp_path / "jobs.sqlite"
@@ -294,7 +295,7 @@ while True:
         store.interrupt()
         assert store.counts().get("in_progress", 0) == 0
         while (job := store.claim("w", ("wan",), 60)) is not None:
-            store.complete(job.id, _token(job), {}, 3600)
+            store.complete(job.id, _token(job), {}, 3600, "8")
         store.close()
 
 
@@ -340,7 +341,7 @@ def test_threads_never_get_the_same_job(store: JobStore) -> None:
     def take(name: str) -> None:
         while (job := store.claim(name, ("wan",), 60)) is not None:
             got.append(job.id)
-            assert store.complete(job.id, _token(job), {}, HOUR)
+            assert store.complete(job.id, _token(job), {}, HOUR, "8")
 
     threads = [threading.Thread(target=take, args=(f"w{i}",)) for i in range(4)]
     for thread in threads:

@@ -101,7 +101,7 @@ def test_a_frozen_worker_leaves_the_clip_of_the_next_claim(
     assert _bytes(files, frozen.id) == b"mine"  # the second claim draws, and puts its own in the place
     assert second.token is not None
     files.write(second.id, lambda path: write_whole(path, b"whole"))
-    assert store.complete(second.id, second.token, {}, HOUR)
+    assert store.complete(second.id, second.token, {}, HOUR, "8")
     worker._encode(_drawn(frozen, b"whole"))
     assert _bytes(files, frozen.id) == b"whole"
     after = store.get(second.id)
@@ -123,6 +123,17 @@ def test_a_clip_that_nobody_wants_is_deleted(end: str, worker: Worker, store: Sq
     worker._encode(_drawn(job))
     assert _bytes(files, job.id) is None
     assert list(files.ids()) == []
+
+
+def test_a_completed_job_names_the_bits_of_its_last_steps(worker: Worker, store: SqliteStore) -> None:
+    """Steps are faster than beats: no beat told the store of these."""
+    store.create(WHAT, 10)
+    drawn = _drawn(_claimed(store))
+    drawn.running.bits = "8844"
+    worker._encode(drawn)
+    job = store.get(drawn.running.job.id)
+    assert job is not None
+    assert (job.status, job.bits) == ("completed", "8844")
 
 
 def test_the_encoder_outlives_a_store_that_is_away(
@@ -268,7 +279,7 @@ def test_expiry_goes_on_after_a_store_and_a_file_that_refuse(
         job = _claimed(store)
         assert job.token is not None
         files.write(job.id, lambda path: write_whole(path, b"clip"))
-        store.complete(job.id, job.token, {}, -1)
+        store.complete(job.id, job.token, {}, -1, "8")
         videos.append(job.id)
     expire, delete = store.expire, files.delete
     rounds: list[float] = []

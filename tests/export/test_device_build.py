@@ -34,7 +34,7 @@ from dvdquant.system.progress import Progress
 from dvdquant.text import amount
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, in_process, run
-from tests.support.device_build import build, plugin_library
+from tests.support.device_build import ORIN, build, build_here, plugin_library
 from tests.support.session_exports import RANGES
 
 A4, A8 = (f"engines/tensorrt-sm87/transformer_a{bits}.engine" for bits in (4, 8))
@@ -173,20 +173,18 @@ def test_the_device_builds_enters_and_repeats_nothing(out: Path, tmp_path: Path,
     assert len(plan_on_device(out, manifest, ORIN, plugins=[plugin]).builds) == 2
 
 
-def test_an_interrupted_build_goes_on(out: Path, tmp_path: Path) -> None:
+def test_an_interrupted_build_goes_on(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = plugin_library(tmp_path / "libdvdquant_plugins.so")
     before = (out / "manifest.json").read_bytes()
-    refused(build(out, "--plugin", plugin, DOUBLE_FAIL="[8]"), "could not build the engine for SM 8.7", "--resume")
+    failed = build_here(monkeypatch, out, "--plugin", plugin, DOUBLE_FAIL="[8]")
+    refused(failed, "could not build the engine for SM 8.7", "--resume")
     assert (out / "manifest.json").read_bytes() == before
-    done = build(out, "--plugin", plugin, "--resume", "--log-format", "json")
+    done = build_here(monkeypatch, out, "--plugin", plugin, "--resume", "--log-format", "json")
     assert done.returncode == 0, done.stderr
     manifest = load_manifest(out)
     verify_files(out, manifest)
     assert len(manifest.engines) == 2
     assert not [name for name in os.listdir(out) if name.startswith(".tmp-")]
-
-
-ORIN = Gpu("Orin", "8.7", 16 << 30, True)
 
 
 @pytest.fixture
@@ -343,7 +341,7 @@ def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeyp
         unpack_bundle(changed, there)
     assert not there.exists()
     # Unpacked, built, and the second time neither.
-    done = build(tmp_path / "orin.tar", "-o", there, "--plugin", "bundled")
+    done = build_here(monkeypatch, tmp_path / "orin.tar", "-o", there, "--plugin", "bundled")
     assert done.returncode == 0, done.stderr
     manifest = load_manifest(there)
     verify_files(there, manifest)
@@ -405,14 +403,16 @@ def test_what_cannot_be_packed(made: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- TensorRT-RTX, the real one
 
 
-def test_the_real_builder_builds_what_was_left_to_it(model: Path, tmp_path: Path) -> None:
+def test_the_real_builder_builds_what_was_left_to_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     in_process(model, "-o", out, "--recipe", "rtn", "--target", "rtx", "--build", "device", *SIZES)
     entries = load_manifest(out).builds
     assert [e["precision"] for e in entries] == ["int8", "int8"]
     assert not (out / SCRIPT).exists()
     pack(out, tmp_path / "a.tar")
-    done = build(tmp_path / "a.tar", "-o", tmp_path / "there", "--bits", "8", sm=None)
+    done = build_here(monkeypatch, tmp_path / "a.tar", "-o", tmp_path / "there", "--bits", "8", gpu=None)
     assert done.returncode == 0, done.stderr
     there = load_manifest(tmp_path / "there")
     (engine,) = there.engines

@@ -24,7 +24,7 @@ from dvdquant.export.verify import graph as judged_graphs
 from dvdquant.export.verify.graph import Verifier
 from dvdquant.recipe import RECIPES, get_recipe
 from dvdquant.system.progress import Progress
-from tests.support.commands import in_process
+from tests.support.commands import SIZES, in_process
 from tests.support.exporting import Export, export_graphs
 from tests.support.tiny_models import CONFIGS, FIXED, RANGES, SMALL, WAN_ONE, write_checkpoint
 
@@ -174,7 +174,7 @@ def test_the_dry_run_counts_the_layers_that_are_fused(wan: Export, tmp_path: Pat
     """As many as the graph of such an export has."""
     arguments = [
         write_checkpoint(tmp_path / "model", WAN_ONE), "-o", tmp_path / "out", "--recipe", "w4a8", "--target", "tensorrt",
-        "--sm", "9.0", "--latent", "3x8x8", "--text-tokens", 12, "--dry-run",
+        "--sm", "9.0", *SIZES, "--dry-run",
     ]  # fmt: skip
     text = in_process(*arguments, "--fuse")
     assert f"(--fuse): transformer 4 of {len(wan.plan.layers)} layers" in text

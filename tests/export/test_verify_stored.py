@@ -32,9 +32,9 @@ from dvdquant.system.safetensors_reader import read_header, read_tensor
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, change, digests, in_process, refused, rehash, run
 
-VICTIM = "blocks.1.attn2.to_k+to_v"
+VICTIM = "blocks.0.attn2.to_k+to_v"
 SHIFTED = "blocks.0.attn1.to_q+to_k+to_v"
-KEPT = "blocks.1.scale_shift_table"
+KEPT = "blocks.0.scale_shift_table"
 
 Change = Callable[[Tensor], Any]
 
@@ -79,7 +79,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Stored]:
 
     def get(recipe: str) -> Stored:
         if recipe not in made:
-            made[recipe] = stored(tiny.WAN, recipe, tmp_path_factory.mktemp(recipe))
+            made[recipe] = stored(tiny.WAN_ONE, recipe, tmp_path_factory.mktemp(recipe))
         return made[recipe]
 
     return get
@@ -101,7 +101,7 @@ def test_every_recipe_passes_with_and_without_recorded_weight_errors(recipe: str
 @pytest.mark.parametrize("family", [name for name in tiny.CONFIGS if name != "wan"])
 def test_every_family_passes(family: str, tmp_path: Path) -> None:
     """Modulation layers with a floor of their own, layers without bias, fp32 modules, position tables."""
-    export = stored(tiny.CONFIGS[family], "w4a4", tmp_path, torch.float16, modulation="a8")
+    export = stored({**tiny.CONFIGS[family], "num_layers": 1}, "w4a4", tmp_path, torch.float16, modulation="a8")
     assert export.verify().layers == len(export.plan.layers)
 
 
@@ -277,8 +277,8 @@ def test_no_byte_of_the_weights_changes_unnoticed(count: int, wan: Callable[[str
 def test_nan_that_was_accepted_is_stored_as_zero(tmp_path: Path) -> None:
     from tests.support.commands import poke
 
-    source = tiny.write_checkpoint(tmp_path / "model", tiny.WAN)
-    for name in ("blocks.1.attn2.to_k.weight", "blocks.0.attn1.to_q.bias", KEPT):
+    source = tiny.write_checkpoint(tmp_path / "model", tiny.WAN_ONE)
+    for name in ("blocks.0.attn2.to_k.weight", "blocks.0.attn1.to_q.bias", KEPT):
         poke(name, float("nan"))(source)
     checkpoint = open_checkpoint(source)
     plan = plan_model(checkpoint.config, get_recipe("w4a4"), torch.bfloat16)
@@ -296,14 +296,14 @@ def test_nan_that_was_accepted_is_stored_as_zero(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "wan", tiny.WAN)
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "wan", tiny.WAN_ONE)
 
 
 @pytest.fixture(scope="module")
 def verified(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out") / "wan"
     text = in_process(*arguments(model, out))
-    assert "14 quantized layers" in text
+    assert "7 quantized layers" in text
     return out
 
 
@@ -314,12 +314,12 @@ def arguments(model: Path, out: Path) -> list[object]:
 def test_the_manifest_says_what_was_verified(verified: Path, model: Path) -> None:
     manifest = load_manifest(verified)
     assert manifest.verified is not None
-    assert manifest.verified["layers"] == len(manifest.layers) == 14
+    assert manifest.verified["layers"] == len(manifest.layers) == 7
     assert manifest.verified["graphs"] == [graph["path"] for graph in manifest.graphs]
     assert manifest.tools["device"] == "cpu"
     card = (verified / "README.md").read_text()
     assert "verified by dvdquant" in card
-    assert "29 tensors in 16 bit" in card
+    assert "22 tensors in 16 bit" in card
 
 
 WEIGHTS = "onnx/transformer.safetensors"

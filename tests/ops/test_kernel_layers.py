@@ -202,6 +202,17 @@ def test_what_a_prepared_layer_refuses() -> None:
     assert torch.equal(layer(tokens().float()), layer(tokens()).float())
 
 
+def test_a_compiled_function_breaks_where_a_weight_is_made_and_nowhere_else() -> None:
+    layer = small_layer()
+    layer.prepare(double(90), [ActivationSpec(8)], torch.bfloat16, CPU)
+    call = torch.compile(layer, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+        call(tokens())
+    wanted = layer(tokens())  # makes the weight
+    torch.compiler.reset()
+    assert torch.equal(call(tokens()), wanted)
+
+
 def test_layers_that_no_kernel_runs_stay_packed() -> None:
     model = torch.nn.Sequential(small_layer(), small_layer())
     model[1].spec = LayerSpec("other", ("other",), (16,), 256, (True,), ROTATION, 1, floor=ActivationSpec(8))

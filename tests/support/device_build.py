@@ -10,12 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from dvdquant.backends import Backend
+from dvdquant.cli.build import main as build_main
+from dvdquant.system.gpu import Gpu
 from dvdquant.system.plugin_file import machine_name
 from tests.support.exporting import REPOSITORY
 from tests.support.folders import process_folder
 
 DOUBLE = REPOSITORY / "tests" / "support" / "tensorrt_double"
+ORIN = Gpu("Orin", "8.7", 16 << 30, True)
 _MACHINES = {"x86_64": 62, "aarch64": 183}
 
 
@@ -45,6 +50,26 @@ def build(*arguments: object, sm: int | None = 87, **variables: str) -> subproce
     """``dvdq-build`` as a process of that machine."""
     command = [sys.executable, "-m", "dvdquant.cli.build", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment(sm, **variables), timeout=600)
+
+
+def build_here(
+    patched: pytest.MonkeyPatch, *arguments: object, gpu: Gpu | None = ORIN, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """As :func:`build`, with the command in this process, which takes the machine's GPU and the release of its TensorRT
+    from here; the builder is a process of that machine."""
+    found = environment(None if gpu is None else int(gpu.sm.replace(".", "")), **variables)
+    with patched.context() as context:
+        for name in ("PYTHONPATH", "LD_LIBRARY_PATH", "HOST_CUDA_SM", *variables):
+            if name in found:
+                context.setenv(name, found[name])
+        context.setattr("dvdquant.system.gpu.read_gpu", lambda: gpu)
+        if gpu is not None:
+            for room in ("dvdquant.backends", "dvdquant.export.on_device"):
+                context.setattr(f"{room}.load_backend", lambda name: Backend(name, None, "11.4.0.1"))
+        result = CliRunner().invoke(build_main, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return subprocess.CompletedProcess(["dvdq-build"], result.exit_code, result.stdout, result.stderr)
 
 
 def plugin_library(path: Path, major: int | None = 11, machine: str | None = None, kernels: str = "87;110") -> Path:
