@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import dvdquant.export.estimate as estimate
+from dvdquant.artifact.manifest import load_manifest
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.checkpoint import reader
 from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.checkpoint.read_once import ReadOnce
 from dvdquant.model.plan import plan_model
 from dvdquant.quantize.checkpoint import quantize_checkpoint
-from dvdquant.recipe import get_recipe
+from dvdquant.recipe import RECIPES, get_recipe
 from dvdquant.system.progress import Progress
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, in_process, poke
@@ -93,11 +95,16 @@ def test_an_export_with_an_engine_made_from_the_original_weights(
 ) -> None:
     """NVFP4 needs the weights a third time; with --verify they are read once more, from the disk on purpose."""
     source = tiny.write_checkpoint(tmp_path / "model", tiny.WAN_ONE)
+    recipe = RECIPES["w4a4"]  # the engine with 4 bits alone, which is in NVFP4
+    monkeypatch.setattr(
+        "dvdquant.recipe.RECIPES", {**RECIPES, "w4a4": replace(recipe, activations=recipe.activations[:1])}
+    )
     monkeypatch.setattr(estimate, "memory_limit", lambda: 1 << 40)
     dropped: list[int] = []
     forget = ReadOnce.forget
     monkeypatch.setattr(ReadOnce, "forget", lambda self: (dropped.append(self.held_bytes), forget(self))[1])
-    in_process(source, "-o", tmp_path / "out", "--target", "rtx", "--sm", "12.0", *SIZES)
+    in_process(source, "-o", tmp_path / "out", "--target", "rtx", "--sm", "12.0", "--recipe", "w4a4", *SIZES)
+    assert [e["precision"] for e in load_manifest(tmp_path / "out").engines] == ["nvfp4"]
     assert set(reads) == set(open_checkpoint(source).tensors)
     assert set(reads.values()) == {1}
     assert dropped == [open_checkpoint(source).nbytes]  # held until the engines were there, and then no longer

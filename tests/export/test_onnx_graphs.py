@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GROUPED = Recipe("grouped", (ActivationSpec(4, 64), ActivationSpec(8)), WeightSpec(group_size=64))
 REAL = Recipe("float", (ActivationSpec(4, 64), ActivationSpec(8)), WeightSpec(32, "float"))
 REAL_ROWS = Recipe("real-rows", (ActivationSpec(4), ActivationSpec(8)), WeightSpec(0, "float"))
-OWN = {recipe.name: recipe for recipe in (GROUPED, REAL, REAL_ROWS)}
+PAPER_ALL = replace(get_recipe("paper"), name="paper-a8", modulation="a8")  # and the linears that modulate
+OWN = {recipe.name: recipe for recipe in (GROUPED, REAL, REAL_ROWS, PAPER_ALL)}
 ONE = {"num_layers": 1}  # where two blocks show no more
 TI2V = with_changes(tiny.WAN, in_channels=48, out_channels=48)
 FLF = KINDS["wan-flf2v"].config
-COGVIDEOX_15 = with_changes(tiny.COGVIDEOX, **ONE, patch_size_t=2, ofs_embed_dim=32)
 LEARNED = with_changes(tiny.COGVIDEOX, **ONE, use_learned_positional_embeddings=True)
-EVEN = Sizes(Axis.fixed(4), Axis.fixed(8), Axis.fixed(8), text_tokens=12)
 PIPELINE = Sizes(Axis.fixed(2), Axis.fixed(4), Axis.fixed(4), text_tokens=TOKENS)  # as in tests/deploy
 TINY_SIZES = Sizes(Axis.fixed(2), Axis.fixed(12), Axis.fixed(16), text_tokens=5)
 
@@ -48,7 +48,7 @@ def case(name: str, config: Any, recipe: str, dtype: str, sizes: Sizes, when: st
 
 
 # In the normal run every family, dtype, kind of weights, and sizes fixed and in ranges stand at least once; not every pair.
-# Those rounded to nearest, and that with a first and a last image, are traced for other tests as well.
+# Those rounded to nearest, with a first and a last image, or with packed modulation are traced for other tests as well.
 CASES = [
     case("tiny-wan", TINY_WAN, "w4a4", "bf16", TINY_SIZES, when="stress"),
     case("wan", tiny.WAN_ONE, "grouped", "fp16", tiny.FIXED),
@@ -76,8 +76,8 @@ CASES = [
     case("hunyuan-video", tiny.HUNYUAN, "w4a4", "fp16", tiny.RANGES, when="stress"),
     case("cogvideox", tiny.COGVIDEOX, "w4a4", "bf16", tiny.FIXED, when="stress"),
     case("cogvideox", tiny.COGVIDEOX, "w4a4", "fp16", tiny.RANGES, when="stress"),
-    case("cogvideox-1.5", COGVIDEOX_15, "paper", "fp16", EVEN, when="slow"),
-    case("cogvideox-1.5", COGVIDEOX_15, "w4a4", "fp16", EVEN, when="stress"),
+    case("cogvideox-1.5", tiny.COGVIDEOX_15, "paper-a8", "fp16", tiny.EVEN, when="slow"),
+    case("cogvideox-1.5", tiny.COGVIDEOX_15, "w4a4", "fp16", tiny.EVEN, when="stress"),
     case("cogvideox-i2v", LEARNED, "float", "fp16", tiny.FIXED, when="slow"),
     case("cogvideox-i2v", LEARNED, "w4a4", "fp16", tiny.FIXED, when="stress"),
     case("cogvideox-2b", tiny.COGVIDEOX_2B, "w4a4", "bf16", tiny.FIXED, when="stress"),
@@ -221,7 +221,8 @@ def test_inputs_outputs_and_checker(export: Export) -> None:
             bits_of = {
                 a.i for n in proto.graph.node if n.op_type == "QuantLinear" for a in n.attribute if a.name == "act_bits"
             }
-            assert bits_of == {bits}
+            asked = export.plan.recipe.activation(bits)
+            assert bits_of == {spec.activation(asked).bits for spec in export.plan.layers}
         else:
             assert set(names) <= {"Rotate", "RotateOuter"}
         used = {(n.domain, n.op_type) for n in proto.graph.node if n.domain == "dvdquant"}

@@ -10,7 +10,7 @@ import torch
 from dvdquant.model.layers import QuantLinear, set_activation
 from dvdquant.model.plan import plan_model, quantized_skeleton
 from dvdquant.recipe import ActivationSpec, Recipe, get_recipe
-from tests.support.tiny_models import COGVIDEOX, FIXED, HUNYUAN, WAN
+from tests.support.tiny_models import COGVIDEOX, COGVIDEOX_15, EVEN, HUNYUAN, WAN
 
 
 def packed(name: str = "w4a4") -> Recipe:
@@ -42,10 +42,10 @@ def test_floor_is_the_recipes_own_8_bit_grid() -> None:
 
 
 def test_four_bit_graph_runs_them_with_eight() -> None:
-    from dvdquant.export.graph.trace import trace_graph
     from dvdquant.export.passes.set_activation import set_activation as set_nodes
+    from tests.support.traces import traced
 
-    plan = plan_model({**COGVIDEOX, "num_layers": 1}, packed(), torch.float16)
+    plan = plan_model(COGVIDEOX_15, packed("paper"), torch.float16)
     model = quantized_skeleton(plan, 4)
     bits = {m.spec.name: m.act_bits for m in model.modules() if isinstance(m, QuantLinear)}
     expected = {s.name: 8 if s.floor else 4 for s in plan.layers}
@@ -53,7 +53,7 @@ def test_four_bit_graph_runs_them_with_eight() -> None:
     set_activation(model, ActivationSpec(8))
     assert {m.act_bits for m in model.modules() if isinstance(m, QuantLinear)} == {8}
 
-    graph = trace_graph(plan, FIXED)
+    graph = traced(plan, EVEN)
     specs = {s.name: s for s in plan.layers}
     asked = plan.recipe.activation(4)
     set_nodes(graph, asked, lambda layer: specs[layer].activation(asked))

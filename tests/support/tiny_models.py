@@ -69,6 +69,7 @@ COGVIDEOX: dict[str, Any] = {
     "max_text_seq_length": 12,
     "use_rotary_positional_embeddings": True,
 }
+COGVIDEOX_15: dict[str, Any] = {**COGVIDEOX, "num_layers": 1, "patch_size_t": 2, "ofs_embed_dim": 32}
 COGVIDEOX_2B: dict[str, Any] = {**COGVIDEOX, "use_rotary_positional_embeddings": False}
 LTX: dict[str, Any] = {
     "_class_name": "LTXVideoTransformer3DModel",
@@ -88,6 +89,7 @@ CONFIGS = {"wan": WAN, "hunyuan-video": HUNYUAN, "cogvideox": COGVIDEOX, "cogvid
 WAN_ONE: dict[str, Any] = {**WAN, "num_layers": 1}
 
 FIXED = Sizes(Axis.fixed(3), Axis.fixed(8), Axis.fixed(8), text_tokens=12)
+EVEN = Sizes(Axis.fixed(4), Axis.fixed(8), Axis.fixed(8), text_tokens=12)  # as many frames as CogVideoX 1.5 takes
 SMALL = Sizes(Axis.fixed(2), Axis.fixed(8), Axis.fixed(8), text_tokens=4)  # as the commands of the tests
 RANGES = Sizes(Axis(2, 3, 4), Axis(4, 8, 12), Axis(6, 8, 10), text_tokens=12)
 
