@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["bootstrap", "ssim"]
 
@@ -12,6 +15,8 @@ __all__ = ["bootstrap", "ssim"]
 def ssim(frames: np.ndarray, reference: np.ndarray) -> float:
     """Structural similarity (Wang et al. 2004) of uint8 clips [F, H, W, 3]: an 11×11 Gaussian window of σ 1.5, K₁ = .01,
     K₂ = .03, L = 255, windows inside the picture only; mean over windows, channels and frames."""
+    import torch  # not at import: a report of results takes intervals alone
+
     x, y = (
         torch.from_numpy(f.astype(np.float64)).permute(0, 3, 1, 2).flatten(0, 1)[:, None] for f in (frames, reference)
     )

@@ -511,7 +511,7 @@ def _load(server: ServerProcess, clients: int, jobs: int) -> None:
 
 
 def test_requests_made_up_from_the_description(stub: ServerProcess) -> None:
-    _made_up(stub, 150)
+    _made_up(stub, 75)
 
 
 @pytest.mark.stress

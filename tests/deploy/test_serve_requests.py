@@ -26,7 +26,7 @@ from dvdquant.deploy.serve.videos import error_json, list_json, video_json
 from dvdquant.deploy.serve.wording import client_text
 from dvdquant.errors import DvdquantError
 from tests.support.exporting import REPOSITORY
-from tests.support.session_exports import family_export
+from tests.support.running import short_wan_export
 
 FULL: dict[str, Any] = {
     "prompt": "a cat",
@@ -108,6 +108,7 @@ def test_what_is_refused_says_why(fields: dict[str, Any], said: str) -> None:
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
 )
 
 
@@ -211,7 +212,7 @@ def test_the_server_process_needs_no_torch(tmp_path: Path) -> None:
 
 def test_an_export_of_one_width_has_nothing_to_switch_between() -> None:
     """A request that says nothing of widths is drawn at the only one; one that asks to switch is not taken for another."""
-    manifest = load_manifest(family_export("wan", "fp16"))
+    manifest = load_manifest(short_wan_export())
     one = SimpleNamespace(graphs=[graph for graph in manifest.graphs if graph["act_bits"] == 8])
     source = ModelSource("wan", "out")
     for known, mode in ((manifest, "switch"), (one, "a8")):
