@@ -135,3 +135,29 @@ def test_arrows_go_one_way(graph: dict[str, set[str]]) -> None:
         if _room(name) != "top" and _room(target) not in allowed[_room(name)] and target != "dvdquant"
     ]
     assert back == []
+
+
+def _run_at_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node that runs when its module is imported: those of functions do not."""
+    for child in ast.iter_child_nodes(tree):
+        if _is_type_checking(child) or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        yield child
+        yield from _run_at_import(child)
+
+
+def _brings(source: str, library: str) -> bool:
+    names = set()
+    for node in _run_at_import(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add((node.module or "").partition(".")[0])
+    return library in names
+
+
+def test_no_module_brings_onnxruntime() -> None:
+    """It is imported where it runs a graph: who draws with engines or with PyTorch does not wait for it."""
+    assert _brings("class A:\n    try:\n        import onnxruntime.capi\n    finally:\n        pass\n", "onnxruntime")
+    assert not _brings("def f():\n    import onnxruntime\n", "onnxruntime")
+    assert [name for name, path in _modules().items() if _brings(path.read_text(), "onnxruntime")] == []

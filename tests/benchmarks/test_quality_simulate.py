@@ -257,10 +257,11 @@ def test_products_of_bf16_are_rounded_once(monkeypatch: pytest.MonkeyPatch, laye
 def test_bf16_products_do_not_decide(bench: Any, layers: list[Any]) -> None:
     """The bench's products are rounded to bf16: far less than what W4A8 changes."""
     simulate, method = script("simulate"), script("methods").from_recipe(RECIPES["w4a8"])
+    quantized = {layer.name: method(layer, 8) for layer in layers}
     outputs = {}
     for dtype in (torch.float32, torch.bfloat16):
         simulate.set_product_dtype(dtype)
-        changed = simulate.install(bench.model, layers, lambda layer: method(layer, 8))
+        changed = simulate.install(bench.model, layers, lambda layer: quantized[layer.name])
         outputs[dtype] = forward(changed, bench)
     exact = forward(bench.model, bench)
     quantization = float((outputs[torch.float32] - exact).norm())
@@ -278,9 +279,15 @@ def test_clips_do_not_depend_on_their_batch(bench: Any, rounding: float) -> None
 
 @pytest.mark.parametrize("high", [0, pytest.param(3, marks=pytest.mark.stress)])
 def test_a_planned_switch_is_its_one_model(bench: Any, layers: list[Any], high: int) -> None:
+    """A few layers in other bits make another clip."""
     clips, simulate, methods = script("clips"), script("simulate"), script("methods")
     method = methods.from_recipe(RECIPES["w4a4"])
-    models = {b: simulate.install(bench.model, layers, lambda layer, b=b: method(layer, b)) for b in (4, 8)}
+    few = {layer.name for layer in layers[:4]}
+
+    def quantized(layer: Any, bits: int) -> Any:
+        return method(layer, bits) if layer.name in few else simulate.Simulated(layer.weight)
+
+    models = {b: simulate.install(bench.model, layers, lambda layer, b=b: quantized(layer, b)) for b in (4, 8)}
     bits = 8 if high else 4
     prompts = clips.bench_prompts(bench.table, 2, seed=5)
     alone = clips.generate(bench, {bits: models[bits]}, prompts, [1, 2])

@@ -390,9 +390,10 @@ def test_a_stop_is_a_json_line_and_leaves_the_clip_that_was_there(server: Comman
     before = _names(server.folder)
     many = ["1000" if word == "1" else word for word in base("run")]  # steps, so that it is at work
     for number in (signal.SIGTERM, signal.SIGINT):
-        ended = server.run("run", *many, "--log-format", "json", signal_after=[int(number), 1.0])
+        ended = server.run("run", *many, "--log-format", "json", signal_said=[int(number), '"event": "step"'])
         assert ended.code == 128 + number
         assert json.loads(ended.err.splitlines()[-1])["event"] == "stopped"
+        assert '"event": "step"' in ended.err  # it was at work
         assert clip.read_bytes() == b"the clip of yesterday"
         assert _names(server.folder) == before
     clip.unlink()

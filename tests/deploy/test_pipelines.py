@@ -167,7 +167,7 @@ def test_a_larger_batch_is_split(export: Export, kind: str) -> None:
 @pytest.mark.slow
 def test_a_batch_that_does_not_fill_the_engine(export: Export) -> None:
     """Three videos through an export of batch 2: the last call repeats its sample and gives one back."""
-    two, one = export("wan", batch=2), export("wan")
+    two, one = export("wan", batch=2, graphs=False), export("wan")
     more: dict[str, Any] = {"num_videos_per_prompt": 3, "guidance_scale": 1.0, "steps": 2}
     filled = two.open("pytorch", mode="a8")
     result = build_pipeline("wan", filled)(**arguments("wan", **more)).frames

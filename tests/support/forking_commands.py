@@ -64,6 +64,8 @@ def child(request: dict[str, Any], streams: list[int]) -> None:
             os.chdir("gone")
             os.rmdir(os.getcwd())
         sys.stdin, sys.stdout, sys.stderr = (open(n, "w" if n else "r", closefd=False) for n in range(3))  # noqa: SIM115
+        if "signal_said" in request:
+            sys.stderr.reconfigure(line_buffering=True)  # as that of an interpreter is
         sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
         for number in request.get("closed", []):
             os.close(number)
@@ -100,7 +102,10 @@ def child(request: dict[str, Any], streams: list[int]) -> None:
 
 
 def serve(request: dict[str, Any]) -> dict[str, Any]:
-    """Run one command and collect what it said; what runs longer than ``limit`` seconds is killed."""
+    """Run one command and collect what it said; what runs longer than ``limit`` seconds is killed.
+
+    ``signal_after``: (signal, seconds). ``signal_when``: (signal, pattern of a file). ``signal_said``: (signal, text).
+    """
     with contextlib.ExitStack() as stack:
         files = []
         for number in range(3):
@@ -119,10 +124,10 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
             child(request, files)
         watch = os.pidfd_open(pid)
         stack.callback(os.close, watch)
-        if "signal_when" in request:  # (signal, pattern): as soon as a file of that name is there
-            number, pattern = request["signal_when"]
+        for name in {"signal_when", "signal_said"} & request.keys():
+            number, text = request[name]
             deadline = started + request.get("limit", 60)
-            while not glob.glob(os.path.join(request["cwd"], pattern)) and time.monotonic() < deadline:
+            while not _is_there(name, text, request["cwd"], files[2]) and time.monotonic() < deadline:
                 if select.select([watch], [], [], 0.02)[0]:
                     break
             with contextlib.suppress(ProcessLookupError):
@@ -145,6 +150,13 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
         "err": said[1],
         "seconds": time.monotonic() - started,
     }
+
+
+def _is_there(name: str, text: str, folder: str, errors: int) -> bool:
+    """Whether a file of that pattern is there (``signal_when``), or standard error holds that text (``signal_said``)."""
+    if name == "signal_when":
+        return bool(glob.glob(os.path.join(folder, text)))
+    return text.encode() in os.pread(errors, os.fstat(errors).st_size, 0)
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from tests.support import tiny_models as tiny
 from tests.support import tiny_pipelines
 from tests.support.folders import shared_folder
 from tests.support.tiny_pipelines import KINDS, LTX, TOKENS, Exported, Kind
-from tests.support.traces import without_graphs
 
 WAN_CLIP = {**tiny.WAN_ONE, "in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 128}
 HUNYUAN_CONCAT = {**tiny.HUNYUAN, "in_channels": 9, "image_condition_type": "latent_concat", "guidance_embeds": False}
@@ -85,10 +83,10 @@ def _export(kind: str, folder: Path, graphs: bool) -> Exported:
     recipe = RECIPES["w4a4"]
     if kind != "wan-i2v-21":  # a graph less; and the traces are those of the pipelines that draw from text
         recipe = dataclasses.replace(recipe, name="eight-bit", activations=recipe.activations[1:])
-    with contextlib.nullcontext() if graphs else without_graphs():
-        return tiny_pipelines.export_kind(
-            kind, folder, components=components, text_tokens=_TEXT.get(kind, TOKENS), recipe=recipe
-        )
+    tokens = _TEXT.get(kind, TOKENS)
+    return tiny_pipelines.export_kind(
+        kind, folder, components=components, text_tokens=tokens, recipe=recipe, graphs=graphs
+    )
 
 
 def _save_pipeline(kind: str, made: Exported, folder: Path) -> None:

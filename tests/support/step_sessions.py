@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,22 +12,14 @@ from torch import Tensor
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 from dvdquant.errors import EngineError
-from tests.support import tiny_models as tiny
-from tests.support.commands import SIZES, in_process
-from tests.support.folders import shared_folder
+from tests.support.session_exports import recipe_export
 
 TIMESTEPS = [1000.0 - 19.5 * i for i in range(50)]
 
 
-@functools.cache
 def tiny_export() -> Path:
     """The graphs of a one-block Wan with random weights, made once a run."""
-
-    def make(folder: Path) -> None:
-        model = tiny.write_checkpoint(folder / "wan", tiny.WAN_ONE)
-        in_process(model, "-o", folder / "out", "--target", "graphs", "--recipe", "w4a4", *SIZES)
-
-    return shared_folder("steps", make) / "out"
+    return recipe_export("w4a4")
 
 
 def throw(error: Exception) -> Callable[[Tensor], Tensor]:
