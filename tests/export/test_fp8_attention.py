@@ -377,7 +377,7 @@ def test_a_graph_without_norms_stays(small: Export) -> None:
 
 def test_an_export_with_fp8_attention(tmp_path: Path) -> None:
     """From the options to the manifest, with ``--verify``: an engine in FP8, and one that an SM without FP8 shares."""
-    model = write_checkpoint(tmp_path / "model", {**WAN, "num_layers": 1})
+    model = write_checkpoint(tmp_path / "model", WAN)
     options = ExportOptions(
         str(model),
         tmp_path / "out",
@@ -390,15 +390,15 @@ def test_an_export_with_fp8_attention(tmp_path: Path) -> None:
     plan = plan_export(options)
     assert [engine.attention for engine in plan.engines] == ["fp8"]
     result = run_export(plan, Progress("quiet"))
-    assert [len(check.attention) for check in result.checks] == [0, 1]
+    assert [len(check.attention) for check in result.checks] == [0, 2]
     assert all(check.passed for check in result.checks)
     manifest = load_manifest(options.out)
     (engine,) = manifest.engines
-    assert engine["attention"] == {"FP8": 1, "BFloat16": 1}
+    assert engine["attention"] == FUSED["wan"]
     assert "self-attention in FP8" in engine["executes"]
     assert result.builds[0]["attention"] == engine["attention"]
     older = dataclasses.replace(options, sms=("8.0", "8.9"), verify=False)
     again = run_export(plan_export(older), Progress("quiet")).manifest
     (both,) = [entry for entry in again.engines if entry["sm"] == ["8.0", "8.9"]]
-    assert both["attention"] == {"BFloat16": 2}
+    assert both["attention"] == {"BFloat16": 4}
     assert "SM 8.0 has no FP8 tensor cores" in both["executes"]

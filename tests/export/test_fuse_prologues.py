@@ -136,30 +136,31 @@ def test_what_fuse_does_not_apply_to_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_export_records_its_fused_layers_and_verifies_them(tmp_path: Path) -> None:
-    """With attention in FP8 in the same graph. It is for dvdq-build, which needs no builder here."""
-    model = write_checkpoint(tmp_path / "model", WAN_ONE)
+    """With attention in FP8 in the same graph, which other tests of such attention trace as well. It is for dvdq-build,
+    which needs no builder here."""
+    model = write_checkpoint(tmp_path / "model", CONFIGS["wan"])
     options = ExportOptions(
         str(model), tmp_path / "out", replace(get_recipe("w4a8"), attention="fp8"), targets=("tensorrt",), sms=("9.0",),
         latent="2x24x24", text_tokens=12, fuse=True, verify=True,
     )  # fmt: skip
     result = run_export(plan_export(options), Progress("quiet"))
     (entry,) = result.manifest.builds
-    assert entry["fused_layers"] == 4
-    assert entry["fp8_attentions"] == 1
+    assert entry["fused_layers"] == sum(TWO_BLOCKS.values())
+    assert entry["fp8_attentions"] == 2
     assert entry["graph"] == "onnx/transformer_a8_plugin_fp8_fused.onnx"
     assert "transformer_a8_plugin_fp8_fused.onnx" in entry["command"]
     graph = ir.load(options.out / entry["graph"])
-    assert sum(node.op_type == FUSED for node in graph.graph) == 4
+    assert forms(graph) == TWO_BLOCKS
     # Each is in FP8 in the graph that was left for the device, and both are judged in one.
     assert {node.op_type for node in graph.graph} >= {"QuantizeLinear", "DequantizeLinear"}
     assert [(check.graph, len(check.attention)) for check in result.checks] == [
         ("transformer_a8.onnx", 0),
-        ("transformer_a8.onnx with FP8 attention and fused layers", 1),
+        ("transformer_a8.onnx with FP8 attention and fused layers", 2),
     ]
     assert all(check.passed for check in result.checks)
     done = CliRunner().invoke(inspect_main, [str(options.out)])
     assert done.exit_code == 0
-    assert "4 layers with what comes before them" in done.output
+    assert "8 layers with what comes before them" in done.output
     # An export of before, without the number, is one without fused layers.
     settings = BuildSettings("a", "plugin", "tensorrt", "10", None, None, (), fuse=True)
     made = {"onnx_sha256": "a", "precision": "plugin", "versions": {"tensorrt": "10"}, "fused_layers": 4}

@@ -16,7 +16,7 @@ from dvdquant.artifact.verify_files import verify_files
 from dvdquant.export.options import ExportOptions
 from dvdquant.export.pipeline import run_export
 from dvdquant.export.plan import plan_export
-from dvdquant.recipe import get_recipe
+from dvdquant.recipe import RECIPES, get_recipe
 from dvdquant.system.progress import Progress
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, digests, in_process, kill_when, logged
@@ -127,12 +127,19 @@ def test_ranges_build_one_engine_with_a_profile(model: Path, tmp_path: Path) -> 
         ("auto", "12.0", "nvfp4", "FLOAT4E2M1"),
     ],
 )
-def test_realize(precision: str, sm: str, chosen: str, stored: str, model: Path, tmp_path: Path) -> None:
+def test_realize(
+    precision: str, sm: str, chosen: str, stored: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The override, or the choice, reaches the manifest and the types of the weights in the graph that was built."""
     out = tmp_path / "out"
+    recipe = RECIPES["w4a4"]
+    # Of its two grids the one with 4 bits, whose engines are asked for here.
+    monkeypatch.setattr(
+        "dvdquant.recipe.RECIPES", {**RECIPES, "w4a4": replace(recipe, activations=recipe.activations[:1])}
+    )
     in_process(model, "-o", out, "--sm", sm, "--precision", precision, "--keep-graphs", "--recipe", "w4a4", *SIZES)
     manifest = load_manifest(out)
-    assert {e["precision"] for e in manifest.engines if e["act_bits"] == 4} == {chosen}
+    assert [(e["act_bits"], e["precision"]) for e in manifest.engines] == [(4, chosen)]
     kept = list((out / "onnx").glob(f"*_rtx_{chosen}.onnx"))
     assert kept
     types = {
