@@ -19,6 +19,7 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import open_session
 from dvdquant.deploy.sessions.shared_tensors import Link
 from dvdquant.errors import DvdquantError
+from dvdquant.system.garbage import collect_less_often
 
 if TYPE_CHECKING:
     from dvdquant.deploy.sessions.base import EngineSession
@@ -33,6 +34,7 @@ def main(words: list[str] | None = None) -> int:
         words: The number of the inherited socket. The default is the command line.
     """
     (number,) = sys.argv[1:] if words is None else words
+    collect_less_often()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.dup2(2, 1)  # what a library prints is no output of the command that started us
     link = Link(Connection(int(number)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,34 @@ def quantize(source: Path, out: Path, made: ModelPlan, *, resume: bool = False, 
     return packed
 
 
+@dataclass(frozen=True)
+class Made:
+    """A model quantized by a recipe; nobody writes into its folder."""
+
+    plan: ModelPlan
+    folder: Path
+    packed: PackedWeights
+    known: dict[str, LayerInputs]
+
+
+@pytest.fixture(scope="module")
+def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    """Quantize the model by a recipe, each once."""
+
+    @functools.cache
+    def make(recipe: str) -> Made:
+        folder, planned = tmp_path_factory.mktemp(recipe), plan(recipe)
+        return Made(planned, folder / "tree", quantize(model, folder, planned), known_inputs(model, planned))
+
+    return make
+
+
+@pytest.fixture
+def whole(made: Callable[[str], Made]) -> Made:
+    """The model quantized by w4a4, in one go."""
+    return made("w4a4")
+
+
 def digests(folder: Path) -> dict[str, str]:
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
@@ -78,14 +108,15 @@ def known_inputs(model: Path, made: ModelPlan) -> dict[str, LayerInputs]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_files_hold_what_the_quantizer_makes_of_each_layer(recipe: str, model: Path, tmp_path: Path) -> None:
+def test_files_hold_what_the_quantizer_makes_of_each_layer(
+    recipe: str, model: Path, made: Callable[[str], Made]
+) -> None:
     """Every stored tensor, recomputed member by member without chunks, merging or files."""
-    made = plan(recipe)
-    packed = quantize(model, tmp_path, made)
-    known = known_inputs(model, made)
-    stored = load_file(tmp_path / "tree/onnx/transformer.safetensors")
+    ours = made(recipe)
+    packed, known = ours.packed, ours.known
+    stored = load_file(ours.folder / "onnx/transformer.safetensors")
     source = load_file(model / SINGLE)
-    for spec in made.layers:
+    for spec in ours.plan.layers:
         row = 0
         for member, rows in zip(spec.members, spec.rows):
             weight = source[f"{member}.weight"]
@@ -93,7 +124,7 @@ def test_files_hold_what_the_quantizer_makes_of_each_layer(recipe: str, model: P
             rotated = rotate_rows(weight.float() * smooth_scale, spec.rotation)
             exact = rotate(weight.double() * smooth_scale, spec.rotation)
             assert float((rotated - exact).abs().max()) <= 1e-6 * float(exact.abs().max())
-            want = quantize_weight(rotated, made.recipe.weight)
+            want = quantize_weight(rotated, ours.plan.recipe.weight)
             if known:
                 want = gptq_round(rotated, want, known[spec.name].hessian, known[spec.name].damping)
                 assert torch.equal(stored[f"{spec.name}.pre_quant_scale"], 1 / smooth_scale)
@@ -107,32 +138,30 @@ def test_files_hold_what_the_quantizer_makes_of_each_layer(recipe: str, model: P
             if spec.shifted:
                 shift = known[spec.name].shift
                 assert shift is not None
-                assert torch.equal(stored[f"{spec.name}.pre_quant_shift"], shift.to(made.dtype).float())
-                moved = bias.double() + weight.double() @ shift.to(made.dtype).double()
+                assert torch.equal(stored[f"{spec.name}.pre_quant_shift"], shift.to(ours.plan.dtype).float())
+                moved = bias.double() + weight.double() @ shift.to(ours.plan.dtype).double()
                 torch.testing.assert_close(stored[f"{spec.name}.bias"][part].double(), moved, rtol=1e-6, atol=1e-6)
             else:
                 assert torch.equal(stored[f"{spec.name}.bias"][part], bias)
             row += rows
-    for name, (dtype, _) in made.kept.items():
+    for name, (dtype, _) in ours.plan.kept.items():
         assert torch.equal(stored[name], source[name].to(dtype))
     assert packed.nonfinite == ()
     assert set(packed.tensors) == {n for n in stored if not n.startswith("__pad")}
     for relative, entry in packed.files.items():
-        path = tmp_path / "tree" / relative
+        path = ours.folder / relative
         assert entry == {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_error_table(recipe: str, model: Path, tmp_path: Path) -> None:
+def test_error_table(recipe: str, model: Path, made: Callable[[str], Made]) -> None:
     """Recomputed in float64 from the stored codes; never worse than min-max, and better where a search is asked for.
 
     Of the weights, or of the outputs where the recipe looks at inputs."""
-    made = plan(recipe)
-    packed = quantize(model, tmp_path, made)
-    known = known_inputs(model, made)
+    quantized = made(recipe)
+    packed, known, root = quantized.packed, quantized.known, quantized.folder
     source = load_file(model / SINGLE)
-    root = tmp_path / "tree"
-    for spec, entry in zip(made.layers, packed.layers, strict=True):
+    for spec, entry in zip(quantized.plan.layers, packed.layers, strict=True):
         smooth_scale = known[spec.name].smooth_scale if known else torch.ones(spec.features)
         weight = torch.cat([rotate(source[f"{m}.weight"].double() * smooth_scale, spec.rotation) for m in spec.members])
         parts = [read_tensor(root / packed.tensors[n][0], packed.tensors[n][1]) for n in list(spec.tensors())[:4]]
@@ -144,7 +173,7 @@ def test_error_table(recipe: str, model: Path, tmp_path: Path) -> None:
         assert theirs is not None
         # The table is summed in fp32 over a row, which keeps four digits; with moments, over a product as well.
         assert ours == pytest.approx(float(error), rel=1e-3 if known else 1e-4)
-        if made.recipe.weight.solver == "minmax":
+        if quantized.plan.recipe.weight.solver == "minmax":
             assert ours == theirs
         else:
             assert ours < theirs
@@ -170,12 +199,11 @@ def test_sampled_rows_stand_for_all_whatever_the_chunks(
     assert abs(float(ratios.mean()) - 1) < 0.15
 
 
-def test_chunks_do_not_change_a_bit(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantize(model, tmp_path / "whole", plan())
+def test_chunks_do_not_change_a_bit(model: Path, whole: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_module, "CHUNK_WEIGHTS", 128 * 7)
     monkeypatch.setattr(quantize_module, "BATCH_BYTES", 1000)
     quantize(model, tmp_path / "chunks", plan())
-    assert digests(tmp_path / "chunks/tree") == digests(tmp_path / "whole/tree")
+    assert digests(tmp_path / "chunks/tree") == digests(whole.folder)
 
 
 def test_zero_layer_has_no_relative_error(model: Path, tmp_path: Path) -> None:
@@ -194,7 +222,7 @@ def test_zero_layer_has_no_relative_error(model: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- shards
 
 
-def test_sharded_source_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
+def test_sharded_source_gives_the_same_bytes(model: Path, whole: Made, tmp_path: Path) -> None:
     source = tmp_path / "sharded"
     source.mkdir()
     shutil.copy(model / "config.json", source)
@@ -205,21 +233,19 @@ def test_sharded_source_gives_the_same_bytes(model: Path, tmp_path: Path) -> Non
     for shard in names:
         save_file({n: t for n, t in tensors.items() if mapping[n] == shard}, source / shard)
     (source / f"{SINGLE}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": mapping}))
-    quantize(model, tmp_path / "one", plan())
     quantize(source, tmp_path / "three", plan())
-    assert digests(tmp_path / "three/tree") == digests(tmp_path / "one/tree")
+    assert digests(tmp_path / "three/tree") == digests(whole.folder)
 
 
 @pytest.mark.parametrize("source_dtype", [torch.float32, torch.float16], ids=str)
-def test_source_dtypes(source_dtype: torch.dtype, model: Path, tmp_path: Path) -> None:
+def test_source_dtypes(source_dtype: torch.dtype, model: Path, whole: Made, tmp_path: Path) -> None:
     """bf16 values stored wider are the same values (fp16 keeps these: they are in its range, with more digits)."""
     source = Path(shutil.copytree(model, tmp_path / "model"))
     tensors = {n: t.to(source_dtype) for n, t in load_file(source / SINGLE).items()}
     assert source_dtype == torch.float16 or all(torch.isfinite(t).all() for t in tensors.values())
     save_file(tensors, source / SINGLE)
-    quantize(model, tmp_path / "bf16", plan())
     quantize(source, tmp_path / "other", plan())
-    ours, theirs = (load_file(tmp_path / f"{n}/tree/onnx/transformer.safetensors") for n in ("bf16", "other"))
+    ours, theirs = (load_file(f / "onnx/transformer.safetensors") for f in (whole.folder, tmp_path / "other/tree"))
     if source_dtype == torch.float32:
         assert all(torch.equal(ours[n], theirs[n]) for n in ours)
     else:
@@ -282,8 +308,9 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, target: str, calls: int) -> Call
 
 
 @pytest.mark.parametrize("layers", [0, 1, 5, 13])
-def test_resume_is_bit_identical(layers: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = quantize(model, tmp_path / "whole", plan())
+def test_resume_is_bit_identical(
+    layers: int, model: Path, whole: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     undo = stop_after(monkeypatch, "quantize_layer", layers)
     with pytest.raises(Interrupted):
         quantize(model, tmp_path / "cut", plan())
@@ -298,12 +325,13 @@ def test_resume_is_bit_identical(layers: int, model: Path, tmp_path: Path, monke
     monkeypatch.setattr(quantize_module, "quantize_layer", count)
     packed = quantize(model, tmp_path / "cut", plan(), resume=True)
     assert counted == [spec.name for spec in plan().layers][layers:]
-    assert digests(tmp_path / "cut/tree") == digests(tmp_path / "whole/tree")
-    assert packed == whole
+    assert digests(tmp_path / "cut/tree") == digests(whole.folder)
+    assert packed == whole.packed
 
 
-def test_resume_after_several_interruptions(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantize(model, tmp_path / "whole", plan())
+def test_resume_after_several_interruptions(
+    model: Path, whole: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(quantize_module, "BATCH_BYTES", 20_000)
     for target, calls in (("quantize_layer", 3), ("quantize_layer", 4), ("_converted", 20)):
         undo = stop_after(monkeypatch, target, calls)
@@ -311,26 +339,25 @@ def test_resume_after_several_interruptions(model: Path, tmp_path: Path, monkeyp
             quantize(model, tmp_path / "cut", plan(), resume=True)
         undo()
     quantize(model, tmp_path / "cut", plan(), resume=True)
-    assert digests(tmp_path / "cut/tree") == digests(tmp_path / "whole/tree")
+    assert digests(tmp_path / "cut/tree") == digests(whole.folder)
 
 
 @pytest.mark.parametrize(("target", "calls"), [("quantize_layer", 6), ("_converted", 0)])
 def test_a_tensor_that_did_not_reach_the_disk_is_written_again(
-    target: str, calls: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str, calls: int, model: Path, whole: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a power cut the journal may know a layer whose bytes are gone: the checksum finds it, be it the only one left."""
-    whole = quantize(model, tmp_path / "whole", plan())
     undo = stop_after(monkeypatch, target, calls)
     with pytest.raises(Interrupted):
         quantize(model, tmp_path / "cut", plan())
     undo()
     (path,) = (tmp_path / "cut/work").glob(".tmp-*/tree/onnx/transformer.safetensors")
-    _, info = whole.tensors["blocks.0.attn1.to_out.0.weight"]
+    _, info = whole.packed.tensors["blocks.0.attn1.to_out.0.weight"]
     with path.open("r+b") as file:
         file.seek(info.offset)
         file.write(bytes(info.nbytes))
     quantize(model, tmp_path / "cut", plan(), resume=True)
-    assert digests(tmp_path / "cut/tree") == digests(tmp_path / "whole/tree")
+    assert digests(tmp_path / "cut/tree") == digests(whole.folder)
 
 
 # --------------------------------------------------------------------------------------------------------- non-finite

@@ -1,11 +1,15 @@
-"""Compile the quantizer's loops once, in one process, before test processes need them.
+"""Compile once, in one process, what test processes need: the quantizer's loops, and the test files as pytest rewrites them.
 
 Else every test process would wait for the one that compiles, or compile what that one has not come to.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from _pytest.assertion import rewrite
+from _pytest.config import get_config
 
 from dvdquant.numerics.hadamard import Rotation
 from dvdquant.quantize.bgr import quantize_weight, refine_grid
@@ -14,8 +18,25 @@ from dvdquant.quantize.gptq import gptq_round
 from dvdquant.quantize.layer import _packed, rotate_rows
 from dvdquant.recipe import SOLVERS, ZERO_POINTS, WeightSpec
 
+TESTS = Path(__file__).resolve().parents[1]
 
-def main() -> None:
+
+def rewrite_assertions() -> None:
+    """Write the compiled test files that pytest looks for in ``__pycache__``.
+
+    pytest has no command for it, so these are its own inner functions. A release without them costs time, not a test.
+    """
+    config = get_config()
+    config.parse([])
+    state = config.stash[rewrite.assertstate_key]
+    for path in sorted(TESTS.rglob("test_*.py")):
+        cached = rewrite.get_cache_dir(path) / (path.stem + rewrite.PYC_TAIL)
+        if rewrite._read_pyc(path, cached, state.trace) is None and rewrite.try_makedirs(cached.parent):
+            status, code = rewrite._rewrite_test(path, config)
+            rewrite._write_pyc(state, code, status, cached)
+
+
+def compile_loops() -> None:
     """Call every compiled function with every kind of argument it is compiled for."""
     weight = rotate_rows(torch.randn(32, 256), Rotation.for_features(256, "auto"))
     for zero_point in ZERO_POINTS:
@@ -28,6 +49,15 @@ def main() -> None:
                 squared_errors_of(weight, quantized)
                 _packed(quantized.codes)
                 gptq_round(weight, quantized, torch.eye(256))
+
+
+def main() -> None:
+    """Compile both."""
+    compile_loops()
+    try:
+        rewrite_assertions()
+    except (AttributeError, KeyError, TypeError) as error:
+        print(f"the test files are not compiled ahead: pytest is built otherwise ({error!r})")
 
 
 if __name__ == "__main__":
