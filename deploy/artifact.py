@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvdquant.artifact.entries import EngineEntry, GraphEntry
-from dvdquant.artifact.layout import constants_path, is_of, is_weight_path
+from dvdquant.artifact.layout import constants_path, graph_path, is_engine_of, is_weight_path
 from dvdquant.artifact.manifest import Manifest, load_manifest
 from dvdquant.artifact.verify_files import read_verified
 from dvdquant.checkpoint.recorded_source import had_few_bits
@@ -176,7 +176,7 @@ class Artifact:
 
     def _graphs(self, component: str) -> list[GraphEntry]:
         wanted = [g for g in self.manifest.graphs if g["target"] == "tensorrt"]
-        return [g for g in wanted if is_of(g["path"], component, g["act_bits"])]
+        return [g for g in wanted if g["path"] == graph_path(component, g["act_bits"], "tensorrt")]
 
     def graph(self, component: str, bits: int) -> str:
         """Return the relative path of the graph with QuantLinear nodes.
@@ -220,7 +220,7 @@ class Artifact:
             for entry in self.manifest.engines
             if backend_name(entry["backend"]) == name
             and entry["act_bits"] == bits
-            and is_of(entry["path"], component, bits)
+            and is_engine_of(entry["path"], component, bits)
         )
 
     def weight_files(self, component: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dvdquant.artifact.entries import BuildEntry, EngineEntry, GraphEntry, LayerEntry
-from dvdquant.artifact.layout import constants_path, is_of
+from dvdquant.artifact.layout import constants_path, graph_path
 from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.artifact.verify_files import verify_files
@@ -358,9 +358,9 @@ class _Run:
                 finally:
                     stage.close()
             # What was written again has another hash.
-            constants = set(map(constants_path, self.plan.components))
+            kept = {graph["path"] for graph in self.graphs} | set(map(constants_path, self.plan.components))
             for name in [name for name in self.known if name.endswith((".bin", ".onnx"))]:
-                if name not in {graph["path"] for graph in self.graphs} | constants:
+                if name not in kept:
                     self.known.pop(name)
 
     def _engine_stage(self, component: str) -> EngineStage:
@@ -489,7 +489,7 @@ class _Run:
             with self.progress.stage("trace", 1, "graph") as stage:
                 base = self._base(model_plan)
                 stage.update(1, component)
-            own = [graph for graph in self.graphs if is_of(graph["path"], component)]
+            own = [g for g in self.graphs if g["path"] == graph_path(component, g["act_bits"], g["target"])]
             names = [*(graph["path"] for graph in own), constants_path(component)]
             for name in names:
                 (tree / name).unlink(missing_ok=True)

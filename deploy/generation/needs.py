@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dvdquant.artifact.layout import is_of
+from dvdquant.artifact.layout import is_engine_of
 from dvdquant.checkpoint.lora.terms import Loras
 from dvdquant.checkpoint.untrusted import UntrustedFolder
 from dvdquant.deploy.artifact import Artifact
@@ -265,10 +265,10 @@ def _has_plugin(artifact: Artifact) -> bool:
 def _engine_bytes(artifact: Artifact, component: str, bits: Sequence[int]) -> int:
     """Return the bytes of a transformer's engines of some bit-widths, on the GPU where they are largest."""
     files, by_place = artifact.manifest.files, dict[str, int]()
-    for path in (entry["path"] for entry in artifact.manifest.engines if entry["act_bits"] in bits):
-        if is_of(path, component):
-            place = path.rpartition("/")[0]  # one folder an SM
-            by_place[place] = by_place.get(place, 0) + files[path]["bytes"]
+    for entry in artifact.manifest.engines:
+        if entry["act_bits"] in bits and is_engine_of(entry["path"], component, entry["act_bits"]):
+            place = entry["path"].rpartition("/")[0]  # one folder an SM
+            by_place[place] = by_place.get(place, 0) + files[entry["path"]]["bytes"]
     return max(by_place.values(), default=0)
 
 

@@ -17,7 +17,7 @@ __all__ = [
     "engine_path",
     "graph_path",
     "is_bookkeeping",
-    "is_of",
+    "is_engine_of",
     "is_weight_path",
     "weight_paths",
 ]
@@ -84,20 +84,23 @@ def engine_path(component: str, backend: str, sms: Sequence[str], bits: int) -> 
         bits: The bits of the activations.
     """
     place = f"{backend.removeprefix('tensorrt_')}-sm{'+'.join(sm.replace('.', '') for sm in sms)}"
-    return f"engines/{place}/{component}_a{bits}.engine"
+    return f"engines/{place}/{_engine_name(component, bits)}"
 
 
-def is_of(path: str, component: str, bits: int | None = None) -> bool:
-    """Return whether a graph or an engine is that of a transformer, as :func:`graph_path` and :func:`engine_path` name it.
+def is_engine_of(path: str, component: str, bits: int) -> bool:
+    """Return whether an engine has the name that :func:`engine_path` gives it, whatever GPU it is for.
 
     Args:
-        path: The path, relative to the export.
+        path: The path of the engine, relative to the export.
         component: The name of the transformer's folder.
-        bits: The bits of the activations that it must have; any if None.
+        bits: The bits of the activations.
     """
-    width = r"\d+" if bits is None else str(bits)
-    pattern = rf"{re.escape(component)}_a{width}(_qdq)?\.(onnx|engine)"
-    return re.fullmatch(pattern, path.rpartition("/")[2]) is not None
+    return path.rpartition("/")[2] == _engine_name(component, bits)
+
+
+def _engine_name(component: str, bits: int) -> str:
+    """Return the name of an engine's file."""
+    return f"{component}_a{bits}.engine"
 
 
 def is_bookkeeping(name: str) -> bool:

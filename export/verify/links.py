@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvdquant.artifact.entries import EngineEntry, GraphEntry, LayerEntry
 from dvdquant.artifact.folder import Folder
-from dvdquant.artifact.layout import MANIFEST, graph_path, is_bookkeeping, is_of, is_weight_path
+from dvdquant.artifact.layout import MANIFEST, graph_path, is_bookkeeping, is_engine_of, is_weight_path
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.system.files import FileEntry
 from dvdquant.system.safetensors_reader import TensorInfo, read_header
@@ -101,12 +101,16 @@ def link_problems(
         regions: dict[str, tuple[str, _Region]] = {}
         bare: dict[str, tuple[str, bytes]] = {}
         for graph in graphs:
-            path = graph["path"]
-            if is_of(path, component):
+            if _is_graph_of(graph, component):
                 problems += _graph_problems(root, files, graph, names, weights, regions, bare)
-    known = {g["path"] for g in graphs if any(is_of(g["path"], c) for c in components)}
+    known = {g["path"] for g in graphs if any(_is_graph_of(g, c) for c in components)}
     problems += [f"{g['path']} is of none of the transformers" for g in graphs if g["path"] not in known]
     return problems
+
+
+def _is_graph_of(graph: GraphEntry, component: str) -> bool:
+    """Return whether a graph has the name that it would have as one of a transformer."""
+    return graph["path"] == graph_path(component, graph["act_bits"], graph["target"])
 
 
 def unlisted_files(root: Path, files: Mapping[str, FileEntry]) -> tuple[list[str], list[str]]:
@@ -139,8 +143,9 @@ def _engine_problems(
 ) -> Iterator[str]:
     """Yield the engines that belong to no graph, or were built from another one."""
     for engine in engines:
-        mine = [c for c in components if is_of(engine["path"], c)]
-        graph = graph_path(mine[0], engine["act_bits"], "tensorrt") if mine else None
+        bits = engine["act_bits"]
+        component = next((c for c in components if is_engine_of(engine["path"], c, bits)), None)
+        graph = None if component is None else graph_path(component, bits, "tensorrt")
         if graph is None or graph not in files:
             yield f"{engine['path']} is of no graph of the export"
         elif engine["onnx_sha256"] != files[graph]["sha256"]:

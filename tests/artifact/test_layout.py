@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from dvdquant.artifact.layout import engine_path, graph_path, is_of, is_weight_path, weight_paths
+from dvdquant.artifact.layout import engine_path, graph_path, is_engine_of, is_weight_path, weight_paths
+
+COMPONENTS = ("transformer", "transformer_2", "x", "x_a8", "a.b-c", "aXb-c", "x_a8_qdq")
 
 
-@pytest.mark.parametrize("component", ["transformer", "transformer_2", "x", "x_a8", "a.b-c", "x_a8_qdq"])
+@pytest.mark.parametrize("component", COMPONENTS)
 def test_a_file_is_of_its_transformer_and_of_no_other(component: str) -> None:
-    others = {"transformer", "transformer_2", "x", "x_a8", "a.b-c", "aXb-c", "x_a8_qdq"} - {component}
     for bits in (4, 6, 8):
-        paths = [graph_path(component, bits, flavour) for flavour in ("tensorrt", "onnx")]
-        paths.append(engine_path(component, "tensorrt_rtx", ("8.9", "12.0"), bits))
-        for path in paths:
-            assert is_of(path, component)
-            assert is_of(path, component, bits)
-            assert not is_of(path, component, 14 - bits if bits != 6 else 5)
-        assert not [other for other in others if is_of(paths[0], other) or is_of(paths[2], other)]
+        path = engine_path(component, "tensorrt_rtx", ("8.9", "12.0"), bits)
+        assert [c for c in COMPONENTS if is_engine_of(path, c, bits)] == [component]
+        assert not is_engine_of(path, component, 14 - bits if bits != 6 else 5)
     for path in [*weight_paths(component, 1), *weight_paths(component, 12)]:
-        assert is_weight_path(path, component)
-        assert not [other for other in others if is_weight_path(path, other)]
+        assert [c for c in COMPONENTS if is_weight_path(path, c)] == [component]
+
+
+def test_no_two_graphs_have_one_name() -> None:
+    named = [graph_path(c, bits, flavour) for c in COMPONENTS for bits in (4, 6, 8) for flavour in ("tensorrt", "onnx")]
+    assert len(set(named)) == len(named)
 
 
 def test_names_are_those_of_exports_that_exist() -> None:
@@ -30,4 +31,4 @@ def test_names_are_those_of_exports_that_exist() -> None:
     assert (
         engine_path("transformer", "tensorrt_rtx", ["8.9", "12.0"], 4) == "engines/rtx-sm89+120/transformer_a4.engine"
     )
-    assert not is_of("onnx/transformer_a8.onnx.data", "transformer")
+    assert not is_engine_of("engines/rtx-sm89/transformer_a8.engine.log", "transformer", 8)
