@@ -24,10 +24,10 @@ from dvdquant.errors import OutputError
 from tests.support.helpers_checkpoint import (
     KEY,
     CleanChildren,
+    abandoned_work,
     export,
     export_resumable,
     in_child,
-    kill_self,
     manifest,
     memory_folder,
     names_in,
@@ -43,14 +43,7 @@ def memory() -> Iterator[Path]:
 
 
 def _interrupted(out: Path, steps: int, *, key: Any = KEY, killed: bool = True) -> None:
-    def work() -> None:
-        with ExportTransaction(out, key=key, keep_for_resume=True) as transaction:
-            six_steps(transaction, steps)
-            if killed:
-                kill_self()
-            raise ValueError("broken")
-
-    assert in_child(work) != 0
+    assert in_child(lambda: abandoned_work(str(out), steps, key, killed)) != 0
 
 
 @pytest.mark.parametrize("killed", [True, False])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,10 @@ from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.checkpoint.read_once import ReadOnce
 from dvdquant.model.plan import plan_model
 from dvdquant.quantize.checkpoint import quantize_checkpoint
-from dvdquant.recipe import RECIPES, get_recipe
+from dvdquant.recipe import get_recipe
 from dvdquant.system.progress import Progress
 from tests.support import tiny_models as tiny
-from tests.support.commands import SIZES, in_process, poke
+from tests.support.commands import SIZES, in_process, poke, with_four_bits_alone
 
 # A weight and a norm that hold what is no number: both stages must see it, the second after the first replaced it.
 SPOILED = ("blocks.0.attn1.to_q.weight", "blocks.0.norm2.weight")
@@ -95,10 +94,7 @@ def test_an_export_with_an_engine_made_from_the_original_weights(
 ) -> None:
     """NVFP4 needs the weights a third time; with --verify they are read once more, from the disk on purpose."""
     source = tiny.write_checkpoint(tmp_path / "model", tiny.WAN_ONE)
-    recipe = RECIPES["w4a4"]  # the engine with 4 bits alone, which is in NVFP4
-    monkeypatch.setattr(
-        "dvdquant.recipe.RECIPES", {**RECIPES, "w4a4": replace(recipe, activations=recipe.activations[:1])}
-    )
+    with_four_bits_alone(monkeypatch)  # the engine that is in NVFP4
     monkeypatch.setattr(estimate, "memory_limit", lambda: 1 << 40)
     dropped: list[int] = []
     forget = ReadOnce.forget

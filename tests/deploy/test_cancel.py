@@ -18,7 +18,7 @@ from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.errors import Cancelled, EngineError
 from tests.support.running import PROMPT, short_wan_export, wan_pipeline
-from tests.support.step_sessions import tiny_export
+from tests.support.session_exports import recipe_export
 from tests.support.tiny_pipelines import arguments, build_pipeline, exported
 
 pytestmark = pytest.mark.usefixtures("lent_sessions")
@@ -127,7 +127,7 @@ def test_a_retry_is_not_begun_after_a_cancel() -> None:
     """The low engine fails and the request is cancelled meanwhile: the high engine is not asked."""
     from dvdquant.deploy.sessions import open_session
 
-    with open_session(Artifact.open(tiny_export()), backend="onnxruntime", device="cpu") as session:
+    with open_session(Artifact.open(recipe_export("w4a4")), backend="onnxruntime", device="cpu") as session:
         runner, event, asked = StepRunner(session, StepController("fixed", bits=4)), threading.Event(), []
         runner.cancel = event
         inputs = session.family.sample(session.sizes, session.dtype, 0)

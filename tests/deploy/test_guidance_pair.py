@@ -22,7 +22,7 @@ from dvdquant.deploy.sessions.guidance_pair import GuidancePair
 from dvdquant.errors import EngineError, ShapeError, UnsupportedError
 from tests.support.commands import refused
 from tests.support.running import PROMPT, run, short_wan_export, wan_pipeline
-from tests.support.step_sessions import tiny_export
+from tests.support.session_exports import recipe_export
 from tests.support.tiny_pipelines import arguments, build_pipeline, exported
 
 pytestmark = pytest.mark.usefixtures("lent_sessions")
@@ -117,7 +117,7 @@ def test_a_transformer_in_pipelines() -> None:
 
 def test_both_run_at_the_same_time_and_changed_inputs_are_noticed() -> None:
     """The second branch is begun while the first runs, with copies; a call that is another one runs by itself."""
-    artifact, meeting = Artifact.open(tiny_export()), threading.Barrier(2)
+    artifact, meeting = Artifact.open(recipe_export("w4a4")), threading.Barrier(2)
     meets = threading.Event()
 
     class Meeting(WrappedSession):
@@ -162,7 +162,7 @@ def test_both_run_at_the_same_time_and_changed_inputs_are_noticed() -> None:
 
 
 def test_what_the_second_session_raises_reaches_its_branch() -> None:
-    artifact = Artifact.open(tiny_export())
+    artifact = Artifact.open(recipe_export("w4a4"))
 
     class Broken(WrappedSession):
         def run(self, inputs: Any, bits: int) -> Tensor:

@@ -33,7 +33,8 @@ from dvdquant.errors import CheckpointError, OutputError, UnsupportedError
 from tests.support.commands import refused
 from tests.support.exporting import TINY_WAN
 from tests.support.running import short_wan_export
-from tests.support.step_sessions import FaultySession, inputs_at, tiny_export, walk
+from tests.support.session_exports import recipe_export
+from tests.support.step_sessions import FaultySession, inputs_at, walk
 
 pytestmark = pytest.mark.usefixtures("lent_sessions")
 
@@ -60,7 +61,7 @@ def run(*arguments: object) -> Result:
 
 def test_a_recording_holds_every_pair_of_engines() -> None:
     """Against outputs computed here, engine by engine, at the same inputs."""
-    with FaultySession(tiny_export()) as inner:
+    with FaultySession(recipe_export("w4a4")) as inner:
         session = RecordingSession(inner, 4, 8)
         session.begin("a", 3)
         for _, inputs in walk(inner, 6):
@@ -80,7 +81,7 @@ def test_a_recording_holds_every_pair_of_engines() -> None:
 
 
 def test_outside_a_recording_the_session_is_itself() -> None:
-    with FaultySession(tiny_export()) as inner:
+    with FaultySession(recipe_export("w4a4")) as inner:
         session = RecordingSession(inner, 4, 8)
         inner.calls.clear()
         session.run(inputs_at(inner, 0), 8)
@@ -366,7 +367,7 @@ def test_an_empty_prompt_file_a_wrong_model_and_no_export(out: Path, tmp_path: P
     refused(run(tmp_path, "--prompt", PROMPTS[0]), "not a dvdquant export")
     refused(run(out, "--check", "/no/such/schedule.json"), "schedule.json")
     planned.schedule.save(tmp_path / "s.json")
-    refused(run(tiny_export(), "--check", tmp_path / "s.json"), "another model")
+    refused(run(recipe_export("w4a4"), "--check", tmp_path / "s.json"), "another model")
     refused(run(out, "--check", tmp_path / "s.json", "--steps", "11"), f"planned for {STEPS} steps, and 11")
 
 

@@ -21,8 +21,7 @@ from dvdquant.errors import EngineError, OutputError, ResourceError, ShapeError
 from tests.support import tiny_pipelines
 from tests.support.commands import in_process
 from tests.support.running import PROMPT, short_wan_export, wan_pipeline
-from tests.support.session_exports import QUICK, RANGES
-from tests.support.step_sessions import tiny_export
+from tests.support.session_exports import QUICK, RANGES, recipe_export
 
 
 @pytest.mark.parametrize("components", [0, 1, 2])
@@ -122,7 +121,7 @@ def test_the_need_grows_with_the_clip(tmp_path: Path) -> None:
 
 def test_published_sizes_have_plausible_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wan2.1-14B at 480p and 81 frames: gigabytes, not megabytes and not terabytes."""
-    checker = open_checker(Artifact.open(tiny_export()), pipeline=wan_pipeline()[1])
+    checker = open_checker(Artifact.open(recipe_export("w4a4")), pipeline=wan_pipeline()[1])
     request = dataclasses.replace(GenerateRequest("a cat"), num_frames=81, height=480, width=832)
     monkeypatch.setattr(type(checker), "size_of", lambda *_: dataclasses.make_dataclass("S", ["latent"])((21, 60, 104)))
     config = {**checker.family.config, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824}

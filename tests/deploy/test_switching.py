@@ -17,8 +17,8 @@ from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import EngineError, ShapeError, UnsupportedError
 from tests.support.bounds import UNIT
-from tests.support.session_exports import family_export
-from tests.support.step_sessions import FAULTS, TIMESTEPS, FaultySession, inputs_at, poison, tiny_export, walk
+from tests.support.session_exports import family_export, recipe_export
+from tests.support.step_sessions import FAULTS, TIMESTEPS, FaultySession, inputs_at, poison, walk
 
 # Of this random model L1 is 0.5 to 1.8 a step: δ = 3 gives runs of one to five low steps.
 DELTA = 3.0
@@ -26,7 +26,7 @@ DELTA = 3.0
 
 @pytest.fixture(scope="module")
 def opened() -> Iterator[FaultySession]:
-    with FaultySession(tiny_export()) as session:
+    with FaultySession(recipe_export("w4a4")) as session:
         yield session
 
 

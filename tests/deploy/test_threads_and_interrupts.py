@@ -25,7 +25,7 @@ from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.errors import EngineError, UnsupportedError
 from dvdquant.model.layers import QuantLinear
 from tests.support.running import short_wan_export, wan_pipeline
-from tests.support.step_sessions import tiny_export
+from tests.support.session_exports import recipe_export
 
 pytestmark = pytest.mark.usefixtures("lent_sessions")
 
@@ -34,7 +34,7 @@ PROMPTS = ("circle red right small black", "ring blue up large grey")
 
 @pytest.fixture(params=[PyTorchSession, OnnxRuntimeSession])
 def session(request: pytest.FixtureRequest) -> Iterator[EngineSession]:
-    with request.param(Artifact.open(tiny_export())) as opened:
+    with request.param(Artifact.open(recipe_export("w4a4"))) as opened:
         yield opened
 
 
@@ -44,7 +44,7 @@ def session(request: pytest.FixtureRequest) -> Iterator[EngineSession]:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_a_switch_of_bits_that_is_interrupted(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     """Some layers are on the new grid, some on the old one: the next run of either width is right."""
-    with PyTorchSession(Artifact.open(tiny_export())) as session:
+    with PyTorchSession(Artifact.open(recipe_export("w4a4"))) as session:
         inputs = session.family.sample(session.sizes, session.dtype, 0)
         expected = {bits: session.run(inputs, bits) for bits in (4, 8)}
         assert not torch.equal(expected[4], expected[8])

@@ -16,10 +16,10 @@ from dvdquant.artifact.verify_files import verify_files
 from dvdquant.export.options import ExportOptions
 from dvdquant.export.pipeline import run_export
 from dvdquant.export.plan import plan_export
-from dvdquant.recipe import RECIPES, get_recipe
+from dvdquant.recipe import get_recipe
 from dvdquant.system.progress import Progress
 from tests.support import tiny_models as tiny
-from tests.support.commands import SIZES, digests, in_process, kill_when, logged
+from tests.support.commands import SIZES, digests, in_process, kill_when, logged, with_four_bits_alone
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +132,7 @@ def test_realize(
 ) -> None:
     """The override, or the choice, reaches the manifest and the types of the weights in the graph that was built."""
     out = tmp_path / "out"
-    recipe = RECIPES["w4a4"]
-    # Of its two grids the one with 4 bits, whose engines are asked for here.
-    monkeypatch.setattr(
-        "dvdquant.recipe.RECIPES", {**RECIPES, "w4a4": replace(recipe, activations=recipe.activations[:1])}
-    )
+    with_four_bits_alone(monkeypatch)
     in_process(model, "-o", out, "--sm", sm, "--precision", precision, "--keep-graphs", "--recipe", "w4a4", *SIZES)
     manifest = load_manifest(out)
     assert [(e["act_bits"], e["precision"]) for e in manifest.engines] == [(4, chosen)]

@@ -265,6 +265,9 @@ def disturbed(work: str, out: str, count: int, action: str, way: str) -> None:
         export(Path(out), 2)
 
 
+KEY = {"fingerprint": "f" * 64, "recipe": {"name": "w4a4", "weight": {"group_size": 32}}, "sm": ["8.9"]}
+
+
 def in_child_disturbed(*arguments: Any) -> int:
     """As :func:`in_child` of :func:`disturbed`."""
     return in_child(lambda: disturbed(*arguments))
@@ -275,11 +278,13 @@ def in_child_abandoned(*arguments: Any) -> int:
     return in_child(lambda: abandoned_work(*arguments))
 
 
-def abandoned_work(out: str, steps: int) -> None:
-    """Be killed after some finished steps of an export."""
-    with ExportTransaction(Path(out), key=KEY, keep_for_resume=True) as transaction:
+def abandoned_work(out: str, steps: int, key: Any = KEY, killed: bool = True) -> None:
+    """Be killed, or fail, after some finished steps of an export."""
+    with ExportTransaction(Path(out), key=key, keep_for_resume=True) as transaction:
         six_steps(transaction, steps)
-        kill_self()
+        if killed:
+            kill_self()
+        raise ValueError("broken")
 
 
 def raced(out: str, first: int, rivals: int) -> list[int]:
@@ -378,9 +383,6 @@ class CleanChildren:
 
     def close(self) -> None:
         self._process.communicate()
-
-
-KEY = {"fingerprint": "f" * 64, "recipe": {"name": "w4a4", "weight": {"group_size": 32}}, "sm": ["8.9"]}
 
 
 def six_steps(transaction: ExportTransaction, steps: int) -> list[int]:

@@ -12,14 +12,8 @@ from torch import Tensor
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 from dvdquant.errors import EngineError
-from tests.support.session_exports import recipe_export
 
 TIMESTEPS = [1000.0 - 19.5 * i for i in range(50)]
-
-
-def tiny_export() -> Path:
-    """The graphs of a one-block Wan with random weights, made once a run."""
-    return recipe_export("w4a4")
 
 
 def throw(error: Exception) -> Callable[[Tensor], Tensor]:
