@@ -179,7 +179,7 @@ class KernelLayer:
 def _make_outside_of_traces() -> Callable[[KernelLayer, int, int], None]:
     """Return what makes a weight, and is never traced.
 
-    Not a decorator: that would import PyTorch's compiler, a second of every process, where there is no layer like this.
+    Not a decorator: that would import PyTorch's compiler in every process, also where there is no layer like this.
     """
     make: Callable[[KernelLayer, int, int], None] = torch.compiler.disable(KernelLayer._make_weight)  # type: ignore[no-untyped-call]
     return make

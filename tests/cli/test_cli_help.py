@@ -148,7 +148,7 @@ def test_every_module_imports_without_gpu_tensorrt_or_network() -> None:
     code = f"""{BARE}
 import importlib
 import dvdquant.deploy.generation.generate, dvdquant.deploy.generation.video
-assert "torch._dynamo" not in sys.modules, "a clip of an export needs no compiler, whose import takes a second"
+assert "torch._dynamo" not in sys.modules, "a clip of an export needs no compiler, whose import takes long"
 for name in {names!r}:
     importlib.import_module(name)
 import torch

@@ -32,7 +32,7 @@ QUICK = ["--recipe", "rtn", "--target", "graphs"]
 def family_export(name: str, dtype: str = "bf16") -> Path:
     """Graphs of one block of a family, with ranges of sizes; of Wan the first transformer of :func:`engine_export`.
 
-    In fp16 they have one size: to trace ranges takes three times as long, and is no other in fp16.
+    In fp16 they have one size: to trace ranges takes much longer, and is no other in fp16.
     """
     if (name, dtype) == ("wan", "bf16") and importlib.util.find_spec("tensorrt_rtx"):
         return engine_export()
@@ -49,7 +49,7 @@ def family_export(name: str, dtype: str = "bf16") -> Path:
 def weights_export(name: str, recipe: str = "rtn", ranges: bool = True) -> Path:
     """As :func:`family_export` for PyTorch sessions alone: a graph takes most of the time of an export, and has no node here.
 
-    Where sessions trace blocks for a compiler, one size takes a fraction of the time of ranges.
+    Where sessions trace blocks for a compiler, one size takes much less time than ranges.
     """
 
     def make(folder: Path) -> None:
