@@ -414,7 +414,7 @@ def test_a_bar_is_drawn_for_a_terminal_alone(
     with pytest.raises(EngineError, match="culprit"):
         run_builder(
             unparsable(tmp_path), tmp_path / "x.engine", backend="rtx", sms=["8.9"], profile=None, plugins=(),
-            workspace_gib=None, timing_cache=None, optimization_level=None, data_root=tmp_path, fp8_attentions=0,
+            workspace_gib=None, timing_cache=None, optimization_level=None, version_compatible=False, data_root=tmp_path, fp8_attentions=0,
             progress=progress,
         )  # fmt: skip
     assert ("x.engine" in capsys.readouterr().err) == terminal

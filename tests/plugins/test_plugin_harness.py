@@ -286,6 +286,7 @@ def test_missing_kernels_are_named(sanitized: Path, environment: dict[str, str])
 def test_it_registers_itself_where_the_program_only_opens_it(sanitized: Path) -> None:
     asked = host_device(sanitized) | {"DVDQUANT_PLUGIN_REGISTER": "1"}
     check(run(sanitized, "registration", **asked), device=False)
+    check(run(sanitized, "registration", "lean", **asked), device=False)
     # Not unless asked: loadLibrary would refuse it.
     unasked = run(sanitized, "registration", **host_device(sanitized))
     assert unasked.returncode == 1
@@ -295,9 +296,10 @@ def test_it_registers_itself_where_the_program_only_opens_it(sanitized: Path) ->
 
 
 def test_a_tensorrt_of_another_major_version_is_refused(sanitized: Path) -> None:
-    done = run(sanitized, "other-version", **host_device(sanitized))
-    check(done, device=False)
-    assert "this library is built for TensorRT" in done.stderr
+    for which in ((), ("lean",)):
+        done = run(sanitized, "other-version", *which, **host_device(sanitized))
+        check(done, device=False)
+        assert "this library is built for TensorRT" in done.stderr
 
 
 def test_only_the_two_doors_are_exported(sanitized: Path) -> None:
