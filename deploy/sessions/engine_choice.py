@@ -110,14 +110,13 @@ def _library(artifact: Artifact, component: str, backend: str, bits: Sequence[in
         if lean.version in lean_releases:
             return lean
         found.append(f"{lean.name} {lean.version}")
-    wanted = " or ".join(lean_releases)
     package = lean_package(lean_releases[-1], torch.version.cuda)
-    build = artifact.rebuild_command(sm=sm, target=TENSORRT)
+    install = f"install its lean runtime by `pip install {package}`, or " if package else ""
     raise EngineError(
-        f"the version-compatible engines of {component} were built by TensorRT {wanted}, and run in that release or in its "
-        "lean runtime",
+        f"the version-compatible engines of {component} were built by TensorRT {' or '.join(lean_releases)}, and run in that "
+        "release or in its lean runtime",
         available=found,
-        fix=f"pip install {package}, or build them anew: {build}" if package else f"build them anew: {build}",
+        fix=f"{install}build them anew: {artifact.rebuild_command(sm=sm, target=TENSORRT)}",
     )
 
 

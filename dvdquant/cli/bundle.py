@@ -245,8 +245,8 @@ def _page(manifest: Manifest, target: Path, machine: str, library: PluginFile | 
         "",
         "`dvdq-build --version-compatible` builds engines that TensorRT's lean runtime of the same release runs, too. They keep "
         "running when TensorRT is updated or taken away, where the lean runtime of the release that built them stays: NVIDIA's "
-        "Debian package `python3-libnvinfer-lean`, or `pip install tensorrt-lean-cu13==RELEASE`. They may be slower. None has run "
-        "yet.",
+        "Debian package `python3-libnvinfer-lean`, or `pip install tensorrt-lean-cu13==RELEASE`. They may be slower, and none "
+        "has run yet.",
     ]
     return "\n".join(
         [
