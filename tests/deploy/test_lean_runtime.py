@@ -6,6 +6,7 @@ TensorRT and its lean runtime are doubles (tests/support/engine_double.py), whic
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch
 
 from dvdquant.artifact.entries import EngineEntry
 from dvdquant.artifact.manifest import load_manifest
-from dvdquant.backends import Backend, lean_package
+from dvdquant.backends import Backend, lean_package, load_backend
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.executed import executed_session
 from dvdquant.deploy.sessions import best_backend, engine_choice, engines
@@ -27,7 +28,7 @@ from dvdquant.system.files import hash_file
 from tests.deploy.test_session_engines import BF16, HOST
 from tests.support import session_exports as made
 from tests.support.device_build import plugin_library
-from tests.support.engine_double import Library
+from tests.support.engine_double import DoubleContext, DoubleEngine, DoubleTensorRTRuntime, Library
 
 RELEASE, NEWER, OLDER, OTHER_MAJOR = "11.4.0.106", "11.5.0.27", "11.3.0.99", "10.13.3.9"
 COMPATIBLE = ["VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"]
@@ -228,6 +229,27 @@ def test_plugins_are_registered_with_the_library_that_runs_the_engines(
         load_plugins(lean, [plugin_library(tmp_path / "other.so", major=10)])
     load_plugins(lean, [plugin_library(tmp_path / "unmarked.so", major=None)])
     assert len(machine.libraries["tensorrt_lean"].plugins) == 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_lean") is None, reason="needs TensorRT's lean runtime")
+def test_the_real_module_has_what_sessions_use() -> None:
+    """Beside TensorRT-RTX in one process. Its runtime is not started: without a driver that may end the process."""
+    library, rtx = load_backend("tensorrt_lean"), load_backend("rtx")
+    double = Library(BF16, lambda inputs, name: inputs["hidden_states"], name="tensorrt_lean")
+    for name in vars(double.module):
+        assert hasattr(library.module, name), name
+    classes = {
+        "Runtime": DoubleTensorRTRuntime,
+        "ICudaEngine": DoubleEngine,
+        "IExecutionContext": DoubleContext,
+    }
+    for name, kind in classes.items():
+        used = {each for each in vars(kind) if not each.startswith("_")} - {"kind", "create_runtime_config"}
+        assert used
+        assert used <= set(dir(getattr(library.module, name)))
+        assert used <= set(dir(getattr(rtx.module, name)))
+    assert (library.takes_plugins, library.builds_for_sms, library.builder) == (True, False, "tensorrt")
+    assert not hasattr(library.module, "Builder")
 
 
 def test_the_package_of_a_release() -> None:
