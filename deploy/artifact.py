@@ -288,6 +288,8 @@ class Artifact:
             words += ["--target", name]
         if "tensorrt" in targets:
             words += ["--plugin", "PLUGIN_LIBRARY"]
+            if any(entry.get("version_compatible") for entry in manifest.engines):
+                words += ["--version-compatible"]
         sms = {sm} if sm else {item for entry in manifest.engines for item in entry["sm"]}
         for name in sorted(sms, key=_version):
             words += ["--sm", name]

@@ -8,6 +8,7 @@ from dvdquant.artifact.entries import BuildEntry
 from dvdquant.artifact.layout import PLUGIN_PLACE, graph_path
 from dvdquant.export.engines.precision import EnginePlan
 from dvdquant.export.engines.report import Shapes
+from dvdquant.export.engines.stage import is_compatible
 from dvdquant.export.estimate import builder_bytes, held_bytes
 from dvdquant.export.graph.trace import profile_shapes
 from dvdquant.export.options import ExportOptions
@@ -15,10 +16,12 @@ from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan
 from dvdquant.text import shell_line
 
-__all__ = ["SCRIPT", "build_entry", "build_script", "same_build", "trtexec_line"]
+__all__ = ["COMPATIBLE", "SCRIPT", "build_entry", "build_script", "same_build", "trtexec_line"]
 
 SCRIPT = "trtexec.sh"
 """The script of an export that builds its TensorRT engines without Python."""
+COMPATIBLE = ("--versionCompatible", "--excludeLeanRuntime")
+"""The options of trtexec for an engine that the lean runtime runs, without a runtime inside it."""
 
 
 def build_entry(
@@ -60,6 +63,7 @@ def build_entry(
         profile=None if shapes is None else {name: [list(shape) for shape in three] for name, three in shapes.items()},
         fp8_attentions=fp8_attentions,
         fused_layers=fused_layers,
+        version_compatible=is_compatible(engine.backend, options.version_compatible),
         builder_bytes=builder_bytes(plan, engine),
         held_bytes=held_bytes(plan, engine),
         optimization_level=options.optimization_level,
@@ -76,8 +80,8 @@ def same_build(one: BuildEntry, other: BuildEntry) -> bool:
         other: Another entry, perhaps of another version of dvdquant.
     """
     names = ("engine", "onnx_sha256", "precision", "sm", "profile", "optimization_level", "workspace_gib")
-    fused = bool(one.get("fused_layers")) == bool(other.get("fused_layers"))
-    return fused and all(one.get(name) == other.get(name) for name in names)
+    alike = all(bool(one.get(name)) == bool(other.get(name)) for name in ("fused_layers", "version_compatible"))
+    return alike and all(one.get(name) == other.get(name) for name in names)
 
 
 def trtexec_line(graph: str, engine: str, shapes: Shapes | None, options: ExportOptions) -> str:
@@ -99,6 +103,8 @@ def trtexec_line(graph: str, engine: str, shapes: Shapes | None, options: Export
         words.append(f"--memPoolSize=workspace:{int(options.workspace_gib * 1024)}M")
     if options.optimization_level is not None:
         words.append(f"--builderOptimizationLevel={options.optimization_level}")
+    if options.version_compatible:
+        words += COMPATIBLE
     return shell_line([*words, f"--saveEngine={engine}"])
 
 

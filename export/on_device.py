@@ -17,8 +17,9 @@ from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.artifact.verify_files import verify_files
 from dvdquant.backends import Backend, load_backend
 from dvdquant.errors import EngineError, OutputError, ResourceError, UnsupportedError
+from dvdquant.export.elsewhere import COMPATIBLE
 from dvdquant.export.engines.report import BuildReport
-from dvdquant.export.engines.stage import BuildSettings, run_builder
+from dvdquant.export.engines.stage import BuildSettings, is_compatible, run_builder
 from dvdquant.export.model_card import model_card
 from dvdquant.export.steps import is_step
 from dvdquant.hardware.capabilities import sm_number
@@ -30,12 +31,13 @@ from dvdquant.system.gpu import Gpu
 from dvdquant.system.memory import memory_limit
 from dvdquant.system.plugin_file import PluginFile, machine_name, read_plugin
 from dvdquant.system.progress import Progress
-from dvdquant.text import amount
+from dvdquant.text import amount, shell_line
 
 __all__ = [
     "CheckEngine",
     "DeviceBuild",
     "DeviceResult",
+    "as_compatible",
     "build_on_device",
     "builds_here",
     "check_builds",
@@ -163,6 +165,30 @@ def builds_here(manifest: Manifest, gpu: Gpu | None, bits: Sequence[int], what: 
     return ours
 
 
+def as_compatible(builds: Sequence[BuildEntry], what: str) -> list[BuildEntry]:
+    """Return the engines to build with TensorRT's made version-compatible; those of TensorRT-RTX stay as they are.
+
+    Args:
+        builds: The engines to build.
+        what: What holds them, as the subject of the error.
+
+    Raises:
+        UnsupportedError: None of them is TensorRT's.
+    """
+    if not any(entry["backend"] == "tensorrt" for entry in builds):
+        raise UnsupportedError(
+            f"{what} has TensorRT-RTX engines to build, and --version-compatible is for TensorRT engines",
+            available="an engine of TensorRT-RTX loads in its own release alone",
+            fix="leave --version-compatible out, or export with --target tensorrt",
+        )
+    return [
+        entry
+        if entry["backend"] != "tensorrt" or entry.get("version_compatible")
+        else {**entry, "version_compatible": True, "command": f"{entry['command']} {shell_line([*COMPATIBLE])}"}
+        for entry in builds
+    ]
+
+
 def check_builds(builds: Sequence[BuildEntry], gpu: Gpu | None) -> None:
     """Refuse engines that this machine's memory is too small to build, or to use on its GPU.
 
@@ -219,6 +245,7 @@ def plan_on_device(
     *,
     plugins: Sequence[Path] = (),
     bits: Sequence[int] = (),
+    version_compatible: bool = False,
 ) -> DeviceBuild:
     """Decide what is built here, and refuse what cannot be, before any work.
 
@@ -228,15 +255,20 @@ def plan_on_device(
         gpu: The GPU of this machine, or None if its driver names none.
         plugins: The plugin libraries for TensorRT.
         bits: The activation bits whose engines are built; empty means all.
+        version_compatible: Build TensorRT engines that the lean runtime of the same release runs, too, as the export may ask
+            for by itself.
 
     Raises:
-        UnsupportedError: The export has nothing to build, or nothing for this GPU; or a plugin library is missing, for
+        UnsupportedError: The export has nothing to build, or nothing for this GPU; or no engine that can be
+            version-compatible; or a plugin library is missing, for
             another processor, another TensorRT or other GPUs.
         EngineError: A builder is not installed.
         ResourceError: The memory is too small; the error says what fits.
     """
     # 1. What is for this machine.
     ours = builds_here(manifest, gpu, bits, str(out))
+    if version_compatible:
+        ours = as_compatible(ours, str(out))
     # 2. The builders and the plugin.
     backends: dict[str, Backend] = {name: load_backend(name) for name in sorted({e["backend"] for e in ours})}
     if "tensorrt" in backends:
@@ -300,6 +332,7 @@ def _settings(plan: DeviceBuild, entry: BuildEntry) -> BuildSettings:
         entry["workspace_gib"],
         plan.plugin_hashes if entry["backend"] == "tensorrt" else (),
         bool(entry.get("fused_layers")),
+        is_compatible(entry["backend"], bool(entry.get("version_compatible"))),
     )
 
 
@@ -400,6 +433,7 @@ def _build(
             workspace_gib=entry["workspace_gib"],
             timing_cache=timing_cache,
             optimization_level=entry["optimization_level"],
+            version_compatible=settings.version_compatible,
             data_root=plan.out / "onnx",
             fp8_attentions=entry["fp8_attentions"],
             progress=progress,
@@ -416,6 +450,7 @@ def _build(
             shapes=dict(Sizes.from_json(plan.manifest.shapes).to_json()),
             attention=dict(report.attention),
             fused_layers=entry.get("fused_layers", 0),
+            version_compatible=settings.version_compatible,
         )
         data = {"entry": {**made, **settings.recorded()}, "report": report.to_json()}
         transaction.done(step, data, [path])

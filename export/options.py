@@ -83,6 +83,7 @@ class ExportOptions:
         timing_cache: A TensorRT timing cache to read and update.
         optimization_level: The builder's effort, 0 to 5 (TensorRT); None means the builder's own.
         fuse: Let the plugin of the TensorRT target compute residual, norm and modulation, or GELU, with the layer behind them.
+        version_compatible: Build TensorRT engines that the lean runtime of the same release runs, too. They may be slower.
         keep_graphs: Keep the graphs made for the engines: lowered ones for rtx, those with plugin nodes for tensorrt.
         device: The device where inputs are predicted and weights are rotated and quantized: a word that
             :func:`dvdquant.system.devices.resolve_device` knows.
@@ -132,6 +133,7 @@ class ExportOptions:
     timing_cache: Path | None = None
     optimization_level: int | None = None
     fuse: bool = False
+    version_compatible: bool = False
     keep_graphs: bool = False
     device: str = "auto"
     report: bool = False
@@ -158,6 +160,12 @@ class ExportOptions:
                 f"--fuse is for engines with the plugin, and --target is {', '.join(self.targets)}",
                 available="tensorrt; TensorRT-RTX and other runtimes fuse such operations themselves",
                 fix="leave --fuse out, or take --target tensorrt",
+            )
+        if self.version_compatible and "tensorrt" not in self.targets:
+            raise UnsupportedError(
+                f"--version-compatible is for TensorRT engines, and --target is {', '.join(self.targets)}",
+                available="tensorrt; an engine of TensorRT-RTX loads in its own release alone",
+                fix="leave --version-compatible out, or take --target tensorrt",
             )
         if self.workspace_gib is not None and not 0 < self.workspace_gib <= MAX_WORKSPACE_GIB:
             raise UnsupportedError(

@@ -21,6 +21,7 @@ def executed_session(session: EngineSession) -> dict[str, Any]:
     return {
         **({"lora": beside} if beside else {}),
         "backend": session.backend,
+        **({"library": session.library} if session.library else {}),
         "device": str(session.device),
         "dtype": str(session.dtype).removeprefix("torch."),
         "activation_bits": list(session.bits),

@@ -219,7 +219,8 @@ def _is_flat(engine: EngineEntry) -> bool:
 def _builder(engine: EngineEntry) -> str:
     names = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
     versions = ", ".join(engine["versions"].values())
-    return f"{names.get(engine['backend'], engine['backend'])} {versions}".strip()
+    lean = ", or its lean runtime" if engine.get("version_compatible") else ""
+    return f"{names.get(engine['backend'], engine['backend'])} {versions}".strip() + lean
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

@@ -42,6 +42,8 @@ class EngineSession(ABC):
     attention: Attention | None = None
     # Whether what comes before quantized layers is in their kernels: sessions of PyTorch say so.
     fused = False
+    # The library that runs engines, with its release; "" for the other backends.
+    library = ""
     # How quantized weights are held: packed, expanded, or as built, inside of engines.
     weights: str = "as built"
 
@@ -221,6 +223,7 @@ class WrappedSession(EngineSession):
         self.attention = inner.attention
         self.fused = inner.fused
         self.weights = inner.weights
+        self.library = inner.library
 
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         return self.inner._run(inputs, bits)

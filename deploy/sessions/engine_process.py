@@ -81,7 +81,8 @@ def _serve(link: Link, session: EngineSession) -> None:
 
 
 def _facts(session: EngineSession) -> dict[str, Any]:
-    return {"backend": session.backend, "dtype": session.dtype, "weights": session.weights}
+    names = ("backend", "dtype", "weights", "library")
+    return {name: getattr(session, name) for name in names}
 
 
 def _said(error: Exception) -> dict[str, Any]:

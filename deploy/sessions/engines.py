@@ -1,8 +1,12 @@
-"""The TensorRT-RTX and TensorRT backend: verified engines with shared scratch and weights, on torch's streams."""
+"""The TensorRT-RTX and TensorRT backend: verified engines with shared scratch and weights, on torch's streams.
+
+Version-compatible engines may run in TensorRT's lean runtime, which is one more module of the same interface.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -14,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dvdquant.artifact.entries import EngineEntry
-from dvdquant.backends import Backend, load_backend
+from dvdquant.backends import LEAN, Backend
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.engine_binding import (
@@ -32,9 +36,11 @@ from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, OutputError, UnsupportedError
 from dvdquant.hardware.capabilities import sm_number
 from dvdquant.hardware.weights import WeightPolicy, check_policy
+from dvdquant.system.plugin_file import read_plugin
 
 __all__ = ["TensorRTSession", "deserialize", "device_sm", "find_engines", "load_plugins", "select_engine"]
 
+module_log = logging.getLogger(__name__)
 _PLUGINS: set[tuple[str, Path]] = set()
 # What the plugin reads when a context is made: packed or expanded.
 FORM_VARIABLE = "DVDQUANT_WEIGHTS"
@@ -106,8 +112,9 @@ class TensorRTSession(EngineSession):
     ) -> None:
         self.backend = backend
         super().__init__(artifact, component, bits, device or torch.device("cuda"))
-        entries = find_engines(artifact, component, backend, self.bits, self.device)
-        self._library = load_backend(backend)
+        self._library, entries = find_engines(artifact, component, backend, self.bits, self.device)
+        self.library = f"{self._library.name} {self._library.version}"
+        module_log.info("%s: %s runs the engines", component, self.library)
         self._plugin_bytes = 0
         self.weights, expanded = self._form(check_policy(weights), entries)
         self._scratch = Scratch(self.device)
@@ -297,6 +304,7 @@ def load_plugins(library: Backend, plugins: Sequence[Path]) -> None:
     for path in (plugin.resolve() for plugin in plugins):
         if (library.name, path) in _PLUGINS:
             continue
+        _check_major(library, path)
         if not path.is_file() or library.module.get_plugin_registry().load_library(str(path)) is None:
             raise EngineError(
                 f"plugin library {path} does not load in {library.name} {library.version}",
@@ -306,8 +314,31 @@ def load_plugins(library: Backend, plugins: Sequence[Path]) -> None:
         _PLUGINS.add((library.name, path))
 
 
+def _check_major(library: Backend, path: Path) -> None:
+    """Refuse a plugin library that says that it is for another major version of TensorRT.
+
+    The plugin looks for its own version in this process. It may find it where TensorRT and a lean runtime of different
+    major versions are both loaded, and then the other one would call it.
+
+    Raises:
+        EngineError: It is for another major version.
+    """
+    try:
+        major = read_plugin(path).tensorrt_major
+    except UnsupportedError:  # the registry says what is wrong with the file
+        return
+    if major is not None and str(major) != library.version.partition(".")[0]:
+        raise EngineError(
+            f"plugin library {path} is built for TensorRT {major}, and {library.name} {library.version} runs the engines",
+            fix=f"build it with the headers of TensorRT {library.version.partition('.')[0]}",
+        )
+
+
 def make_runtime(library: Backend, log: EngineLog) -> Any:
     """Make the library's ``Runtime``.
+
+    Its ``engine_host_code_allowed`` stays False: a version-compatible engine with an embedded runtime, or with plugins inside,
+    is a shared library that would be loaded into this process out of a file that a stranger may have written.
 
     Args:
         library: The backend with its installed library.
@@ -351,8 +382,11 @@ def deserialize(artifact: Artifact, entry: EngineEntry, library: Backend, runtim
     _check_header(raw, entry, library, runtime, log, fix)
     engine = runtime.deserialize_cuda_engine(raw)
     if engine is None:
+        claim = ""
+        if library.name == LEAN:
+            claim = "; the manifest calls it version-compatible, and the lean runtime runs no other engine"
         raise EngineError(
-            f"{library.name} {library.version} could not deserialize {entry['path']}: {log.tail()}", fix=fix
+            f"{library.name} {library.version} could not deserialize {entry['path']}: {log.tail()}{claim}", fix=fix
         )
     return engine
 

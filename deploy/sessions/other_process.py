@@ -58,6 +58,7 @@ class ProcessSession(EngineSession):
         self._link: Link | None = None
         facts = self._start()
         self.backend, self.dtype, self.weights = facts["backend"], facts["dtype"], facts["weights"]
+        self.library = facts["library"]
 
     @property
     def pid(self) -> int | None:

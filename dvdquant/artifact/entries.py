@@ -277,6 +277,8 @@ class EngineEntry(TypedDict):
         attention: The number of attentions that run as one kernel, by the type of their queries; older manifests lack it.
         fused_layers: The number of quantized layers that one node computes with the residual, norm and modulation, or GELU,
             before them; older manifests lack it.
+        version_compatible: Whether TensorRT's lean runtime of the same release runs it as well as TensorRT does; missing means
+            no.
         measured: What ``dvdq-build`` found when it ran the engine; only where it could.
     """
 
@@ -291,6 +293,7 @@ class EngineEntry(TypedDict):
     shapes: dict[str, Any]
     attention: NotRequired[dict[Text, Annotated[int, Field(ge=0, lt=2**31)]]]
     fused_layers: NotRequired[Annotated[int, Field(ge=0, lt=2**20)]]
+    version_compatible: NotRequired[bool]
     measured: NotRequired[Measured]
 
 
@@ -311,6 +314,7 @@ class BuildEntry(TypedDict):
         profile: The [MIN, OPT, MAX] shapes of every input; null if all sizes are fixed.
         fp8_attentions: The number of attentions in the graph that have to become one FP8 kernel each.
         fused_layers: The number of layers in the graph that are fused with what comes before them; older manifests lack it.
+        version_compatible: Whether it is built so that TensorRT's lean runtime runs it, too; missing means no.
         builder_bytes: The memory that the builder is estimated to take.
         held_bytes: The memory for weights that a session with this engine is estimated to hold.
         optimization_level: The builder's effort, 0 to 5; null means the builder's own.
@@ -330,6 +334,7 @@ class BuildEntry(TypedDict):
     profile: Annotated[dict[Text, ProfileShapes], Field(max_length=100)] | None
     fp8_attentions: Annotated[int, Field(ge=0, lt=2**20)]
     fused_layers: NotRequired[Annotated[int, Field(ge=0, lt=2**20)]]
+    version_compatible: NotRequired[bool]
     builder_bytes: Size
     held_bytes: Size
     optimization_level: Annotated[int, Field(ge=0, le=5)] | None

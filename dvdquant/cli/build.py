@@ -31,6 +31,9 @@ dvdq-build orin.tar -o orin --plugin bundled
 # an export folder that was copied, with a plugin library that was built here; go on after an interruption
 dvdq-build out/orin --plugin build/plugins/libdvdquant_plugins.so --resume
 
+# engines that TensorRT's lean runtime of the same release runs, too
+dvdq-build out/orin --plugin build/plugins/libdvdquant_plugins.so --version-compatible
+
 # what would be built, and does it fit?
 dvdq-build orin.tar --dry-run
 
@@ -53,6 +56,12 @@ dvdq-build out/wan
 @click.option(
     "--bits", type=click.IntRange(4, 8), multiple=True, help="Only engines of these activation bits; repeatable."
 )
+@click.option(
+    "--version-compatible",
+    is_flag=True,
+    help="Build TensorRT engines that the lean runtime of the same release runs, too: dvdq-run then needs no TensorRT with a "
+    "builder. They may be slower. Never ran on a GPU.",
+)
 @click.option("--timing-cache", type=PATH, help="TensorRT timing cache to read and update.")
 @click.option("--no-check", is_flag=True, help="Do not run and time the new engines.")
 @click.option("--resume", is_flag=True, help="Go on from an interrupted build.")
@@ -65,6 +74,7 @@ def main(
     out: Path | None,
     plugins: tuple[Path, ...],
     bits: tuple[int, ...],
+    version_compatible: bool,
     timing_cache: Path | None,
     no_check: bool,
     resume: bool,
@@ -92,7 +102,7 @@ def main(
         folder = out or Path(source.name.removesuffix(".tar"))
         if folder.resolve() == source.resolve():
             raise UnsupportedError(f"{source} has no .tar to leave out of its name", fix="give a folder with -o")
-        with _opened_bundle(source, gpu, plugins, bits, dry_run) as unpack:
+        with _opened_bundle(source, gpu, plugins, bits, version_compatible, dry_run) as unpack:
             if unpack is None:
                 return
             manifest = unpack(folder, progress)
@@ -103,7 +113,7 @@ def main(
     else:
         folder, manifest = source, load_manifest(source)
     chosen = tuple(_plugin(path, folder, manifest, PLUGIN_PLACE) for path in plugins)
-    plan = plan_on_device(folder, manifest, gpu, plugins=chosen, bits=bits)
+    plan = plan_on_device(folder, manifest, gpu, plugins=chosen, bits=bits, version_compatible=version_compatible)
     if dry_run:
         echo(json_text(_plan_json(plan)) if log_format == "json" else _plan_text(plan))
         return
@@ -125,14 +135,19 @@ def main(
 
 @contextlib.contextmanager
 def _opened_bundle(
-    source: Path, gpu: Gpu | None, plugins: tuple[Path, ...], bits: tuple[int, ...], dry_run: bool
+    source: Path,
+    gpu: Gpu | None,
+    plugins: tuple[Path, ...],
+    bits: tuple[int, ...],
+    version_compatible: bool,
+    dry_run: bool,
 ) -> Iterator[Any]:
     """Open a bundle, refuse what this machine cannot build, and yield the function that unpacks it; None in a dry run."""
     from dvdquant.artifact.bundle import open_bundle, unpack_bundle
     from dvdquant.artifact.layout import MANIFEST
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.backends import load_backend
-    from dvdquant.export.on_device import builds_here, check_builds, check_plugin
+    from dvdquant.export.on_device import as_compatible, builds_here, check_builds, check_plugin
     from dvdquant.system.plugin_file import machine_name, read_plugin
 
     with open_bundle(source) as bundle:
@@ -141,6 +156,8 @@ def _opened_bundle(
         if dry_run:
             echo(_bundle_text(source, bundle))
         ours = builds_here(bundle.manifest, gpu, bits, str(source))
+        if version_compatible:
+            as_compatible(ours, str(source))
         tensorrt = any(entry["backend"] == "tensorrt" for entry in ours)
         if tensorrt:
             backend = load_backend("tensorrt")
@@ -232,6 +249,11 @@ def _plan_text(plan: DeviceBuild) -> str:
         lines += [table(("engine", "SM", "memory to build", "weights held"), rows, right=(2, 3)), ""]
         lines += [paragraphs([(f"a{e['act_bits']}", e["executes"]) for e in plan.builds]), ""]
         lines += [f"by hand: {e['command']}" for e in plan.builds if e["command"]]
+        lines += [
+            f"{e['engine']}: TensorRT's lean runtime of the same release runs it, too"
+            for e in plan.builds
+            if e.get("version_compatible")
+        ]
     lines += [f"{e['engine']} is up to date" for e in plan.current]
     return "\n".join([*lines, "dry run: nothing was written"])
 

@@ -241,6 +241,13 @@ def _page(manifest: Manifest, target: Path, machine: str, library: PluginFile | 
         f"4. `dvdq-run {folder}{f' --plugin {folder}/{PLUGIN_PLACE}' if library else ''} --prompt …`, "
         "where the model's text encoder and VAE are at hand (`--pipeline FOLDER`).",
     ]
+    lean = [
+        "",
+        "`dvdq-build --version-compatible` builds engines that TensorRT's lean runtime of the same release runs, too. They keep "
+        "running when TensorRT is updated or taken away, where the lean runtime of the release that built them stays: NVIDIA's "
+        "Debian package `python3-libnvinfer-lean`, or `pip install tensorrt-lean-cu13==RELEASE`. They may be slower, and none "
+        "has run yet.",
+    ]
     return "\n".join(
         [
             f"# Bundle for SM {sms} ({machine})",
@@ -249,6 +256,7 @@ def _page(manifest: Manifest, target: Path, machine: str, library: PluginFile | 
             f"then up to {amount(held)}.",
             "",
             *steps,
+            *(lean if "tensorrt" in backends else []),
             "",
             f"By hand, without Python: `{SCRIPT}` holds the lines of TensorRT's own builder."
             if "tensorrt" in backends

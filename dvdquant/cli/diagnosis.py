@@ -72,6 +72,7 @@ def diagnose(out: Path) -> Iterator[Finding]:
         "attention in 8 bits": lambda: _attention(gpus),
         "TensorRT-RTX": lambda: _builder("TensorRT-RTX", "tensorrt_rtx"),
         "TensorRT": lambda: _builder("TensorRT", "tensorrt"),
+        "TensorRT lean runtime": lambda: _builder("TensorRT lean runtime", "tensorrt_lean"),
         "ONNX Runtime": _onnxruntime,
         "nvcc": _compiler,
         "disk and memory": lambda: _space(out),

@@ -241,6 +241,11 @@ def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 @click.option("--workspace-gib", type=float, help="Workspace limit of the engine builder.")
 @click.option("--timing-cache", type=PATH, help="TensorRT timing cache to read and update.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="Builder effort (TensorRT).")
+@click.option(
+    "--version-compatible",
+    is_flag=True,
+    help="TensorRT engines that the lean runtime of the same release runs, too. They may be slower. Never ran on a GPU.",
+)
 @click.option("--keep-graphs", is_flag=True, help="Keep the graphs made for the engine builders in onnx/.")
 @click.option(
     "--device",

@@ -15,7 +15,7 @@ from dvdquant.errors import OutputError
 from dvdquant.text import amount, json_text, shown
 
 if TYPE_CHECKING:
-    from dvdquant.artifact.entries import LayerEntry
+    from dvdquant.artifact.entries import EngineEntry, LayerEntry
     from dvdquant.artifact.manifest import Manifest
 
 EXAMPLES = """
@@ -263,10 +263,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
     ]
     # 2. The engines.
     if manifest.engines:
-        rows = [
-            (e["path"], ", ".join(e["sm"]), " ".join(f"{name} {version}" for name, version in e["versions"].items()))
-            for e in manifest.engines
-        ]
+        rows = [(e["path"], ", ".join(e["sm"]), _needs(e)) for e in manifest.engines]
         lines += ["", table(("engine", "SM", "needs"), rows), ""]
         lines += [
             paragraphs([(f"a{e['act_bits']} on SM {', '.join(e['sm'])}", e["executes"]) for e in manifest.engines])
@@ -281,6 +278,12 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         f"{len(manifest.kept)} linear layers in 16 bit: {', '.join(manifest.kept[:6])}{' …' * (len(manifest.kept) > 6)}"
     ]
     return "\n".join(lines)
+
+
+def _needs(engine: EngineEntry) -> str:
+    """Return the library that runs an engine, with its release."""
+    libraries = " ".join(f"{name} {version}" for name, version in engine["versions"].items())
+    return libraries + (", or its lean runtime" if engine.get("version_compatible") else "")
 
 
 def _range(axis: list[int]) -> str:

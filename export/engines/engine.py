@@ -49,6 +49,7 @@ def build_engine(
     workspace_bytes: int | None = None,
     timing_cache: Path | None = None,
     optimization_level: int | None = None,
+    version_compatible: bool = False,
     data_roots: Sequence[Path] = (),
     log_file: Path | None = None,
     progress: bool = False,
@@ -67,6 +68,8 @@ def build_engine(
         workspace_bytes: The builder's workspace limit, which must exceed the weights; None means the library's default.
         timing_cache: A file to read and update; it has no effect in TensorRT-RTX.
         optimization_level: 0 to 5, or None for the library's default; it has no effect on TensorRT-RTX builds.
+        version_compatible: Build an engine that TensorRT's lean runtime of the same release runs, too; refused for
+            TensorRT-RTX. It holds no runtime of its own.
         data_roots: The folders that external data may lie in, besides the model's own. If ``model`` is bytes, locations
             are relative to the first one.
         log_file: A file that gets the builder's whole log; None keeps none.
@@ -103,6 +106,7 @@ def build_engine(
                 workspace_bytes=workspace_bytes,
                 timing_cache=str(timing_cache.absolute()) if timing_cache else None,
                 optimization_level=optimization_level,
+                version_compatible=version_compatible,
             ),
             data_roots,
             log_file,

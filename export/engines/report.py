@@ -47,6 +47,7 @@ class BuildRequest:
         workspace_bytes: The builder's workspace limit in bytes; None means the library's default.
         timing_cache: The absolute path of a timing cache to read and update, or None.
         optimization_level: 0 to 5; None means the library's default.
+        version_compatible: True lets the lean runtime of the same release run the engine (TensorRT).
     """
 
     backend: str
@@ -60,6 +61,7 @@ class BuildRequest:
     workspace_bytes: int | None = None
     timing_cache: str | None = None
     optimization_level: int | None = None
+    version_compatible: bool = False
 
     def to_json(self) -> str:
         """Return the request as JSON text."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dvdquant.artifact.entries import EngineEntry
 from dvdquant.artifact.layout import graph_path
+from dvdquant.backends import TENSORRT
 from dvdquant.errors import EngineError
 from dvdquant.export.engines import build_engine
 from dvdquant.export.engines.precision import EnginePlan
@@ -42,6 +43,7 @@ __all__ = [
     "check_attention",
     "find_current",
     "fuses",
+    "is_compatible",
     "run_builder",
 ]
 
@@ -104,6 +106,7 @@ class EngineStage:
                 workspace_gib=self.options.workspace_gib,
                 timing_cache=self.options.timing_cache,
                 optimization_level=self.options.optimization_level,
+                version_compatible=is_compatible(engine.backend, self.options.version_compatible),
                 data_root=self.root / "onnx",
                 fp8_attentions=self._quantized,
                 progress=self.progress,
@@ -215,6 +218,7 @@ class EngineStage:
             shapes=shapes,
             attention=dict(report.attention),
             fused_layers=self.fused,
+            version_compatible=is_compatible(engine.backend, self.options.version_compatible),
         )
 
 
@@ -234,6 +238,7 @@ def run_builder(
     workspace_gib: float | None,
     timing_cache: Path | None,
     optimization_level: int | None,
+    version_compatible: bool,
     data_root: Path,
     fp8_attentions: int,
     progress: Progress,
@@ -250,6 +255,7 @@ def run_builder(
         workspace_gib: The builder's workspace limit in GiB; None means its own default.
         timing_cache: A TensorRT timing cache to read and update.
         optimization_level: The builder's effort, 0 to 5; None means its own default.
+        version_compatible: Whether TensorRT's lean runtime of the same release is to run the engine, too.
         data_root: The folder that the graph's weights may lie in.
         fp8_attentions: The number of attentions that the graph has in FP8.
         progress: The place that the build reports to.
@@ -269,6 +275,7 @@ def run_builder(
         workspace_bytes=int(workspace_gib * 2**30) if workspace_gib else None,
         timing_cache=timing_cache,
         optimization_level=optimization_level,
+        version_compatible=version_compatible,
         data_roots=(data_root,),
         progress=progress.draws_bars,
         alive=functools.partial(progress.working, "engines", target.name),
@@ -315,6 +322,7 @@ class BuildSettings:
         workspace_gib: The builder's workspace limit in GiB; None means its own default.
         plugins: The SHA-256 of the plugin libraries that the builder loaded, in their order.
         fuse: Whether layers are fused with what comes before them.
+        version_compatible: Whether TensorRT's lean runtime of the same release runs the engine, too.
     """
 
     onnx_sha256: str
@@ -325,6 +333,7 @@ class BuildSettings:
     workspace_gib: float | None
     plugins: tuple[str, ...]
     fuse: bool = False
+    version_compatible: bool = False
 
     @property
     def digest(self) -> str:
@@ -356,6 +365,7 @@ class BuildSettings:
             and entry.get("workspace_gib") == self.workspace_gib
             and entry.get("plugins", list(self.plugins)) == list(self.plugins)
             and bool(entry.get("fused_layers")) == self.fuse
+            and bool(entry.get("version_compatible")) == self.version_compatible
         )
 
 
@@ -384,6 +394,7 @@ def build_settings(
         options.workspace_gib,
         tuple(hash_file(plugin)["sha256"] for plugin in plugins),
         fuses(engine, options),
+        is_compatible(engine.backend, options.version_compatible),
     )
 
 
@@ -414,6 +425,16 @@ def fuses(engine: EnginePlan, options: ExportOptions) -> bool:
         options: The options of the export.
     """
     return options.fuse and engine.precision == "plugin"
+
+
+def is_compatible(backend: str, asked: bool) -> bool:
+    """Return whether an engine is built as version-compatible: it was asked for, and TensorRT builds it.
+
+    Args:
+        backend: The library that builds the engine.
+        asked: Whether version-compatible engines were asked for.
+    """
+    return asked and backend == TENSORRT
 
 
 def find_current(

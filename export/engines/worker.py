@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dvdquant.backends import Backend, load_backend
+from dvdquant.backends import TENSORRT, Backend, load_backend
 from dvdquant.errors import DvdquantError, EngineError, ResourceError
 from dvdquant.export.engines.network import WeightMaps, check_custom_ops, parse_network, read_model
 from dvdquant.export.engines.report import (
@@ -152,6 +152,10 @@ def _configure(backend: Backend, builder: Any, request: BuildRequest) -> Any:
         config.builder_optimization_level = request.optimization_level
     if request.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
+    if request.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        # A runtime inside the engine would be host code out of a file, which no session of dvdquant allows.
+        config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
     if backend.builds_for_sms:
         config.num_compute_capabilities = len(request.sms)
         for index, sm in enumerate(request.sms):
@@ -162,6 +166,27 @@ def _configure(backend: Backend, builder: Any, request: BuildRequest) -> Any:
             profile.set_shape(name, tuple(low), tuple(best), tuple(high))
         config.add_optimization_profile(profile)
     return config
+
+
+def _check_operators(backend: Backend, parser: Any) -> None:
+    """Refuse a version-compatible engine of a graph that needs operators from TensorRT's own plugin libraries.
+
+    A session loads the plugin libraries that it is told, so such an engine would be built here and fail there.
+
+    Args:
+        backend: The builder library.
+        parser: The parser, after it has parsed the graph.
+
+    Raises:
+        EngineError: The graph has such operators.
+    """
+    libraries = [Path(library).name for library in parser.get_used_vc_plugin_libraries()]
+    if libraries:
+        raise EngineError(
+            f"the graph has operators that a version-compatible engine of {backend.name} {backend.version} takes from "
+            f"{', '.join(libraries)}, which no session loads",
+            fix="build it without --version-compatible",
+        )
 
 
 def _check_profile(network: Any, request: BuildRequest) -> None:
@@ -285,6 +310,12 @@ def build(request: BuildRequest) -> BuildReport:
     path = Path(request.model)
     model = read_model(path)
     check_custom_ops(model, backend, [Path(p) for p in request.plugins])
+    if request.version_compatible and backend.name != TENSORRT:
+        raise EngineError(
+            f"{backend.name} builds no version-compatible engines",
+            available="tensorrt",
+            fix="build it without --version-compatible, or with the tensorrt backend",
+        )
     _check_device(backend, request.sms)
     # 2. Set the builder up.
     listing: list[str] = []
@@ -296,8 +327,10 @@ def build(request: BuildRequest) -> BuildReport:
         _load_plugins(backend, builder, request.plugins)
     # 3. Parse the graph, with the weights mapped from their files.
     maps = WeightMaps(Path(request.data_dir), [Path(root) for root in request.data_roots])
-    network, _parser = parse_network(backend, builder, logger, model, maps)
+    network, parser = parse_network(backend, builder, logger, model, maps)
     del model
+    if request.version_compatible:
+        _check_operators(backend, parser)
     _check_profile(network, request)
     # 4. Build and write the engine.
     size = _build_plan(backend, builder, network, config, request, maps)

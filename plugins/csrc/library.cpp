@@ -66,9 +66,13 @@ QuantLinearCreator& creator(bool fused) {
   return fused ? with_prologue : plain;
 }
 
-// The TensorRT of that major version, if it is in this process.
+// The TensorRT of that major version, if it is in this process: all of it, or the lean runtime alone.
 void* loaded_tensorrt(int major) {
-  return dlopen(("libnvinfer.so." + std::to_string(major)).c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  for (char const* name : {"libnvinfer.so.", "libnvinfer_lean.so."}) {
+    void* found = dlopen((name + std::to_string(major)).c_str(), RTLD_LAZY | RTLD_NOLOAD);
+    if (found != nullptr) return found;
+  }
+  return nullptr;
 }
 
 // TensorRT 10 and 11 order the functions of ILoggerFinder and IPluginRegistry differently, so a library built for one
@@ -97,8 +101,8 @@ bool register_itself() {
     auto* get = tensorrt == nullptr ? nullptr : reinterpret_cast<Get*>(dlsym(tensorrt, "getPluginRegistry"));
     if (get == nullptr || get() == nullptr) {
       throw Failure(DVDQ_UNSUPPORTED,
-                    "DVDQUANT_PLUGIN_REGISTER=1, but libnvinfer.so." + std::to_string(NV_TENSORRT_MAJOR) +
-                        " is not in this process",
+                    "DVDQUANT_PLUGIN_REGISTER=1, but TensorRT " + std::to_string(NV_TENSORRT_MAJOR) +
+                        " (libnvinfer, or libnvinfer_lean) is not in this process",
                     "", "load TensorRT first, or unset the variable and load this file with loadLibrary");
     }
     for (bool const fused : {false, true}) {

@@ -1,8 +1,9 @@
 // harness PLUGIN contract             shapes, types, formats, fields, refusals; with a device also planning
 // harness PLUGIN missing-kernels      the refusal when libdvdquant_kernels.so cannot be loaded
 // harness PLUGIN missing-driver       the refusal when there is no libcuda.so.1
-// harness PLUGIN registration         registers itself with a TensorRT in the process (DVDQUANT_PLUGIN_REGISTER=1)
-// harness PLUGIN other-version        refuses a TensorRT of another major version
+// harness PLUGIN registration [lean]  registers itself with a TensorRT in the process (DVDQUANT_PLUGIN_REGISTER=1), or with
+//                                     the lean runtime
+// harness PLUGIN other-version [lean] refuses a TensorRT, or a lean runtime, of another major version
 // harness PLUGIN run CASE_FOLDER ...  enqueue on data; writes y.bin and y_graph.bin into each folder
 // harness PLUGIN run-fused CASE ...   the same with FusedQuantLinear; hidden.bin too, where a node has it
 #include "harness.h"
@@ -117,13 +118,14 @@ nvinfer1::Dims dims(std::vector<int64_t> const& sizes) {
 namespace {
 
 constexpr char kUsage[] =
-    "usage: harness PLUGIN (contract | missing-kernels | missing-driver | registration | other-version | run CASE ... | "
-    "run-fused CASE ...)\n";
+    "usage: harness PLUGIN (contract | missing-kernels | missing-driver | registration [lean] | other-version [lean] | "
+    "run CASE ... | run-fused CASE ...)\n";
 
 // Whether a device was there for it; throws on an unknown command.
 bool dispatch(std::string const& command, int count, char** arguments) {
-  if (command == "registration") return harness::check_registration(arguments[1]), false;
-  if (command == "other-version") return harness::check_other_version(arguments[1]), false;
+  std::string const tensorrt = count > 3 && std::strcmp(arguments[3], "lean") == 0 ? "libnvinfer_lean" : "libnvinfer";
+  if (command == "registration") return harness::check_registration(arguments[1], tensorrt), false;
+  if (command == "other-version") return harness::check_other_version(arguments[1], tensorrt), false;
   harness::Logger logger;
   bool const fused = command == "run-fused";
   harness::Library const library(arguments[1], logger, fused ? "FusedQuantLinear" : "QuantLinear");

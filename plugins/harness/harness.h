@@ -60,8 +60,9 @@ void check_fused_contract(Library const& library, Logger& logger);
 void check_device_questions(Library const& library, Logger& logger);
 void check_missing_kernels(Library const& library, Logger& logger);
 void check_missing_driver(Library const& library, Logger& logger);
-void check_registration(char const* plugin);
-void check_other_version(char const* plugin);
+// `tensorrt` is libnvinfer, or libnvinfer_lean for the lean runtime.
+void check_registration(char const* plugin, std::string const& tensorrt);
+void check_other_version(char const* plugin, std::string const& tensorrt);
 bool device_present();
 void run_case(Library const& library, Logger& logger, std::string const& folder);
 // Creates the node of a case, as an engine file that is loaded creates all of its nodes before it has a context.

@@ -16,9 +16,9 @@ void* open(char const* path) {
 
 }  // namespace
 
-void check_registration(char const* plugin) {
-  void* tensorrt = open(("libnvinfer.so." + std::to_string(NV_TENSORRT_MAJOR)).c_str());
-  auto* registry = reinterpret_cast<nvinfer1::IPluginRegistry* (*)()>(dlsym(tensorrt, "getPluginRegistry"))();
+void check_registration(char const* plugin, std::string const& tensorrt) {
+  void* library = open((tensorrt + ".so." + std::to_string(NV_TENSORRT_MAJOR)).c_str());
+  auto* registry = reinterpret_cast<nvinfer1::IPluginRegistry* (*)()>(dlsym(library, "getPluginRegistry"))();
   int32_t count = 0;
   registry->getAllCreators(&count);
   CHECK(count == 0);
@@ -32,9 +32,9 @@ void check_registration(char const* plugin) {
                                   "QuantLinear");
 }
 
-void check_other_version(char const* plugin) {
+void check_other_version(char const* plugin, std::string const& tensorrt) {
   // The other version's layout of IPluginRegistry is unknown here, so nothing of it is called.
-  open(NV_TENSORRT_MAJOR == 10 ? "libnvinfer.so.11" : "libnvinfer.so.10");
+  open((tensorrt + (NV_TENSORRT_MAJOR == 10 ? ".so.11" : ".so.10")).c_str());
   void* library = open(plugin);
   int32_t count = -1;
   reinterpret_cast<nvinfer1::IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(library, "getCreators"))(count);

@@ -53,6 +53,7 @@ def test_it_looks_at_everything() -> None:
         "attention in 8 bits",
         "TensorRT-RTX",
         "TensorRT",
+        "TensorRT lean runtime",
     } <= set(found)
     assert {"ONNX Runtime", "nvcc", "disk and memory", "what would run"} <= set(found)
     assert found["PyTorch"]["found"].startswith(torch.__version__)
@@ -127,7 +128,8 @@ def test_broken_libraries_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dvdquant.backends.load_backend", broken)
     monkeypatch.setattr(diagnosis, "_onnxruntime", worse)
     found = findings()
-    assert found["TensorRT"]["state"] == "missing"
+    assert found["TensorRT"]["state"] == found["TensorRT lean runtime"]["state"] == "missing"
+    assert "tensorrt_lean cannot be imported" in found["TensorRT lean runtime"]["found"]
     assert "libnvinfer" in found["TensorRT"]["found"]
     assert found["ONNX Runtime"]["found"] == "ZeroDivisionError: in a library"
     assert "what would run" in found

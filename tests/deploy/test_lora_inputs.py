@@ -19,7 +19,7 @@ from dvdquant.deploy import DvdqTransformer
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import open_generator
 from dvdquant.deploy.generation.original import load_original
-from dvdquant.deploy.sessions import engine_choice, engines, open_session
+from dvdquant.deploy.sessions import engine_choice, open_session
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.engines import TensorRTSession
 from dvdquant.deploy.sessions.lora_inputs import LoraInputs
@@ -265,8 +265,7 @@ def test_engines_read_a_lora_where_the_session_writes_it(
 
     library = Library(tensors, compute)
     monkeypatch.setattr(engine_choice, "device_sm", lambda device: "8.9")
-    for module in (engine_choice, engines):
-        monkeypatch.setattr(module, "load_backend", lambda name: library.backend)
+    monkeypatch.setattr(engine_choice, "load_backend", lambda name: library.backend)
     with TensorRTSession(artifact, device=torch.device("cpu")) as session:
         given = inputs(session)
 

@@ -21,6 +21,7 @@ from dvdquant.backends import Backend, load_backend
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import engine_choice, engines, open_session
 from dvdquant.deploy.sessions.engine_binding import BoundEngine, EngineLog
+from dvdquant.deploy.sessions.engine_choice import FoundEngines
 from dvdquant.deploy.sessions.engines import TensorRTSession, deserialize, make_runtime, select_engine
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.errors import DvdquantError, EngineError, UnsupportedError
@@ -53,8 +54,7 @@ def sample(artifact: Artifact) -> dict[str, Tensor]:
 def on_the_host(monkeypatch: pytest.MonkeyPatch, library: Library, sm: str = "8.9") -> None:
     """Let sessions take the double for the library, and the host for a GPU of that SM."""
     monkeypatch.setattr(engine_choice, "device_sm", lambda device: sm)
-    for module in (engine_choice, engines):
-        monkeypatch.setattr(module, "load_backend", lambda name: library.backend)
+    monkeypatch.setattr(engine_choice, "load_backend", lambda name: library.backend)
 
 
 # ------------------------------------------------------------------------------- before anything is deserialized (real)
@@ -336,8 +336,9 @@ def test_how_the_plugin_holds_weights(
         TensorRTSession(artifact, device=HOST, weights="packed")
     find = engines.find_engines
 
-    def as_plugin(*arguments: Any) -> dict[int, Any]:
-        return {bits: {**entry, "precision": "plugin"} for bits, entry in find(*arguments).items()}
+    def as_plugin(*arguments: Any) -> FoundEngines:
+        found = find(*arguments)
+        return found._replace(entries={b: {**e, "precision": "plugin"} for b, e in found.entries.items()})  # type: ignore[misc]
 
     monkeypatch.setattr(engines, "find_engines", as_plugin)
     told: list[str | None] = []

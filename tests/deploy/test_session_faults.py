@@ -18,7 +18,7 @@ import torch
 from dvdquant.artifact.layout import MANIFEST
 from dvdquant.backends import Backend, load_backend
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.sessions import engine_choice, engines, weights
+from dvdquant.deploy.sessions import engine_choice, weights
 from dvdquant.deploy.sessions.engines import TensorRTSession, load_plugins
 from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
@@ -94,8 +94,7 @@ def damaged_files(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     library = Library(BF16, lambda inputs, name: inputs["hidden_states"])
     session, load = Counted(), Counted()
     monkeypatch.setattr(engine_choice, "device_sm", lambda device: "8.9")
-    for module in (engine_choice, engines):
-        monkeypatch.setattr(module, "load_backend", lambda name: library.backend)
+    monkeypatch.setattr(engine_choice, "load_backend", lambda name: library.backend)
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     monkeypatch.setattr("dvdquant.deploy.sessions.pytorch.fill_quantized", load)
     generator = random.Random(count)

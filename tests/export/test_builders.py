@@ -22,7 +22,7 @@ from dvdquant.export.engines import engine as engine_module
 from dvdquant.export.engines.network import WeightMaps, check_custom_ops
 from dvdquant.export.engines.precision import RTX_SMS, plan_engines
 from dvdquant.export.engines.stage import run_builder
-from dvdquant.export.engines.worker import _check_device, _load_plugins
+from dvdquant.export.engines.worker import _check_device, _check_operators, _load_plugins
 from dvdquant.export.passes.lowering.int8 import lower_int8
 from dvdquant.export.passes.lowering.nvfp4 import lower_nvfp4
 from dvdquant.export.passes.lowering.qdq_int4 import lower_qdq_int4
@@ -414,10 +414,27 @@ def test_a_bar_is_drawn_for_a_terminal_alone(
     with pytest.raises(EngineError, match="culprit"):
         run_builder(
             unparsable(tmp_path), tmp_path / "x.engine", backend="rtx", sms=["8.9"], profile=None, plugins=(),
-            workspace_gib=None, timing_cache=None, optimization_level=None, data_root=tmp_path, fp8_attentions=0,
-            progress=progress,
+            workspace_gib=None, timing_cache=None, optimization_level=None, version_compatible=False,
+            data_root=tmp_path, fp8_attentions=0, progress=progress,
         )  # fmt: skip
     assert ("x.engine" in capsys.readouterr().err) == terminal
+
+
+def test_version_compatible_engines_that_cannot_be(tmp_path: Path) -> None:
+    """Of TensorRT-RTX, and of a graph whose operators TensorRT takes from libraries that no session loads."""
+    path = unparsable(tmp_path)
+    with pytest.raises(
+        EngineError, match=r"tensorrt_rtx builds no version-compatible(?s:.*)without --version-compatible"
+    ):
+        build_engine(path, tmp_path / "x.engine", backend="rtx", sms=["8.9"], version_compatible=True)
+    backend = Backend("tensorrt", None, "11.4.0.106")
+    parser = load_backend("rtx").module.OnnxParser
+    assert callable(parser.get_used_vc_plugin_libraries)
+    _check_operators(backend, SimpleNamespace(get_used_vc_plugin_libraries=list))
+    with pytest.raises(EngineError, match=r"takes from libnvinfer_vc_plugin\.so\.11, which no session loads"):
+        _check_operators(
+            backend, SimpleNamespace(get_used_vc_plugin_libraries=lambda: ["/usr/lib/libnvinfer_vc_plugin.so.11"])
+        )
 
 
 def test_parser_errors_name_the_node(tmp_path: Path) -> None:

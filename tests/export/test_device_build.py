@@ -16,6 +16,7 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner
 
 from dvdquant.artifact.bundle import open_bundle, unpack_bundle
@@ -24,14 +25,20 @@ from dvdquant.artifact.verify_files import verify_files
 from dvdquant.backends import Backend
 from dvdquant.cli.build import main as build_main
 from dvdquant.cli.bundle import main as bundle_main
+from dvdquant.cli.inspect import main as inspect_main
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.sessions.engines import TensorRTSession
 from dvdquant.errors import EngineError, OutputError, ResourceError, UnsupportedError
 from dvdquant.export import on_device
-from dvdquant.export.elsewhere import SCRIPT
+from dvdquant.export.elsewhere import COMPATIBLE, SCRIPT
 from dvdquant.export.engines import BuildReport, stage
-from dvdquant.export.on_device import build_on_device, plan_on_device
+from dvdquant.export.on_device import as_compatible, build_on_device, plan_on_device
+from dvdquant.export.options import ExportOptions
+from dvdquant.recipe import get_recipe
 from dvdquant.system.gpu import Gpu
 from dvdquant.system.progress import Progress
 from dvdquant.text import amount
+from tests.deploy.test_lean_runtime import Machine
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, in_process, run
 from tests.support.device_build import ORIN, build, build_here, plugin_library
@@ -163,6 +170,9 @@ def test_the_device_builds_enters_and_repeats_nothing(out: Path, tmp_path: Path,
         assert entry["versions"] == {"tensorrt": "11.4.0.1"}
         assert entry["sm"] == ["8.7"]
         assert "measured" not in entry
+        assert (told["flags"], entry["version_compatible"]) == ([], False), (
+            "slower engines are for those who ask for them"
+        )
     assert "was not run" in done.stdout
     assert manifest.files[A4]["sha256"][:12] in done.stdout
     assert all((out / name).stat().st_nlink == 1 for name in manifest.files), "readers refuse files with two names"
@@ -185,6 +195,62 @@ def test_an_interrupted_build_goes_on(out: Path, tmp_path: Path, monkeypatch: py
     verify_files(out, manifest)
     assert len(manifest.engines) == 2
     assert not [name for name in os.listdir(out) if name.startswith(".tmp-")]
+
+
+def test_version_compatible_engines(
+    model: Path, out: Path, tmp_path: Path, tensorrt: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for where they are built, or in the export; without a runtime inside; and the lean runtime runs what comes out."""
+    plugin = plugin_library(tmp_path / "libdvdquant_plugins.so")
+    asked = (out, "--plugin", plugin, "--version-compatible")
+    planned = build_here(monkeypatch, *asked, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    lines = [line for line in planned.stdout.splitlines() if line.startswith("by hand: ")]
+    assert [line.split()[-2:] for line in lines] == [[*COMPATIBLE]] * 2
+    assert f"{A8}: TensorRT's lean runtime of the same release runs it, too" in planned.stdout
+    # 1. The export asks for them: dvdq-build needs no word.
+    arguments = ["--recipe", "rtn", "--target", "tensorrt", "--sm", "8.7", *RANGES]
+    in_process(model, "-o", out, *arguments, "--version-compatible")
+    for entry in load_manifest(out).builds:
+        assert entry["version_compatible"] is True
+        assert set(COMPATIBLE) <= set(shlex.split(entry["command"]))
+        assert entry["command"] in (out / SCRIPT).read_text()
+    done = build_here(monkeypatch, out, "--plugin", plugin, "--bits", "8")
+    assert done.returncode == 0, done.stderr
+    manifest = load_manifest(out)
+    (engine,) = manifest.engines
+    assert engine_of(out, A8)["flags"] == ["VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"]
+    assert engine["version_compatible"] is True
+    assert "tensorrt 11.4.0.1, or its lean runtime" in CliRunner().invoke(inspect_main, [str(out)]).output
+    assert "--version-compatible" in Artifact.open(out).rebuild_command()
+    # 2. It is up to date for who asks for such an engine, and no other.
+    for builds, count in (
+        (manifest.builds, 0),
+        (tuple({**e, "version_compatible": False} for e in manifest.builds), 1),
+    ):
+        other = dataclasses.replace(manifest, builds=builds)
+        assert len(plan_on_device(out, other, ORIN, plugins=[plugin], bits=[8]).builds) == count
+        assert plan_on_device(out, other, ORIN, plugins=[plugin], bits=[8], version_compatible=True).builds == ()
+    # 3. On a machine with the lean runtime of that release alone.
+    machine = Machine(monkeypatch, None, "11.4.0.1")
+    with TensorRTSession(Artifact.open(out), bits=[8], device=torch.device("cpu"), backend="tensorrt") as session:
+        assert session.library == "tensorrt_lean 11.4.0.1"
+    assert machine.deserialized == {"tensorrt_lean": 1}
+
+
+def test_tensorrt_rtx_builds_no_version_compatible_engines(made: Path, tmp_path: Path) -> None:
+    """An option that asks for them alone is refused; beside engines of TensorRT, those of TensorRT-RTX stay as they are."""
+    with pytest.raises(
+        UnsupportedError, match=r"is for TensorRT engines, and --target is rtx(?s:.*)take --target tensorrt"
+    ):
+        ExportOptions("model", tmp_path, get_recipe("rtn"), targets=("rtx",), version_compatible=True)
+    ours, other = load_manifest(made).builds
+    rtx = {**other, "backend": "tensorrt_rtx", "command": ""}
+    with pytest.raises(UnsupportedError, match="OUT has TensorRT-RTX engines to build"):
+        as_compatible([rtx], "OUT")  # type: ignore[list-item]
+    asked, same = as_compatible([ours, rtx], "OUT")  # type: ignore[list-item]
+    assert (asked["version_compatible"], same) == (True, rtx)
+    assert as_compatible([asked], "OUT") == [asked], "the line has each option once"
 
 
 @pytest.fixture
@@ -289,6 +355,8 @@ def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeyp
     said = pack(made, tmp_path / "orin.tar", "--plugin", plugin, "--wheels", tmp_path / "wheels")
     assert "dvdq-build orin.tar -o orin --plugin bundled" in said
     assert "has no wheel of dvdquant" in said
+    with tarfile.open(tmp_path / "orin.tar") as tar:
+        assert b"python3-libnvinfer-lean" in tar.extractfile("README.md").read()  # type: ignore[union-attr]
     assert "wheels has no wheel of accelerate==" in said
     # Refused before anything is unpacked.
     there = tmp_path / "device"
@@ -412,6 +480,10 @@ def test_the_real_builder_builds_what_was_left_to_it(
     assert [e["precision"] for e in entries] == ["int8", "int8"]
     assert not (out / SCRIPT).exists()
     pack(out, tmp_path / "a.tar")
+    for source in ((tmp_path / "a.tar", "-o", tmp_path / "there"), (out,)):
+        done = build_here(monkeypatch, *source, "--version-compatible", gpu=None)
+        refused(done, "--version-compatible is for TensorRT engines", "export with --target tensorrt")
+    assert not (tmp_path / "there").exists()
     done = build_here(monkeypatch, tmp_path / "a.tar", "-o", tmp_path / "there", "--bits", "8", gpu=None)
     assert done.returncode == 0, done.stderr
     there = load_manifest(tmp_path / "there")

@@ -7,6 +7,7 @@ same program on the real ones.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import shutil
@@ -286,6 +287,7 @@ def test_missing_kernels_are_named(sanitized: Path, environment: dict[str, str])
 def test_it_registers_itself_where_the_program_only_opens_it(sanitized: Path) -> None:
     asked = host_device(sanitized) | {"DVDQUANT_PLUGIN_REGISTER": "1"}
     check(run(sanitized, "registration", **asked), device=False)
+    check(run(sanitized, "registration", "lean", **asked), device=False)
     # Not unless asked: loadLibrary would refuse it.
     unasked = run(sanitized, "registration", **host_device(sanitized))
     assert unasked.returncode == 1
@@ -295,9 +297,26 @@ def test_it_registers_itself_where_the_program_only_opens_it(sanitized: Path) ->
 
 
 def test_a_tensorrt_of_another_major_version_is_refused(sanitized: Path) -> None:
-    done = run(sanitized, "other-version", **host_device(sanitized))
-    check(done, device=False)
-    assert "this library is built for TensorRT" in done.stderr
+    for which in ((), ("lean",)):
+        done = run(sanitized, "other-version", *which, **host_device(sanitized))
+        check(done, device=False)
+        assert "this library is built for TensorRT" in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_lean") is None, reason="needs TensorRT's lean runtime")
+def test_the_real_lean_runtime_takes_it(tmp_path: Path) -> None:
+    """Its registry needs no GPU. In a process of its own: without a driver, a later call of the library may end it."""
+    build = configure(tmp_path, "-DCMAKE_BUILD_TYPE=Release")
+    code = """
+import os, sys, tensorrt_lean
+registry = tensorrt_lean.get_plugin_registry()
+assert registry.load_library(sys.argv[1]) is not None
+print(sorted(c.name for c in registry.all_creators if c.plugin_namespace == "dvdquant"), flush=True)
+os._exit(0)
+"""
+    command = [sys.executable, "-c", code, str(build / "libdvdquant_plugins.so")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "['FusedQuantLinear', 'QuantLinear']\n", done.stderr
 
 
 def test_only_the_two_doors_are_exported(sanitized: Path) -> None:

@@ -2,14 +2,16 @@
 
 ``Runtime``, engine and context are stand-ins that record their calls; every name they are asked for must exist on the real
 class of the installed TensorRT-RTX, as a method or as a property, or the test fails. Enumerations and ``ILogger`` are the
-real ones. A pass reads its inputs from, and writes its output to, the addresses it was given, and computes what a function
-of the test says; so an address, shape or dtype that is wrong gives a wrong result.
+real ones. TensorRT and its lean runtime have the same interface without what TensorRT-RTX alone has. A pass reads its inputs
+from, and writes its output to, the addresses it was given, and computes what a function of the test says; so an address,
+shape or dtype that is wrong gives a wrong result.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dvdquant.backends import Backend, load_backend
+from dvdquant.backends import LEAN, RTX, Backend, BackendName, load_backend
 from dvdquant.deploy.sessions.engine_binding import torch_dtype
 
 Compute = Callable[[dict[str, Tensor], str], Tensor]
@@ -47,10 +49,17 @@ class Library:
         tensors: name -> (DataType name, shape with −1 for dynamic, is it an output) of every engine.
         compute: inputs and the name of the engine (its SHA-256) -> output.
         memory: bytes of scratch an engine asks for at given shapes.
+        name: the library that it doubles; None is TensorRT-RTX as it is installed.
+        version: its release.
     """
 
     def __init__(
-        self, tensors: Mapping[str, tuple[str, tuple[int, ...], bool]], compute: Compute, memory: int = 1000
+        self,
+        tensors: Mapping[str, tuple[str, tuple[int, ...], bool]],
+        compute: Compute,
+        memory: int = 1000,
+        name: BackendName = RTX,
+        version: str | None = None,
     ) -> None:
         real = load_backend("rtx")
         self.tensors, self.compute, self.memory = dict(tensors), compute, memory
@@ -58,15 +67,18 @@ class Library:
         self.calls: list[tuple[Any, ...]] = []
         self.scratch: list[tuple[int, int]] = []
         self.fail: str | None = None
-        names = (
-            "ComputeCapability", "ILogger", "DataType", "TensorIOMode", "TensorLocation", "ExecutionContextAllocationStrategy",
-            "CudaGraphStrategy", "EngineValidity", "EngineInvalidityDiagnostics",
-        )  # fmt: skip
+        self.plugins: list[str] = []
+        names = ("ILogger", "DataType", "TensorIOMode", "TensorLocation", "ExecutionContextAllocationStrategy")
+        if name == RTX:
+            names += ("ComputeCapability", "CudaGraphStrategy", "EngineValidity", "EngineInvalidityDiagnostics")
         self.module = SimpleNamespace(**{n: getattr(real.module, n) for n in names}, Runtime=self._runtime)
-        self.backend = Backend(real.name, self.module, real.version)
+        if name != RTX:
+            registry = SimpleNamespace(load_library=lambda path: self.plugins.append(path) or object())
+            self.module.get_plugin_registry = lambda: registry
+        self.backend = Backend(name, self.module, version or real.version)
 
     def _runtime(self, logger: Any) -> Any:
-        return DoubleRuntime(self, logger)
+        return DoubleRuntime(self, logger) if self.backend.name == RTX else DoubleTensorRTRuntime(self, logger)
 
 
 class DoubleRuntime(Checked):
@@ -86,6 +98,42 @@ class DoubleRuntime(Checked):
         self._library.deserialized.append(hashlib.sha256(raw).hexdigest())
         if self._library.fail == "deserialize":
             self._logger.log(self._library.module.ILogger.Severity.ERROR, "no room for the engine")
+            return None
+        return DoubleEngine(self._library, self._library.deserialized[-1], self._logger)
+
+
+class DoubleTensorRTRuntime(Checked):
+    """Takes what the double of TensorRT's builder wrote (tests/support/tensorrt_double), by NVIDIA's rules for releases.
+
+    An engine loads in the release that built it. The lean runtime takes version-compatible engines alone: of any other, it
+    says that a kernel is not there. An engine with a runtime inside needs leave to run code, which sessions never give.
+    """
+
+    kind = "runtime"
+
+    def __init__(self, library: Library, logger: Any) -> None:
+        self._library, self._logger = library, logger
+
+    @property
+    def engine_host_code_allowed(self) -> bool:
+        return False
+
+    @engine_host_code_allowed.setter
+    def engine_host_code_allowed(self, allowed: bool) -> None:
+        raise AssertionError("a session allowed code out of a file")
+
+    def deserialize_cuda_engine(self, raw: bytes) -> Any:
+        self._library.deserialized.append(hashlib.sha256(raw).hexdigest())
+        plan, backend = json.loads(raw), self._library.backend
+        problem = None
+        if "VERSION_COMPATIBLE" in plan["flags"] and "EXCLUDE_LEAN_RUNTIME" not in plan["flags"]:
+            problem = "the plan has host code, and engine_host_code_allowed is false"
+        elif plan["version"] != backend.version:
+            problem = f"the plan was built by {plan['version']}, expected {backend.version}"
+        elif backend.name == LEAN and "VERSION_COMPATIBLE" not in plan["flags"]:
+            problem = "Unexpected call to stub loadRunner"
+        if problem is not None:
+            self._logger.log(self._library.module.ILogger.Severity.ERROR, problem)
             return None
         return DoubleEngine(self._library, self._library.deserialized[-1], self._logger)
 

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import tensorrt_rtx as real
 from tensorrt_rtx import (
+    BuilderFlag,
     ILogger,
     IProgressMonitor,
     MemoryPoolType,
@@ -24,6 +25,7 @@ from tensorrt_rtx import (
 
 __all__ = [
     "Builder",
+    "BuilderFlag",
     "ILogger",
     "IProgressMonitor",
     "MemoryPoolType",
@@ -71,7 +73,10 @@ class _Config(_Checked):
     builder_optimization_level: int = 3
 
     def __init__(self) -> None:
-        self.given: dict[str, Any] = {"profiles": []}
+        self.given: dict[str, Any] = {"profiles": [], "flags": []}
+
+    def set_flag(self, flag: BuilderFlag) -> None:
+        self.given["flags"].append(flag.name)
 
     def set_memory_pool_limit(self, kind: Any, size: int) -> None:
         self.given["workspace"] = size
@@ -163,3 +168,6 @@ class OnnxParser(_Checked):
     @property
     def num_errors(self) -> int:
         return 0
+
+    def get_used_vc_plugin_libraries(self) -> list[str]:
+        return []
