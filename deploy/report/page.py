@@ -206,7 +206,7 @@ def render_report(report: Report) -> str:
 
 @functools.cache
 def _template() -> Any:
-    """The template of the page; to compile it takes longer than to fill it in."""
+    """Return the template of the page, compiled once: that takes longer than to fill it in."""
     import jinja2
 
     from dvdquant.text import amount
