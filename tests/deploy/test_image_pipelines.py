@@ -32,7 +32,7 @@ FACTOR, ATOL = 2.0, 1e-6
 PROMPT = "a red cat runs in the rain the dog sits"
 STEPS = 3
 BOTH = ("pytorch", "onnxruntime")
-PYTORCH = ("wan-i2v-21", "ltx-i2v", "ltx-condition", "cogvideox-i2v", "hunyuan-concat")
+PYTORCH = ("wan-i2v-21", "wan-ti2v-5b", "ltx-i2v", "ltx-condition", "cogvideox-i2v", "hunyuan-concat")
 # FLF2V and token_replace differ from their siblings in what the pipeline gives, not in how a graph runs it.
 CASES = [
     *(pytest.param(kind, BOTH, id=kind) for kind in WITH_GRAPHS),
