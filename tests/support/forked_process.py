@@ -1,8 +1,8 @@
-"""In the place of a worker's process: asks for a fork (see forked_workers.py), and ends as it ends.
+"""In the place of a process: asks for a fork of what it would have run (see forked_processes.py), and ends as it ends.
 
 Only the standard library, so that it starts at once:
 
-    python -S -E forked_worker.py SOCKET FD
+    python -S -E forked_process.py SOCKET KIND [FD]
 """
 
 import json
@@ -11,12 +11,13 @@ import signal
 import socket
 import sys
 
-path, channel = sys.argv[1:]
+path, kind, *channel = sys.argv[1:]
 end = socket.socket(socket.AF_UNIX)
 end.connect(path)
-message = json.dumps({"environment": dict(os.environ), "folder": os.getcwd()}).encode()
-socket.send_fds(end, [message], [1, 2, int(channel)])
-os.close(int(channel))
+message = json.dumps({"kind": kind, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
+socket.send_fds(end, [message], [0, 1, 2, *map(int, channel)])
+for number in (0, *map(int, channel)):
+    os.close(number)
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 code = int(end.recv(16) or b"1")
 if code < 0:
