@@ -1,8 +1,8 @@
-"""In the place of a worker's process: asks for a fork (see forked_workers.py), and ends as it ends.
+"""In the place of a process: asks for a fork (see forked_workers.py and forked_builders.py), and ends as it ends.
 
-Only the standard library, so that it starts at once:
+Only the standard library, so that it starts at once. FD is what the fork gets besides both streams, and WORDS its arguments:
 
-    python -S -E forked_worker.py SOCKET FD
+    python -S -E forked_worker.py SOCKET FD [WORDS…]
 """
 
 import json
@@ -11,10 +11,10 @@ import signal
 import socket
 import sys
 
-path, channel = sys.argv[1:]
+path, channel, *words = sys.argv[1:]
 end = socket.socket(socket.AF_UNIX)
 end.connect(path)
-message = json.dumps({"environment": dict(os.environ), "folder": os.getcwd()}).encode()
+message = json.dumps({"environment": dict(os.environ), "folder": os.getcwd(), "words": words}).encode()
 socket.send_fds(end, [message], [1, 2, int(channel)])
 os.close(int(channel))
 signal.signal(signal.SIGINT, signal.SIG_IGN)

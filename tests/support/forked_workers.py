@@ -21,13 +21,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.support.rare_collections import collect_rarely
 
-__all__ = ["forked_workers"]
+__all__ = ["ForkServer", "forked_workers", "serve"]
 
+Work = Callable[[list[int], list[str]], int]
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODULES = (
     "onnxruntime", "dvdquant.deploy.generation.generate", "dvdquant.deploy.generation.video", "dvdquant.deploy.switching.factory",
@@ -35,32 +37,61 @@ MODULES = (
 )  # fmt: skip
 
 
+class ForkServer:
+    """A process that forks others, from start to :meth:`close`.
+
+    Args:
+        module: The module that it runs.
+    """
+
+    def __init__(self, module: str) -> None:
+        path = Path(tempfile.mkdtemp(prefix="dvdq-workers-")) / "socket"
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, str(path)],
+            stdin=subprocess.PIPE,  # it ends when this process does
+            stdout=subprocess.PIPE,
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"ready\n"
+        self.asks = ("-S", "-E", str(Path(__file__).with_name("forked_worker.py")), str(path))
+        """What an interpreter gets to ask for a fork, before the descriptor."""
+
+    def close(self) -> None:
+        """End it, and what it forked."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
 @functools.cache
 def forked_workers() -> dict[str, str]:
     """Start the process, once a test process, and return the variable for ``ServerProcess(stub=…)`` to use it."""
-    path = Path(tempfile.mkdtemp(prefix="dvdq-workers-")) / "socket"
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(path)],
-        stdin=subprocess.PIPE,  # it ends when this process does
-        stdout=subprocess.PIPE,
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
-    atexit.register(process.wait)
-    atexit.register(process.stdin.close)
-    asks = Path(__file__).with_name("forked_worker.py")
-    return {"STUB_WORKER": json.dumps([sys.executable, "-S", "-E", str(asks), str(path)])}
+    server = ForkServer(__name__)
+    atexit.register(server.close)
+    return {"STUB_WORKER": json.dumps([sys.executable, *server.asks])}
 
 
-def fork_worker(asked: dict[str, Any], descriptors: list[int]) -> int:
-    """Fork a worker; return its process id.
+def work(descriptors: list[int], _words: list[str]) -> int:
+    """Be a worker with a stub's session; return its exit code.
 
     Args:
-        asked: The variables of the environment, and the folder.
-        descriptors: Its stdout, its stderr and its channel.
+        descriptors: Its channel alone.
+    """
+    from benchmarks.serving.stub_worker import StubSession
+    from dvdquant.deploy.serve.worker_process import main
+
+    return main([str(descriptors[0])], StubSession)  # type: ignore[arg-type]
+
+
+def fork(asked: dict[str, Any], descriptors: list[int], work: Work) -> int:
+    """Fork a process that does ``work``; return its process id.
+
+    Args:
+        asked: The variables of the environment, the folder, and the arguments.
+        descriptors: Its stdout, its stderr, and what else it was given.
+        work: What it does with the other descriptors and the arguments; returns its exit code.
     """
     if pid := os.fork():
         return pid
@@ -73,21 +104,27 @@ def fork_worker(asked: dict[str, Any], descriptors: list[int]) -> int:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, descriptor in enumerate(descriptors[:2], 1):
             os.dup2(descriptor, number)
-        from benchmarks.serving.stub_worker import StubSession
-        from dvdquant.deploy.serve.worker_process import main
-
-        code = main([str(descriptors[2])], StubSession)  # type: ignore[arg-type]
+        code = work(descriptors[2:], asked["words"])
+        sys.stdout.flush()
         sys.stderr.flush()
     finally:
         os._exit(code)
 
 
-def serve(path: str) -> None:
-    """Fork a worker for every connection until stdin closes; then kill them all.
+def serve(path: str, modules: Sequence[str], work: Work) -> None:
+    """Import modules, fork a process for every connection until stdin closes, and then kill them all.
 
     Args:
         path: The socket to listen at.
+        modules: What the processes import.
+        work: What they do (:func:`fork`).
     """
+    collect_rarely()
+    for name in modules:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a collection in a fork would copy every page of what was imported
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
@@ -105,7 +142,7 @@ def serve(path: str) -> None:
                 if key.fileobj is listener:
                     caller, _ = listener.accept()
                     message, descriptors, _, _ = socket.recv_fds(caller, 1 << 20, 3)
-                    pid = fork_worker(json.loads(message), descriptors)
+                    pid = fork(json.loads(message), descriptors, work)
                     for descriptor in descriptors:
                         os.close(descriptor)
                     workers[watch := os.pidfd_open(pid)] = pid, caller
@@ -128,10 +165,4 @@ def serve(path: str) -> None:
 
 
 if __name__ == "__main__":
-    collect_rarely()
-    for name in MODULES:
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()
-    gc.disable()  # a collection in a fork would copy every page of what was imported
-    serve(sys.argv[1])
+    serve(sys.argv[1], MODULES, work)
