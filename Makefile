@@ -17,7 +17,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # A torch that is there (a CUDA build, a container's own) is kept; only a new environment gets the pinned one.
 PIN = $$($(BIN)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "-c constraints.txt")')
 
-.PHONY: edge-check wheel wheel-check walks triton-check dynamo-check help venv demo demo-steps test stress campaign variants lint warm lengths format docs clean plugin gpu-check kernels kernels-check
+.PHONY: edge-check wheel wheel-check walks triton-check dynamo-check help venv demo demo-steps test stress campaign variants lint ruff types warm warm-tests lengths format docs clean plugin gpu-check kernels kernels-check
 
 help:
 	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; inspect it; make a clip"
@@ -118,22 +118,31 @@ $(DYNAMO)/.unpacked:
 dynamo-check: $(INSTALLED_TEST) $(DYNAMO)/.unpacked
 	DVDQ_DYNAMO=$(DYNAMO) $(BIN)/python -m pytest -q tests/deploy/test_serve_dynamo.py $(PYTEST_ARGS)
 
-lint: $(INSTALLED_TEST)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+lint: $(INSTALLED_TEST) ruff
 	$(BIN)/mypy
 
-# Each takes one core.
+ruff: $(INSTALLED_TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
 warm: $(INSTALLED_TEST)
-	@$(BIN)/python tests/support/warm_up.py
+	@$(BIN)/python -m tests.support.warm_up
 
 # A test process takes the files in our order (tests/support/longest_first.py), not in that of their numbers of tests. What it compiles is
 # kept, whatever the environment says: else every run rewrites the assertions of all test files once a process.
 BY_FILE := --dist loadfile --no-loadscope-reorder
 KEEPING := env -u PYTHONDONTWRITEBYTECODE
 
-test: $(INSTALLED_TEST)
-	@$(MAKE) --no-print-directory -j2 lint warm
+# mypy takes what the tests leave of the cores while they wait; what it said comes at the end.
+TYPES := build/types.log
+test: $(INSTALLED_TEST) ruff
+	@mkdir -p $(dir $(TYPES))
+	@status=0; $(MAKE) --no-print-directory -j2 -k types warm-tests || status=$$?; cat $(TYPES) 2>&- || true; exit $$status
+
+types:
+	@nice -n 10 $(BIN)/mypy >$(TYPES) 2>&1
+
+warm-tests: warm
 	$(KEEPING) $(BIN)/python -m pytest -n $(JOBS) $(BY_FILE) -m "not stress" --cpu-seconds 15 $(PYTEST_ARGS)
 
 stress: $(INSTALLED_TEST) warm

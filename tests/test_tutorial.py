@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.commands import environment
 from tests.support.exporting import REPOSITORY, TINY_WAN
-from tests.support.running import PROMPT, short_wan, short_wan_export, tiny_wan_export
+from tests.support.running import PROMPT, short_wan, short_wan_export
 from tests.support.scripts import load_script
 
 FOLDER = REPOSITORY / "examples" / "wan2.1"
@@ -34,8 +34,8 @@ def _run(notebooks: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, *
 
 def test_the_notebook_runs(notebooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On an export that is there, so that it is not made again; every other cell does its work."""
-    shutil.copytree(tiny_wan_export(), tmp_path / "out")
-    few = {"MODEL": str(TINY_WAN), "OUT": "out", "STEPS": 2, "BACKEND": "onnxruntime", "LORA": "made", "REPEATS": 1}
+    shutil.copytree(short_wan_export(), tmp_path / "out")
+    few = {"MODEL": str(short_wan()), "OUT": "out", "STEPS": 2, "BACKEND": "onnxruntime", "LORA": "made", "REPEATS": 1}
     said = _run(notebooks, tmp_path, monkeypatch, **few)
     for words in (
         "what you get",

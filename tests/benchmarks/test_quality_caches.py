@@ -119,7 +119,14 @@ class _Session:
         return found
 
 
-@pytest.mark.parametrize("policy", ["line 0.3 line 3 0 step", "easycache 0.2 output 2 0", "magcache 0.4 latent 2 0"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "line 0.3 line 3 0 step",
+        pytest.param("easycache 0.2 output 2 0", marks=pytest.mark.stress),
+        "magcache 0.4 latent 2 0",
+    ],
+)
 def test_clips_are_skipped_as_the_runtime_skips(policy: str) -> None:
     bench = replace(Bench.open(TINY_WAN), steps=STEPS)
     prompt = bench_prompts(bench.table, 1, seed=3)[0]

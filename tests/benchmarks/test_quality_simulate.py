@@ -257,11 +257,13 @@ def test_products_of_bf16_are_rounded_once(monkeypatch: pytest.MonkeyPatch, laye
 def test_bf16_products_do_not_decide(bench: Any, layers: list[Any]) -> None:
     """The bench's products are rounded to bf16: far less than what W4A8 changes."""
     simulate, method = script("simulate"), script("methods").from_recipe(RECIPES["w4a8"])
-    quantized = {layer.name: method(layer, 8) for layer in layers}
+    quantized = {layer.name: method(layer, 8) for layer in layers[::3]}  # of every kind and every block
     outputs = {}
     for dtype in (torch.float32, torch.bfloat16):
         simulate.set_product_dtype(dtype)
-        changed = simulate.install(bench.model, layers, lambda layer: quantized[layer.name])
+        changed = simulate.install(
+            bench.model, layers, lambda layer: quantized.get(layer.name) or simulate.Simulated(layer.weight)
+        )
         outputs[dtype] = forward(changed, bench)
     exact = forward(bench.model, bench)
     quantization = float((outputs[torch.float32] - exact).norm())
@@ -330,6 +332,7 @@ def test_prompts_are_different_and_every_word_is_as_frequent(bench: Any) -> None
 def test_predicted_inputs_resemble_the_real_ones(bench: Any, layers: list[Any]) -> None:
     """Feedback with predicted moments lowers the error on the inputs that layers have in clips, of most layers by far."""
     clips, methods = script("clips"), script("methods")
+    layers = layers[::3]  # of every kind and every block
     real: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     hooks = [
         bench.model.get_submodule(layer.spec.members[0]).register_forward_pre_hook(

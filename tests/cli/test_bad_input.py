@@ -31,6 +31,7 @@ from tests.support.commands import (
 )
 from tests.support.exporting import REPOSITORY, state_of
 from tests.support.helpers_checkpoint import SHARD1, SHARD2
+from tests.support.traces import without_graphs
 
 INDEX = f"{SINGLE}.index.json"
 
@@ -149,7 +150,11 @@ def test_bad_model(name: str, model: Path, tmp_path: Path) -> None:
     damage(model)
     before = {p.name for p in model.iterdir()}
     out = tmp_path / "deep" / "out"
-    refused(run(model, "-o", out, "--target", "onnx", *SIZES), *named, way_out=name not in SELF_EXPLAINED)
+    with (
+        without_graphs()
+    ):  # what is wrong with weights is found beside the trace, which would take longer than all else
+        done = run(model, "-o", out, "--target", "onnx", *SIZES)
+    refused(done, *named, way_out=name not in SELF_EXPLAINED)
     assert not (tmp_path / "deep").exists()
     assert {p.name for p in model.iterdir()} == before
 

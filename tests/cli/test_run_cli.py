@@ -14,7 +14,7 @@ import torch
 from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents
 from dvdquant.cli.run_text import summary_text
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generation.generate import GenerateRequest, generate, open_generator
+from dvdquant.deploy.generation.generate import GenerateRequest, Generator, generate, open_generator
 from dvdquant.deploy.pipelines.schedulers import open_table_scheduler
 from dvdquant.deploy.sessions import open_session
 from dvdquant.deploy.switching.controller import StepController
@@ -23,7 +23,17 @@ from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.deploy.switching.schedule import Schedule
 from tests.support.commands import refused
 from tests.support.exporting import TINY_WAN
-from tests.support.running import PROMPT, call, decode, drawn, run, short_wan, short_wan_export, tiny_wan_export
+from tests.support.running import (
+    PROMPT,
+    call,
+    decode,
+    drawn,
+    run,
+    short_wan,
+    short_wan_export,
+    tiny_wan_export,
+    tiny_wan_weights,
+)
 
 pytestmark = pytest.mark.usefixtures("lent_sessions")
 
@@ -199,29 +209,44 @@ def test_step_cache_skips(out: Path, policy: CachePolicy | None) -> None:
     assert bits[0] == bits[1] == bits[-1] == 8
 
 
-@pytest.mark.slow
-def test_clips_show_what_was_asked_for() -> None:
-    """The model as it was trained, 8 steps each, judged from pixels: background, colour and size, in 16 bit and switching."""
+def _shows(generator: Generator, prompt: str, seed: int, mode: str) -> None:
+    """Draw a clip of 8 steps and judge it from its pixels: background, colour and size."""
     colours = {"red": (1, -0.7, -0.7), "green": (-0.7, 0.9, -0.6), "blue": (-0.6, -0.4, 1), "yellow": (1, 0.9, -0.8)}
     level = {"black": 0, "grey": 127.5}
+    _, colour, _, size, background = prompt.split()
+    rule: dict[str, Any] = {"delta": 0.2, "last_high": 2} if mode == "switch" else {}
+    made = generator.generate(GenerateRequest(prompt, steps=8, seed=seed, mode=mode, **rule))
+    if mode == "switch":
+        assert {record.bits for record in made.trace} == {4, 8}
+    frames = made.frames.astype(float)
+    corners = frames[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert abs(np.median(corners) - level[background]) < 25, (prompt, mode)
+    shape = np.abs(frames - level[background]).max(-1) > 60
+    mean = frames[shape].mean(0) / 127.5 - 1
+    near = min(colours, key=lambda name: float(np.abs(mean - colours[name]).sum()))
+    assert near == colour, (prompt, mode, mean)
+    # Radius 4 or 6.5 pixels; a ring is hollow, so its box is looked at.
+    columns = shape.any(1).sum(1)
+    assert (np.median(columns) > 10.5) == (size == "large"), (prompt, mode, columns)
+
+
+def test_a_clip_shows_what_was_asked_for() -> None:
+    """The model as it was trained, switching. PyTorch reads the weights alone, and a trace of six blocks takes long."""
+    with open_generator(
+        Artifact.open(tiny_wan_weights()), pipeline=TINY_WAN, backend="pytorch", device="cpu"
+    ) as generator:
+        _shows(generator, PROMPT, 0, "switch")
+
+
+@pytest.mark.stress
+def test_clips_of_the_graphs_show_what_was_asked_for() -> None:
+    """The same on ONNX Runtime, in 16 bit too, and another prompt."""
     with open_generator(
         Artifact.open(tiny_wan_export()), pipeline=TINY_WAN, backend="onnxruntime", device="cpu"
     ) as generator:
-        for prompt, seed, modes in ((PROMPT, 0, ("16", "switch")), ("square blue down small grey", 1, ("switch",))):
-            _, colour, _, size, background = prompt.split()
-            for mode in modes:
-                rule = {"delta": 0.2, "last_high": 2} if mode == "switch" else {}
-                request = GenerateRequest(prompt, steps=8, seed=seed, mode=mode, **rule)  # type: ignore[arg-type]
-                frames = generator.generate(request).frames.astype(float)
-                corners = frames[:, [0, 0, -1, -1], [0, -1, 0, -1]]
-                assert abs(np.median(corners) - level[background]) < 25, (prompt, mode)
-                shape = np.abs(frames - level[background]).max(-1) > 60
-                mean = frames[shape].mean(0) / 127.5 - 1
-                near = min(colours, key=lambda name: float(np.abs(mean - colours[name]).sum()))
-                assert near == colour, (prompt, mode, mean)
-                # Radius 4 or 6.5 pixels; a ring is hollow, so its box is looked at.
-                columns = shape.any(1).sum(1)
-                assert (np.median(columns) > 10.5) == (size == "large"), (prompt, mode, columns)
+        _shows(generator, PROMPT, 0, "16")
+        _shows(generator, PROMPT, 0, "switch")
+        _shows(generator, "square blue down small grey", 1, "switch")
 
 
 def test_trace_holds_no_secrets(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,13 @@ from dvdquant.deploy.timing.bench import Timing, bench
 from dvdquant.errors import EngineError
 from tests.support.session_exports import family_export
 
+ONE: dict[str, Any] = {"components": ["transformer"], "backend": "onnxruntime", "device": "cpu"}
+
 
 @pytest.fixture(scope="module")
 def out() -> Path:
-    return family_export("ltx-video")
+    """Two transformers, with ranges of sizes."""
+    return family_export("wan")
 
 
 def run(*arguments: object) -> Result:
@@ -37,7 +40,7 @@ def test_the_widths_take_turns_and_the_warm_up_is_not_counted(out: Path, monkeyp
         return real(self, dict(inputs), bits)
 
     monkeypatch.setattr(onnx_session.OnnxRuntimeSession, "_run", counted)
-    result = bench(Artifact.open(out), backend="onnxruntime", device="cpu", warm_up=1, repeats=3, which="min")
+    result = bench(Artifact.open(out), **ONE, warm_up=1, repeats=3, which="min")
     assert called == [4, 8] * 5
     assert [(t.component, t.bits, len(t.seconds)) for t in result.timings] == [
         ("transformer", 4, 3),
@@ -52,14 +55,13 @@ def test_the_widths_take_turns_and_the_warm_up_is_not_counted(out: Path, monkeyp
 
 
 def test_time_ends_it_after_a_whole_turn(out: Path) -> None:
-    result = bench(
-        Artifact.open(out), backend="onnxruntime", device="cpu", warm_up=0, repeats=1000, seconds=0, which="min"
-    )
+    result = bench(Artifact.open(out), **ONE, warm_up=0, repeats=1000, seconds=0, which="min")
     assert [len(t.seconds) for t in result.timings] == [1, 1]
 
 
 def test_table_and_json(out: Path, tmp_path: Path) -> None:
     quick = ("--backend", "onnxruntime", "--device", "cpu", "--size", "min", "--repeats", 2, "--warm-up", 0)
+    quick += ("--component", "transformer")
     told = run(out, *quick, "-o", tmp_path / "bench.json")
     assert told.exit_code == 0, (told.output, told.exception)
     for part in ("median, ms", "a4", "a8", "1.00", "measured here: onnxruntime on cpu", "hidden_states"):

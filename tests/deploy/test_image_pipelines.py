@@ -24,7 +24,7 @@ from dvdquant.deploy.report.text import python_lines
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.system.progress import Progress
 from tests.support.commands import in_process, refused
-from tests.support.image_pipelines import ImageModel, image_model, picture
+from tests.support.image_pipelines import WITH_GRAPHS, ImageModel, image_model, picture
 from tests.support.running import decode, drawn, run, wan_pipeline
 from tests.support.tiny_pipelines import TOKENS, Judge, relative
 
@@ -32,19 +32,14 @@ FACTOR, ATOL = 2.0, 1e-6
 PROMPT = "a red cat runs in the rain the dog sits"
 STEPS = 3
 BOTH = ("pytorch", "onnxruntime")
+PYTORCH = ("wan-i2v-21", "ltx-i2v", "ltx-condition", "cogvideox-i2v", "hunyuan-concat")
 # FLF2V and token_replace differ from their siblings in what the pipeline gives, not in how a graph runs it.
 CASES = [
-    *(
-        pytest.param(kind, BOTH, id=kind)
-        for kind in ("wan-i2v-21", "wan-i2v-22", "wan-ti2v-5b", "ltx-i2v", "ltx-condition")
-    ),
-    *(pytest.param(kind, ("pytorch",), id=kind) for kind in ("cogvideox-i2v", "hunyuan-concat")),
+    *(pytest.param(kind, BOTH, id=kind) for kind in WITH_GRAPHS),
+    *(pytest.param(kind, ("pytorch",), id=kind) for kind in PYTORCH),
     pytest.param("wan-flf2v", ("pytorch",), id="wan-flf2v", marks=pytest.mark.slow),
     pytest.param("hunyuan-token", ("pytorch",), id="hunyuan-token", marks=pytest.mark.stress),
-    *(
-        pytest.param(kind, ("onnxruntime",), id=f"{kind}-graphs", marks=pytest.mark.stress)
-        for kind in ("cogvideox-i2v", "hunyuan-concat")
-    ),
+    *(pytest.param(kind, ("onnxruntime",), id=f"{kind}-graphs", marks=pytest.mark.stress) for kind in PYTORCH),
 ]
 
 

@@ -46,7 +46,8 @@ def model() -> ImageModel:
 @pytest.fixture(scope="module")
 def server(model: ImageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     """It draws on the CPU."""
-    with local_server(model.made.out, tmp_path_factory.mktemp("i2v") / "data", model.pipeline, LIMITS) as server:
+    data = tmp_path_factory.mktemp("i2v") / "data"
+    with local_server(model.made.out, data, model.pipeline, LIMITS, backend="pytorch") as server:
         yield server
 
 
@@ -82,7 +83,7 @@ def test_openai_client_begins_a_clip_with_a_picture(server: LocalServer, model: 
             )
     path = tmp_path / "library.mp4"
     with open_generator(
-        Artifact.open(model.made.out), pipeline=model.pipeline, backend="onnxruntime", device="cpu"
+        Artifact.open(model.made.out), pipeline=model.pipeline, backend="pytorch", device="cpu"
     ) as generator:
         result = generator.generate(GenerateRequest("a cat", steps=1, guidance=1, seed=3, mode="a8", image=RED))
         write_mp4(path, result.frames, generator.fps(len(result.frames)))
@@ -142,7 +143,7 @@ def test_a_full_queue_is_said_before_a_picture_is_decoded_and_leaves_no_file(
     )
     limits = Limits(queue=1, body=4096, picture=100_000)
     with (
-        local_server(model.made.out, tmp_path, model.pipeline, limits, draws=False) as waiting,
+        local_server(model.made.out, tmp_path, model.pipeline, limits, draws=False, backend="pytorch") as waiting,
         waiting.client() as client,
     ):
         made = client.post("/v1/videos", data=ASKED, files={"input_reference": ("x", RED)})
@@ -155,6 +156,7 @@ def test_a_full_queue_is_said_before_a_picture_is_decoded_and_leaves_no_file(
         video = made.json()["id"]
         kept = images.open_picture(waiting.service.files.picture(video, "input_reference"), "x").image
         assert kept.getpixel((0, 0)) == (200, 10, 10)
-    with local_server(model.made.out, tmp_path, model.pipeline, limits) as again, again.client() as client:
+    again = local_server(model.made.out, tmp_path, model.pipeline, limits, backend="pytorch")
+    with again as server, server.client() as client:
         state = client.get(f"/v1/videos/{video}", params={"wait": 60}).json()
         assert (state["status"], state["dvdquant"]["attempts"]) == ("completed", 1)

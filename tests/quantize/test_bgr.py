@@ -269,7 +269,7 @@ def _check_hostile(seed: int, grid: tuple[str, int], solver: str, features: int)
         assert bool((back.reshape(len(w), -1, group).abs() <= bound)[empty].all())
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**31),
     grid=st.sampled_from(GRIDS),

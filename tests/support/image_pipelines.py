@@ -34,8 +34,9 @@ KINDS.update(
         "hunyuan-token": Kind({**tiny.HUNYUAN, "image_condition_type": "token_replace"}, "2x4x4", (5, 32, 32)),
     }
 )
-# Drawn by PyTorch in the normal run: the graphs of their families are judged in tests/export, and with text in test_pipelines.py.
-PYTORCH_ALONE = ("wan-flf2v", "cogvideox-i2v", "hunyuan-concat", "hunyuan-token")
+# What of the normal run draws with graphs, too: their traces are those of the pipelines in test_pipelines.py. The graphs of the
+# others are judged in tests/export, those of their families with text in test_pipelines.py.
+WITH_GRAPHS = ("wan-i2v-22", "wan-ti2v-5b")
 # What stands before the words in the text of HunyuanVideo: the image, every second or fourth token of 576.
 _TEXT = {"hunyuan-concat": TOKENS + 288, "hunyuan-token": TOKENS + 144}
 
@@ -67,9 +68,9 @@ def image_model(kind: str, graphs: bool | None = None) -> ImageModel:
 
     Args:
         kind: A key of ``KINDS``.
-        graphs: Whether the export can run on ONNX Runtime; by default all can but those of ``PYTORCH_ALONE``.
+        graphs: Whether the export can run on ONNX Runtime; by default those of ``WITH_GRAPHS`` can.
     """
-    with_graphs = kind not in PYTORCH_ALONE if graphs is None else graphs
+    with_graphs = kind in WITH_GRAPHS if graphs is None else graphs
     name = "ltx" if kind.startswith("ltx") else kind  # one export for two pipelines
     folder = shared_folder(f"images-{name}-{with_graphs}", lambda made: _export(kind, made, with_graphs))
     made = _export(kind, folder, with_graphs)

@@ -16,6 +16,7 @@ from tests.support import tiny_pipelines
 from tests.support.commands import SINGLE, edit_config, in_process
 from tests.support.exporting import TINY_WAN
 from tests.support.folders import shared_folder
+from tests.support.traces import without_graphs
 
 # Sessions are fast enough; what costs is the number of steps.
 QUICK = ("--steps", 4, "--backend", "onnxruntime", "--device", "cpu")
@@ -31,6 +32,17 @@ def tiny_wan_export() -> Path:
     """
     how = ("--target", "graphs", "--recipe", "w4a4")
     return shared_folder("tiny-wan", lambda folder: in_process(TINY_WAN, "-o", folder / "out", *how)) / "out"
+
+
+@functools.cache
+def tiny_wan_weights() -> Path:
+    """As :func:`tiny_wan_export` for PyTorch sessions alone: its graphs have no node, and are made in no time."""
+
+    def make(folder: Path) -> None:
+        with without_graphs():
+            in_process(TINY_WAN, "-o", folder / "out", "--target", "graphs", "--recipe", "w4a4")
+
+    return shared_folder("tiny-wan-weights", make) / "out"
 
 
 @functools.cache

@@ -44,7 +44,12 @@ class _WorkerHere:
 
 @contextlib.contextmanager
 def local_server(
-    out: Path, data: Path, pipeline: Path | None = None, limits: Limits | None = None, draws: bool = True
+    out: Path,
+    data: Path,
+    pipeline: Path | None = None,
+    limits: Limits | None = None,
+    draws: bool = True,
+    backend: str = "onnxruntime",
 ) -> Iterator[LocalServer]:
     """Serve an export on the CPU; its name is ``model``.
 
@@ -54,12 +59,13 @@ def local_server(
         pipeline: The model of the export.
         limits: What a request may ask for.
         draws: Run a worker; without one, jobs wait.
+        backend: What runs the export.
     """
     settings = ServerSettings(
         (ModelSource("model", str(out), None if pipeline is None else str(pipeline)),),
         data,
         devices=(),
-        backend="onnxruntime",
+        backend=backend,
         limits=limits or Limits(),
         allowed_hosts=("127.0.0.1", "localhost"),
         spare=False,

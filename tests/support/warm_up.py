@@ -17,6 +17,7 @@ from dvdquant.quantize.error_table import squared_errors_of
 from dvdquant.quantize.gptq import gptq_round
 from dvdquant.quantize.layer import _packed, rotate_rows
 from dvdquant.recipe import SOLVERS, ZERO_POINTS, WeightSpec
+from tests.support.rare_collections import collect_rarely
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -53,6 +54,7 @@ def compile_loops() -> None:
 
 def main() -> None:
     """Compile both."""
+    collect_rarely()
     compile_loops()
     try:
         rewrite_assertions()
