@@ -35,7 +35,7 @@ class _Forks:
     def __getattr__(self, name: str) -> Any:
         return getattr(subprocess, name)
 
-    def Popen(self, command: list[str], **options: Any) -> subprocess.Popen[str]:  # noqa: N802
+    def Popen(self, command: list[str], **options: Any) -> subprocess.Popen[str]:
         """Start a builder, which is forked if it would import what this process imports."""
         interpreter, module, *words = command
         if (module, words[0]) == ("-m", WORKER) and os.environ.get("PYTHONPATH") == self._found:
