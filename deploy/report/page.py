@@ -7,6 +7,7 @@ escapes them, and a content policy in the page forbids whatever could be loaded 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -199,6 +200,13 @@ def render_report(report: Report) -> str:
     Args:
         report: The content of the page.
     """
+    page: str = _template().render(_context(report))
+    return page
+
+
+@functools.cache
+def _template() -> Any:
+    """Return the template of the page, compiled once: that takes longer than to fill it in."""
     import jinja2
 
     from dvdquant.text import amount
@@ -213,8 +221,7 @@ def render_report(report: Report) -> str:
     environment.filters["amount"] = amount
     environment.filters["millions"] = millions
     environment.filters["thousands"] = lambda value: f"{value:,}".replace(",", "\u202f")
-    page: str = environment.get_template("report.html.j2").render(_context(report))
-    return page
+    return environment.get_template("report.html.j2")
 
 
 def write_report(path: Path, report: Report) -> None:

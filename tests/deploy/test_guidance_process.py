@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -14,16 +15,18 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.faults import fault_of
 from dvdquant.deploy.generation.generate import GenerateRequest, open_generator
 from dvdquant.deploy.generation.generator import Generator
-from dvdquant.deploy.sessions import open_session
+from dvdquant.deploy.sessions import open_session, other_process
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.guidance_pair import GuidancePair
 from dvdquant.deploy.sessions.other_process import ProcessSession
 from dvdquant.errors import EngineError, ResourceError, ShapeError, UnsupportedError
 from tests.deploy.test_guidance_pair import _Failing, same
+from tests.support.forked_processes import forked_process
 from tests.support.running import PROMPT, short_wan_export
 
 OPTIONS: dict[str, Any] = {"backend": "onnxruntime", "device": "cpu"}
 FAILING: set[float] = set()
+COMMAND = other_process._COMMAND
 
 
 def _breakable(session: EngineSession) -> EngineSession:
@@ -43,9 +46,12 @@ def plain() -> Iterator[Generator]:
 
 @pytest.fixture(scope="module")
 def double() -> Iterator[Generator]:
-    """Two, the second in another process."""
+    """Two, the second in another process: a fork, for its command is started by the test of errors."""
     options: dict[str, Any] = {**OPTIONS, "wrap_session": _breakable, "cfg_parallel": "process:cpu"}
-    with open_generator(Artifact.open(short_wan_export()), **options) as generator:
+    with (
+        mock.patch.object(other_process, "_COMMAND", forked_process("session")),
+        open_generator(Artifact.open(short_wan_export()), **options) as generator,
+    ):
         generator.prepare(GenerateRequest(PROMPT, steps=2))
         yield generator
         peer = _pair(generator).peer
@@ -113,7 +119,9 @@ def test_a_partner_that_dies_is_an_error_of_the_clip_and_not_of_the_step(plain: 
     assert peer.pid not in (None, first)
 
 
-def test_errors_of_the_other_process_are_its_own() -> None:
+def test_errors_of_the_other_process_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its command starts, which is no fork here."""
+    monkeypatch.setattr(other_process, "_COMMAND", COMMAND)
     artifact = Artifact.open(short_wan_export())
     with pytest.raises(UnsupportedError, match="unknown device"):
         open_session(artifact, device="process:gpu")

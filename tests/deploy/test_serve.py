@@ -29,7 +29,7 @@ from benchmarks.serving.process import PROMPT, START_SECONDS, ServerProcess
 from dvdquant.deploy.generation.encoder import count_frames
 from tests.support.browser import headless_chromium
 from tests.support.exporting import TINY_WAN
-from tests.support.forked_workers import forked_workers
+from tests.support.forked_processes import forked_workers
 from tests.support.postgres import postgres
 from tests.support.running import short_wan_export
 

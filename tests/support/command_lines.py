@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import click
 
 from dvdquant.text import unsafe
 from tests.support.exporting import REPOSITORY, TINY_WAN
+from tests.support.forked_processes import forked_process
 from tests.support.forking_commands import COMMANDS
 
 PROMPT = "ring red right large black"
@@ -207,7 +207,7 @@ class CommandServer:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.forking_commands"],
+            forked_process("commands"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,4 +1,4 @@
-"""A process that has imported everything, and forks one command for every line it reads.
+"""A process that forks one command for every line it reads; itself a fork of one that has imported everything.
 
 Protocol, JSON lines. In: ``{"words": ["run", "out", …], …}`` with the options of :func:`child`. Out: ``{"code": …, "out": …,
 "err": …, "seconds": …}``; ``code`` is what a shell would see, both streams as Latin-1, a character for every byte.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import glob
 import importlib
 import json
@@ -26,7 +25,6 @@ import torch
 
 from dvdquant.model.outline import outline_of
 from tests.support.exporting import TINY_WAN
-from tests.support.rare_collections import collect_rarely
 from tests.support.traces import share_traces
 
 NAMES = ("export", "inspect", "plan", "run", "build", "bundle", "push", "bench", "doctor")
@@ -159,16 +157,10 @@ def _is_there(name: str, text: str, folder: str, errors: int) -> bool:
     return text.encode() in os.pread(errors, os.fstat(errors).st_size, 0)
 
 
-def main() -> None:
-    """Serve until stdin closes."""
-    # A run in the background, or under nohup, hands down that these are ignored; the commands are asked as from a terminal.
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    collect_rarely()
-    torch.set_num_threads(1)  # no pool of OpenMP threads, which a fork would not inherit
+def import_all() -> None:
+    """Import what the commands need, and plan the models that they read, so that no child does it once more."""
     for name in MODULES:
         importlib.import_module(f"dvdquant.{name}")
-    share_traces()
     import diffusers
     import matplotlib.pyplot
     import onnx
@@ -178,18 +170,21 @@ def main() -> None:
         getattr(diffusers, name)
     assert all((onnx, onnxruntime, matplotlib.pyplot))
     config = json.loads((TINY_WAN / "transformer" / "config.json").read_text())
-    for blocks in (config["num_layers"], 1):  # so that no child runs the model once more to plan it
+    for blocks in (config["num_layers"], 1):
         assert outline_of({**config, "num_layers": blocks}, torch.bfloat16).shared_inputs
+
+
+def main() -> None:
+    """Serve until stdin closes."""
+    # A run in the background, or under nohup, hands down that these are ignored; the commands are asked as from a terminal.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)  # no pool of OpenMP threads, which a fork would not inherit
+    share_traces()
     answers = os.fdopen(os.dup(1), "w")
     requests = os.fdopen(os.dup(0))
     nowhere = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1):
         os.dup2(nowhere, number)
-    gc.collect()
-    gc.freeze()  # a collection in a child would copy every page of what was imported
     for line in requests:
         print(json.dumps(serve(json.loads(line))), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()
