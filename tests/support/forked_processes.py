@@ -24,10 +24,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from tests.support.folders import shared_folder
 from tests.support.rare_collections import collect_rarely
@@ -112,6 +114,9 @@ def fork(asked: dict[str, Any], descriptors: list[int]) -> int:
     code = 1
     try:
         os.setsid()
+        tqdm.set_lock(
+            threading.RLock()
+        )  # its own lies in shared memory: a fork that is killed with it held stops all others
         os.environ.clear()
         os.environ.update(asked["environment"])
         os.chdir(asked["folder"])
