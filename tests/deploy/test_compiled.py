@@ -84,7 +84,7 @@ def test_what_compile_does_not_go_with() -> None:
 
 def test_a_compiled_run_draws_a_clip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
-    short = (short_wan_export(), "--pipeline", TINY_WAN, "--steps", 2, "--device", "cpu", "--prompt", PROMPT)
+    short = (short_wan_export(), "--pipeline", TINY_WAN, "--steps", 1, "--device", "cpu", "--prompt", PROMPT)
     drawn(*short, "--compile", "-o", tmp_path / "compiled.mp4")
     drawn(*short, "--backend", "pytorch", "-o", tmp_path / "eager.mp4")
     assert (decode(tmp_path / "compiled.mp4") == decode(tmp_path / "eager.mp4")).all()

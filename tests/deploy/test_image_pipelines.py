@@ -32,7 +32,7 @@ FACTOR, ATOL = 2.0, 1e-6
 PROMPT = "a red cat runs in the rain the dog sits"
 STEPS = 3
 BOTH = ("pytorch", "onnxruntime")
-PYTORCH = ("wan-i2v-21", "ltx-i2v", "ltx-condition", "cogvideox-i2v", "hunyuan-concat")
+PYTORCH = ("wan-i2v-21", "wan-ti2v-5b", "ltx-i2v", "ltx-condition", "cogvideox-i2v", "hunyuan-concat")
 # FLF2V and token_replace differ from their siblings in what the pipeline gives, not in how a graph runs it.
 CASES = [
     *(pytest.param(kind, BOTH, id=kind) for kind in WITH_GRAPHS),
@@ -108,8 +108,9 @@ def test_a_clip_from_an_image_is_that_of_pytorch(
     artifact = Artifact.open(model.made.out)
     references = {name: model.made.reference(8, name) for name in model.made.plans}
     frames, latents = by_hand(model, references, monkeypatch)
-    _, exact = by_hand(model, references, monkeypatch, Judge)
     assert np.unique(frames).size > 8
+    same = kind.startswith(("wan", "hunyuan"))
+    exact = None if same and backends == ("pytorch",) else by_hand(model, references, monkeypatch, Judge)[1]
     for backend in backends:
         with open_generator(artifact, pipeline=model.pipeline, backend=backend, device="cpu") as generator:
             made = generator.generate(request(model))
@@ -118,7 +119,7 @@ def test_a_clip_from_an_image_is_that_of_pytorch(
         assert sorted({record.step for record in made.trace}) == list(range(STEPS))
         assert made.executed["pipeline"] == model.class_name
         assert made.executed["images"]["image"]["size"] == [40, 36]
-        if backend == "pytorch" and kind.startswith(("wan", "hunyuan")):
+        if backend == "pytorch" and same:
             np.testing.assert_array_equal(given, latents)
             np.testing.assert_array_equal(made.frames, frames)
         else:

@@ -34,9 +34,9 @@ KINDS.update(
         "hunyuan-token": Kind({**tiny.HUNYUAN, "image_condition_type": "token_replace"}, "2x4x4", (5, 32, 32)),
     }
 )
-# What of the normal run draws with graphs, too: their traces are those of the pipelines in test_pipelines.py. The graphs of the
-# others are judged in tests/export, those of their families with text in test_pipelines.py.
-WITH_GRAPHS = ("wan-i2v-22", "wan-ti2v-5b")
+# What of the normal run draws with graphs, too: its trace is that of a pipeline in test_pipelines.py. The graphs of the others
+# are judged in tests/export, those of their families with text in test_pipelines.py.
+WITH_GRAPHS = ("wan-i2v-22",)
 # What stands before the words in the text of HunyuanVideo: the image, every second or fourth token of 576.
 _TEXT = {"hunyuan-concat": TOKENS + 288, "hunyuan-token": TOKENS + 144}
 
