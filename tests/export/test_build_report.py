@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dvdquant.export.engines import BUILD_MEMORY_FACTOR
+from dvdquant.export.engines import engine as engine_module
 from dvdquant.export.engines.report import BuildRequest, layer_summary
 from tests.export.test_builders import build, save
 from tests.support import quant_linear_graphs as qg
@@ -26,7 +28,9 @@ def test_layer_summary_skips_what_is_no_layer() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", [2, pytest.param(4, marks=pytest.mark.stress)])
-def test_build_memory_factor(tmp_path: Path, layers: int) -> None:
+def test_build_memory_factor(tmp_path: Path, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of their own: a fork has in memory from its start what a builder loads as it goes."""
+    monkeypatch.setattr(engine_module, "subprocess", subprocess)
     peaks = {}
     for width in (64, 8192):
         folder = tmp_path / str(width)
