@@ -87,18 +87,26 @@ def address(site: Path) -> Iterator[str]:
     server.server_close()
 
 
-def test_pages_fit_a_phone_and_show_no_fault(browser: Any, address: str, site: Path) -> None:
-    page = browser.new_page(viewport=PHONE)
+@pytest.mark.parametrize(
+    ("scripts", "largest"), [(True, 6), (False, None), pytest.param(True, None, marks=pytest.mark.stress)]
+)
+def test_pages_fit_a_phone_and_show_no_fault(
+    scripts: bool, largest: int | None, browser: Any, address: str, site: Path
+) -> None:
+    """All pages as they are laid out, and the largest, which have every kind of part, as the scripts of the site leave them."""
+    page = browser.new_page(viewport=PHONE, java_script_enabled=scripts)
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("response", lambda response: faults.append(response.url) if response.status >= 400 else None)
+    pages = sorted(_pages(site), key=lambda name: (site / name).stat().st_size, reverse=True)[:largest]
     try:
-        for name in _pages(site):
+        for name in pages:
             page.goto(f"{address}/{name}")
             widest = page.evaluate("document.documentElement.scrollWidth")
             assert widest <= PHONE["width"], f"{name} is {widest} pixels wide"
             assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)"), name
         assert faults == []
+        assert pages
     finally:
         page.close()
 

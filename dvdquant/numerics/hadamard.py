@@ -288,8 +288,9 @@ def _core(order: int) -> int | None:
     return None
 
 
+@lru_cache(maxsize=16)
 def _signs(order: int) -> npt.NDArray[np.int8] | None:
-    """Return the Hadamard matrix [order, order] of ±1, or None if no construction reaches the order."""
+    """Return the Hadamard matrix [order, order] of ±1 from a cache, or None if no construction reaches the order."""
     core = _core(order)
     if core is None:
         return None

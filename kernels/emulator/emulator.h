@@ -77,19 +77,25 @@ struct Fiber {
   uint64_t seen = 0;
   std::vector<std::vector<Copy>> groups;  // committed cp.async groups, oldest first
   std::vector<Copy> open;
+
+  ~Fiber() { delete[] stack; }
 };
 
 struct Block {
   dim3 grid, size, index;
   std::vector<unsigned char> shared;
   std::vector<Warp> warps;
-  std::vector<Fiber*> fibers;  // as many as the largest block had; they live as long as the process
+  std::vector<Fiber*> fibers;  // as many as the largest block had; they live as long as the library is loaded
   Fiber* current = nullptr;
   jmp_buf scheduler;
   int threads = 0, arrived = 0;
   uint64_t generation = 0;
   void (*call)(const void* body) = nullptr;
   const void* body = nullptr;
+
+  ~Block() {
+    for (Fiber* fiber : fibers) delete fiber;
+  }
 };
 
 inline Block block;
