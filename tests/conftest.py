@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -81,6 +82,16 @@ def _shared_traces() -> None:
     """Trace a model once a process, however many exports of it the tests make in this process."""
     if "dvdquant.export.graph.trace" in sys.modules:  # else nothing is exported, and the import would cost seconds
         importlib.import_module("tests.support.traces").share_traces()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_builders() -> Iterator[None]:
+    """Fork the builders of engines from one process (:mod:`tests.support.forked_builders`)."""
+    if "dvdquant.export.engines.engine" not in sys.modules or importlib.util.find_spec("tensorrt_rtx") is None:
+        yield
+        return
+    with importlib.import_module("tests.support.forked_builders").fork_builders():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dvdquant.export.engines import BUILD_MEMORY_FACTOR
+from dvdquant.export.engines import engine as engine_module
 from dvdquant.export.engines.report import BuildRequest, layer_summary
 from tests.export.test_builders import build, save
 from tests.support import quant_linear_graphs as qg
@@ -25,7 +27,10 @@ def test_layer_summary_skips_what_is_no_layer() -> None:
 
 
 @pytest.mark.slow
-def test_build_memory_factor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", [2, pytest.param(4, marks=pytest.mark.stress)])
+def test_build_memory_factor(tmp_path: Path, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of their own: a fork has in memory from its start what a builder loads as it goes."""
+    monkeypatch.setattr(engine_module, "subprocess", subprocess)
     peaks = {}
     for width in (64, 8192):
         folder = tmp_path / str(width)
@@ -38,8 +43,8 @@ def test_build_memory_factor(tmp_path: Path) -> None:
                 np.full((width, 1), 255, np.uint8), np.full(width, -0.5, np.float32), np.zeros(width, np.float32),
                 qg.hadamard(1), qg.hadamard(1), 8, 0,
             )
-            for i in range(4)
+            for i in range(layers)
         ]  # fmt: skip
         peaks[width] = build(save(spec, folder, "int4-weight-only"), spec).peak_rss_bytes
-    weights = 4 * 8192 * 8192 // 2
+    weights = layers * 8192 * 8192 // 2
     assert (peaks[8192] - peaks[64]) / weights < 1.1 * BUILD_MEMORY_FACTOR

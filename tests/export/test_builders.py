@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -358,6 +359,8 @@ def test_a_process_that_cannot_be_started(small: tuple[Path, qg.Spec], monkeypat
 
 
 def test_the_worker_runs_without_pythonpath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process of its own, as those of users are."""
+    monkeypatch.setattr(engine_module, "subprocess", subprocess)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.chdir(tmp_path)
     spec = qg.Spec("fp16", (64, 64), 8, block=1)

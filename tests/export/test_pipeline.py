@@ -17,8 +17,10 @@ from dvdquant.artifact.manifest import Manifest, load_manifest
 from dvdquant.artifact.verify_files import verify_files
 from dvdquant.recipe import RECIPES, Recipe
 from tests.support import tiny_models as tiny
-from tests.support.commands import SIZES, change, export, in_process, logged, refused, rehash, run
+from tests.support.commands import SIZES, change, in_process, logged, refused, rehash, run
 from tests.support.exporting import state_of
+from tests.support.session_exports import family_export
+from tests.support.traces import without_graphs
 
 
 def stamps(out: Path) -> dict[str, tuple[int, int]]:
@@ -48,7 +50,7 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wan22(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     out = tmp_path_factory.mktemp("out") / "wan22"
-    lines = export(pipeline_folder, "-o", out, "--target", "rtx", "--target", "onnx", "--sm", "8.9", "--verify", *SIZES)
+    lines = logged(pipeline_folder, "-o", out, "--target", "rtx", "--target", "onnx", "--sm", "8.9", "--verify", *SIZES)
     return out, lines
 
 
@@ -185,20 +187,9 @@ def test_every_recipe_exports_and_verifies(name: str, model: Path, tmp_path: Pat
 
 def test_globs_and_dtype_reach_the_manifest(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    in_process(
-        model,
-        "-o",
-        out,
-        "--target",
-        "onnx",
-        "--dtype",
-        "fp16",
-        "--keep",
-        "blocks.0.ffn.*",
-        "--force",
-        "proj_out",
-        *SIZES,
-    )
+    options = ["--target", "onnx", "--dtype", "fp16", "--keep", "blocks.0.ffn.*", "--force", "proj_out", *SIZES]
+    with without_graphs():
+        in_process(model, "-o", out, *options)
     manifest = load_manifest(out)
     names = {entry["name"] for entry in manifest.layers}
     assert "proj_out" in names
@@ -206,6 +197,11 @@ def test_globs_and_dtype_reach_the_manifest(model: Path, tmp_path: Path) -> None
     assert "blocks.0.attn1.to_out.0" in names
     assert "blocks.0.ffn.net.2" in manifest.kept
     assert manifest.shapes["dtype"] == "fp16"
+
+
+def test_graphs_compute_in_the_dtype_that_was_asked_for() -> None:
+    out = family_export("wan", "fp16")
+    assert load_manifest(out).shapes["dtype"] == "fp16"
     graph = onnx.load(out / "onnx/transformer_a4.onnx", load_external_data=False)
     assert graph.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
 
@@ -269,7 +265,7 @@ def test_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
 
 def test_dry_run_as_json_and_its_estimates(wan22: tuple[Path, list[dict[str, Any]]], pipeline_folder: Path) -> None:
     """Loose factors only: the estimates are measured in benchmarks."""
-    out, lines = wan22
+    out, _ = wan22
     before = stamps(out)
     text = in_process(
         pipeline_folder, "-o", out, "--target", "rtx", "--target", "onnx", "--sm", "8.9", *SIZES, "--dry-run",
@@ -286,8 +282,6 @@ def test_dry_run_as_json_and_its_estimates(wan22: tuple[Path, list[dict[str, Any
     assert estimate["source_bytes"] == pytest.approx(
         sum(p.stat().st_size for p in pipeline_folder.rglob("*.safetensors")), rel=0.1
     )
-    peak = max(line["rss_bytes"] for line in lines if "rss_bytes" in line)
-    assert 0.5 * peak <= estimate["peak_bytes"] <= 3 * peak
     assert set(estimate["seconds"]) == {"inputs", "quantize", "trace", "engines"}
 
 
@@ -297,7 +291,7 @@ def test_a_relative_model_is_recorded_for_use_from_anywhere(
     monkeypatch.chdir(model.parent.parent)
     relative = model.relative_to(Path.cwd())
     out = tmp_path / "out"
-    in_process(relative, "-o", out, "--target", "graphs", *SIZES)
+    in_process(relative, "-o", out, "--target", "graphs", "--recipe", "w4a4", *SIZES)
     assert load_manifest(out).source["model"] == str(model)
     card = (out / "README.md").read_text()
     assert f"`{relative}` in 4 bits" in card

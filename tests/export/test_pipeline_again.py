@@ -1,4 +1,4 @@
-"""``dvdq-export`` again into the same folder: engines added, damaged or missing, and runs that were killed."""
+"""``dvdq-export`` again into the same folder: engines added, damaged or missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dvdquant.export.plan import plan_export
 from dvdquant.recipe import get_recipe
 from dvdquant.system.progress import Progress
 from tests.support import tiny_models as tiny
-from tests.support.commands import SIZES, digests, in_process, kill_when, logged, with_four_bits_alone
+from tests.support.commands import SIZES, digests, in_process, logged, with_four_bits_alone
 
 
 @pytest.fixture(scope="module")
@@ -144,46 +144,3 @@ def test_realize(
         for t in onnx.load(path, load_external_data=False).graph.initializer
     }
     assert stored in types
-
-
-# --------------------------------------------------------------------------------------------------------- interrupted
-
-
-def journal_lines(out: Path, marker: str) -> int:
-    return sum(p.read_text(errors="replace").count(marker) for p in out.glob(".tmp-*/journal.jsonl"))
-
-
-def engine_begun(out: Path) -> bool:
-    return any(out.glob(".tmp-*/tree/engines/*/.dvdq-build-*"))
-
-
-STAGES: dict[str, Callable[[Path], bool]] = {
-    "quantize": lambda out: journal_lines(out, ":layer:") >= 5,
-    "engines": engine_begun,
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["engines", pytest.param("quantize", marks=pytest.mark.stress)])
-def test_resume_after_a_kill(stage: str, engines: Path, model: Path, tmp_path: Path) -> None:
-    """Bit-identical weights and graphs, and the finished layers are not quantized again; without --resume, nothing is left."""
-    # Two engines, so that there is time to kill it in the first.
-    arguments: list[object] = [model, "--target", "rtx", "--sm", "8.9", "--sm", "12.0", "--recipe", "w4a8", *SIZES]
-    out = tmp_path / "killed"
-    assert kill_when([*arguments, "-o", out], lambda: STAGES[stage](out)), "the export ended before it could be killed"
-    assert not (out / "manifest.json").exists()
-    finished = journal_lines(out, ":layer:")
-    assert finished
-    (weights,) = out.glob(".tmp-*/tree/onnx/transformer.safetensors")
-    inode = weights.stat().st_ino
-    begun_anew = Path(shutil.copytree(out, tmp_path / "again"))
-    in_process(*arguments, "-o", out, "--resume")
-    assert digests(out, "onnx") == digests(engines, "onnx")
-    assert (out / "onnx/transformer.safetensors").stat().st_ino == inode
-    manifest = load_manifest(out)
-    verify_files(out, manifest)
-    assert manifest.layers == load_manifest(engines).layers
-    in_process(model, "-o", begun_anew, "--target", "graphs", "--recipe", "w4a8", *SIZES)
-    verify_files(begun_anew, load_manifest(begun_anew))
-    for folder in (out, begun_anew):
-        assert not [p for p in folder.iterdir() if p.name.startswith(".")]

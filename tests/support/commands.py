@@ -6,15 +6,10 @@ import dataclasses
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
@@ -67,67 +62,10 @@ def refused(result: Result, *named: str, way_out: bool = True) -> None:
 # ------------------------------------------------------------------------------------------------------- as a process
 
 
-def command(*arguments: object) -> list[str]:
-    """The command line of ``dvdq-export``, which takes graphs that were traced in this test run before."""
-    return [sys.executable, "-m", "tests.support.traced_export", *(str(a) for a in arguments)]
-
-
 def environment() -> dict[str, str]:
     """That finds this checkout, with as many threads as this process: what an export writes depends on their number."""
     threads = str(torch.get_num_threads())
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-
-
-def export(*arguments: object) -> list[dict[str, Any]]:
-    """Run ``dvdq-export --log-format json`` to its end, as a process of its own; the JSON lines it wrote."""
-    line = command(*arguments, "--log-format", "json")
-    result = subprocess.run(line, capture_output=True, text=True, env=environment(), check=False)
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stderr.splitlines()]
-
-
-def kill_when(arguments: list[object], ready: Callable[[], bool], limit: float = 120) -> bool:
-    """Start ``dvdq-export``, SIGKILL it and what it started as soon as ``ready``; False if it had ended before."""
-    process = subprocess.Popen(
-        command(*arguments),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + limit
-    try:
-        while process.poll() is None and time.monotonic() < deadline:
-            if ready():
-                _kill_group(process)
-                return True
-            time.sleep(0.002)
-        return False
-    finally:
-        if process.poll() is None:
-            _kill_group(process)
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL a process that leads its group, and the group; return when none of them holds a file any more.
-
-    A builder that is being started at that moment has the lock of the export open until it has died, too.
-    """
-    group = process.pid
-    os.killpg(group, signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 60
-    while any(_is_alive_in(group, pid) for pid in psutil.pids()):
-        assert time.monotonic() < deadline, "a process that was killed goes on"
-        time.sleep(0.002)
-
-
-def _is_alive_in(group: int, pid: int) -> bool:
-    """Return whether a process is in a group and has not ended; one that waits to be collected has closed its files."""
-    try:
-        return os.getpgid(pid) == group and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except (ProcessLookupError, psutil.NoSuchProcess):
-        return False
 
 
 def with_four_bits_alone(monkeypatch: pytest.MonkeyPatch) -> None:

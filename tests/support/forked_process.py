@@ -1,8 +1,8 @@
 """In the place of a process: asks for a fork of what it would have run (see forked_processes.py), and ends as it ends.
 
-Only the standard library, so that it starts at once:
+Only the standard library, so that it starts at once. A worker or a session gets its channel FD, another kind its arguments:
 
-    python -S -E forked_process.py SOCKET KIND [FD]
+    python -S -E forked_process.py SOCKET KIND [FD | WORDS…]
 """
 
 import json
@@ -11,10 +11,11 @@ import signal
 import socket
 import sys
 
-path, kind, *channel = sys.argv[1:]
+path, kind, *words = sys.argv[1:]
+channel = words if kind in ("worker", "session") else []
 end = socket.socket(socket.AF_UNIX)
 end.connect(path)
-message = json.dumps({"kind": kind, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
+message = json.dumps({"kind": kind, "words": words, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
 socket.send_fds(end, [message], [0, 1, 2, *map(int, channel)])
 for number in (0, *map(int, channel)):
     os.close(number)

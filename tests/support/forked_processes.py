@@ -1,9 +1,9 @@
 """Processes forked from one that has imported what each of them would import anew: PyTorch, diffusers, the whole package.
 
-Workers of a server with stubs, sessions for another process, and the commands of ``forking_commands.py``. In the place of such
-a process ``python -S -E forked_process.py SOCKET KIND FD`` is started. It asks for a fork, hands over its streams and the
-channel, and ends as the fork ends; if it is killed, so is the fork. The test processes of a run share one such process, which
-ends with the last of them.
+Workers of a server with stubs, sessions for another process, builders of engines, the commands of ``forking_commands.py``,
+and the exports of ``forking_exporter.py``. In the place of such a process ``python -S -E forked_process.py SOCKET KIND …`` is
+started. It asks for a fork, hands over its streams and the channel, and ends as the fork ends; if it is killed, so is the
+fork. The test processes of a run share one such process, which ends with the last of them.
 
     python -m tests.support.forked_processes SOCKET
 """
@@ -15,6 +15,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import selectors
@@ -23,10 +24,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from tests.support.folders import shared_folder
 from tests.support.rare_collections import collect_rarely
@@ -38,6 +41,7 @@ MODULES = (
     "onnxruntime", "dvdquant.deploy.generation.generate", "dvdquant.deploy.generation.video", "dvdquant.deploy.switching.factory",
     "dvdquant.deploy.sessions.onnxruntime", "dvdquant.deploy.sessions.pytorch", "diffusers.pipelines.wan.pipeline_wan",
     "dvdquant.deploy.sessions.engine_process", "dvdquant.deploy.serve.worker_process",
+    "dvdquant.export.engines.worker",
 )  # fmt: skip
 LEASE = b"lease"  # what a test process says to keep the process alive until it ends itself
 
@@ -48,10 +52,10 @@ def forked_workers() -> dict[str, str]:
 
 
 def forked_process(kind: str) -> list[str]:
-    """Return the command of a process that is a fork; the number of its channel comes last.
+    """Return the command of a process that is a fork; the number of its channel, or its arguments, come last.
 
     Args:
-        kind: ``worker``, ``session`` or ``commands``, which has no channel.
+        kind: ``worker`` or ``session``; or ``builder``, ``commands`` or ``exporter``, which have no channel.
     """
     asks = Path(__file__).with_name("forked_process.py")
     return [sys.executable, "-S", "-E", str(asks), str(_socket()), kind]
@@ -102,7 +106,7 @@ def fork(asked: dict[str, Any], descriptors: list[int]) -> int:
     """Fork a process; return its process id.
 
     Args:
-        asked: Its kind, the variables of its environment, and its folder.
+        asked: Its kind, its arguments, the variables of its environment, and its folder.
         descriptors: Its stdin, its stdout, its stderr and, if it has one, its channel.
     """
     if pid := os.fork():
@@ -110,6 +114,9 @@ def fork(asked: dict[str, Any], descriptors: list[int]) -> int:
     code = 1
     try:
         os.setsid()
+        tqdm.set_lock(
+            threading.RLock()
+        )  # its own lies in shared memory: a fork that is killed with it held stops all others
         os.environ.clear()
         os.environ.update(asked["environment"])
         os.chdir(asked["folder"])
@@ -128,11 +135,21 @@ def fork(asked: dict[str, Any], descriptors: list[int]) -> int:
             from dvdquant.deploy.sessions import engine_process
 
             code = engine_process.main(words)
+        elif asked["kind"] == "builder":
+            from dvdquant.export.engines import worker
+
+            code = worker.main(asked["words"])
+        elif asked["kind"] == "exporter":
+            from tests.support import forking_exporter
+
+            forking_exporter.main()
+            code = 0
         else:
             from tests.support import forking_commands
 
             forking_commands.main()
             code = 0
+        sys.stdout.flush()
         sys.stderr.flush()
     finally:
         os._exit(code)
@@ -201,6 +218,8 @@ def main() -> None:
     collect_rarely()
     for name in MODULES:
         importlib.import_module(name)
+    if importlib.util.find_spec("tensorrt_rtx"):
+        importlib.import_module("tensorrt_rtx")
     from tests.support import forking_commands
 
     threads = torch.get_num_threads()

@@ -1,8 +1,9 @@
 """A process that has imported and traced everything, and forks one export for every line it reads.
 
-Protocol, JSON lines: ``{"model": …, "out": …, "recipe": …, "resume": bool, "fault": …}`` in; ``{"pid": …}`` and then
-``{"status": …, "error": …, "failed": …}`` out. ``fault`` is None or [errno, number of the writing call that fails], and
-``failed`` the name of that call, None if the export made fewer. ``error`` ends with the traceback if it is no refusal.
+Protocol, JSON lines: ``{"model": …, "out": …, "sms": […], "resume": bool, "fault": …}`` in; ``{"pid": …}`` and then
+``{"status": …, "peak_bytes": …, "error": …, "failed": …}`` out. ``fault`` is None or [errno, number of the writing call that
+fails], and ``failed`` the name of that call, None if the export made fewer. ``error`` ends with the traceback if it is no
+refusal. An export leads a process group of its own, and has engines if there are ``sms``, else graphs of every flavour.
 Tracing happens once, before the forks: a killed export then dies in the stages that write, not in an import.
 """
 
@@ -12,11 +13,13 @@ import gc
 import json
 import os
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from dvdquant.errors import DvdquantError
 from dvdquant.export import pipeline
@@ -25,17 +28,17 @@ from dvdquant.export.plan import ExportPlan, plan_export
 from dvdquant.recipe import get_recipe
 from dvdquant.system.progress import Progress
 from tests.support.faults import WRITES, Faults
-from tests.support.rare_collections import collect_rarely
-from tests.support.traces import traced
+from tests.support.traces import share_traces, traced
 
 
 def options(request: dict[str, Any]) -> ExportOptions:
-    """Graphs only."""
+    """Of the smallest export with two bit-widths."""
     return ExportOptions(
         request["model"],
         Path(request["out"]),
-        get_recipe(request["recipe"]),
-        targets=("onnx",),
+        get_recipe("w4a4"),
+        targets=("rtx",) if request["sms"] else ("onnx",),
+        sms=tuple(request["sms"]),
         latent="2x8x8",
         text_tokens=4,
         resume=request.get("resume", False),
@@ -45,6 +48,10 @@ def options(request: dict[str, Any]) -> ExportOptions:
 
 def export(request: dict[str, Any], plan: ExportPlan, report: int) -> None:
     """One export in this (forked) process; never returns."""
+    os.setsid()
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own lies in shared memory: an export that is killed with it held stops all others
     gc.disable()  # a collection would copy every page of what was imported
     error, code, faults, write = None, 0, None, os.write
     if request.get("fault"):
@@ -63,18 +70,14 @@ def export(request: dict[str, Any], plan: ExportPlan, report: int) -> None:
 
 def main() -> None:
     """Serve until stdin closes."""
-    collect_rarely()
     torch.set_num_threads(1)  # no pool of OpenMP threads, which a fork would not inherit
-    bases: dict[str, Any] = {}
+    share_traces()
     # The space check would refuse before anything is written; here the disk is to fill up half-way.
     pipeline.require_disk = lambda *_: None  # type: ignore[attr-defined]
     for line in sys.stdin:
         request = json.loads(line)
         plan = plan_export(options(request))
-        if request["recipe"] not in bases:
-            bases[request["recipe"]] = traced(plan.plans[0], plan.sizes)
-        base = bases[request["recipe"]]
-        pipeline.trace_graph = lambda *_, base=base: base  # type: ignore[attr-defined]
+        traced(plan.plans[0], plan.sizes)
         reader, writer = os.pipe()
         if (pid := os.fork()) == 0:
             os.close(reader)
@@ -83,9 +86,6 @@ def main() -> None:
         print(json.dumps({"pid": pid}), flush=True)
         said = os.read(reader, 1 << 16)
         os.close(reader)
-        _, status = os.waitpid(pid, 0)
-        print(json.dumps({"status": status, **(json.loads(said) if said else {"error": None})}), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        _, status, used = os.wait4(pid, 0)
+        answer = {"status": status, "peak_bytes": used.ru_maxrss * 1024}
+        print(json.dumps({**answer, **(json.loads(said) if said else {"error": None})}), flush=True)
