@@ -137,7 +137,8 @@ KEEPING := env -u PYTHONDONTWRITEBYTECODE
 TYPES := build/types.log
 test: $(INSTALLED_TEST) ruff
 	@mkdir -p $(dir $(TYPES))
-	@status=0; $(MAKE) --no-print-directory -j2 -k types warm-tests || status=$$?; cat $(TYPES) 2>&- || true; exit $$status
+	@$(MAKE) --no-print-directory -j2 -k types warm-tests || { cat $(TYPES); exit 1; }
+	@cat $(TYPES)
 
 types:
 	@nice -n 10 $(BIN)/mypy >$(TYPES) 2>&1
