@@ -133,6 +133,7 @@ def test_another_image_is_another_clip(kind: str) -> None:
     with open_generator(Artifact.open(model.made.out), pipeline=model.pipeline, backend="pytorch") as generator:
         one, other, again = (generator.generate(request(model, image=picture(seed), steps=2)) for seed in (0, 5, 0))
     assert not np.array_equal(one.latents, other.latents)
+    assert not np.array_equal(one.frames, other.frames)
     np.testing.assert_array_equal(one.latents, again.latents)
     np.testing.assert_array_equal(one.frames, again.frames)
 
