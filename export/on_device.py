@@ -259,9 +259,8 @@ def plan_on_device(
             for by itself.
 
     Raises:
-        UnsupportedError: The export has nothing to build, or nothing for this GPU; or no engine that can be
-            version-compatible; or a plugin library is missing, for
-            another processor, another TensorRT or other GPUs.
+        UnsupportedError: The export has nothing to build, nothing for this GPU, or no engine that can be version-compatible;
+            or a plugin library is missing, for another processor, another TensorRT or other GPUs.
         EngineError: A builder is not installed.
         ResourceError: The memory is too small; the error says what fits.
     """

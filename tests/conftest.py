@@ -3,6 +3,7 @@
 @pytest.mark.slow               more than about ten seconds
 @pytest.mark.gpu                needs a CUDA device
 @pytest.mark.tensorrt           needs TensorRT itself, not TensorRT-RTX
+@pytest.mark.tensorrt_lean      needs TensorRT's lean runtime
 @pytest.mark.tensorrt_headers   needs TensorRT's C++ headers, found by TENSORRT_ROOT
 """
 
@@ -95,6 +96,13 @@ def _forked_builders() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def without_graphs() -> Iterator[None]:
+    """Exports of this module have graphs without a node: it reads weights and manifests alone."""
+    with importlib.import_module("tests.support.traces").without_graphs():
+        yield
+
+
+@pytest.fixture(scope="module")
 def lent_sessions() -> Iterator[None]:
     """Generators of this module borrow their sessions (:mod:`tests.support.lent_sessions`)."""
     with importlib.import_module("tests.support.lent_sessions").lend_sessions():
@@ -124,6 +132,14 @@ def _no_tensorrt() -> str | None:
 
 
 @functools.cache
+def _no_lean() -> str | None:
+    # Looked for and not imported: without a driver, a later call of it may end the process.
+    if importlib.util.find_spec("tensorrt_lean") is None:
+        return "needs TensorRT's lean runtime; get it with: pip install 'dvdquant[tensorrt-lean]'"
+    return None
+
+
+@functools.cache
 def _no_headers() -> str | None:
     root = os.environ.get("TENSORRT_ROOT")
     if not root:
@@ -136,6 +152,7 @@ def _no_headers() -> str | None:
 _NEEDS: dict[str, Callable[[], str | None]] = {
     "gpu": _no_gpu,
     "tensorrt": _no_tensorrt,
+    "tensorrt_lean": _no_lean,
     "tensorrt_headers": _no_headers,
 }
 

@@ -372,12 +372,14 @@ def test_make_refuses_a_python_it_cannot_use(script: str | None, said: str, tmp_
 def test_skips_are_listed_with_what_is_missing(tmp_path: Path) -> None:
     """The conftest of this suite on tests that need what a child without CUDA, TensorRT and headers lacks."""
     shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path / "conftest.py")
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['tensorrt'] = None\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules['tensorrt'] = sys.modules['tensorrt_lean'] = None\n"
+    )
     # In the place of PyTorch, whose import takes seconds: all that the conftest asks it for.
     (tmp_path / "torch.py").write_text(
         "class version:\n    cuda = None\nclass cuda:\n    is_available = staticmethod(lambda: False)\n__version__ = '0'\n"
     )
-    marks = ("slow", "gpu", "tensorrt", "tensorrt_headers")
+    marks = ("slow", "gpu", "tensorrt", "tensorrt_lean", "tensorrt_headers")
     body = [f"@pytest.mark.{m}\ndef test_{m}():\n    pass\n" for m in marks]
     (tmp_path / "test_marks.py").write_text("\n".join(["import pytest", *body, "def test_plain():\n    pass\n"]))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TENSORRT_ROOT"))}
@@ -386,12 +388,13 @@ def test_skips_are_listed_with_what_is_missing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout
-    assert "2 passed, 3 skipped" in done.stdout.splitlines()[-1]
+    assert "2 passed, 4 skipped" in done.stdout.splitlines()[-1]
     closing = done.stdout.partition("not run here")[2]
     for name, needed in (
         ("gpu", "CUDA device"),
         ("tensorrt", "module `tensorrt`"),
         ("tensorrt", "pip install 'dvdquant[tensorrt]'"),
+        ("tensorrt_lean", "pip install 'dvdquant[tensorrt-lean]'"),
         ("tensorrt_headers", "TENSORRT_ROOT"),
     ):
         assert needed in closing

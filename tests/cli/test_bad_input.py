@@ -150,9 +150,8 @@ def test_bad_model(name: str, model: Path, tmp_path: Path) -> None:
     damage(model)
     before = {p.name for p in model.iterdir()}
     out = tmp_path / "deep" / "out"
-    with (
-        without_graphs()
-    ):  # what is wrong with weights is found beside the trace, which would take longer than all else
+    # What is wrong with weights is found beside the trace, which would take longer than all else.
+    with without_graphs():
         done = run(model, "-o", out, "--target", "onnx", *SIZES)
     refused(done, *named, way_out=name not in SELF_EXPLAINED)
     assert not (tmp_path / "deep").exists()

@@ -6,7 +6,6 @@ TensorRT and its lean runtime are doubles (tests/support/engine_double.py), whic
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import logging
 from collections.abc import Callable
@@ -231,7 +230,7 @@ def test_plugins_are_registered_with_the_library_that_runs_the_engines(
     assert len(machine.libraries["tensorrt_lean"].plugins) == 2
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt_lean") is None, reason="needs TensorRT's lean runtime")
+@pytest.mark.tensorrt_lean
 def test_the_real_module_has_what_sessions_use() -> None:
     """Beside TensorRT-RTX in one process. Its runtime is not started: without a driver that may end the process."""
     library, rtx = load_backend("tensorrt_lean"), load_backend("rtx")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,7 +34,8 @@ from tests.checkpoint import test_gguf as gguf
 from tests.support import other_formats as formats
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, in_process, refused, run
-from tests.support.traces import without_graphs
+
+pytestmark = pytest.mark.usefixtures("without_graphs")
 
 LTX_CONFIG = {"config": json.dumps({"transformer": {"num_attention_heads": 2, "attention_head_dim": 64}})}
 # Quantizes without running the model: what is compared is what the quantizer reads.
@@ -157,13 +158,6 @@ def comfy(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         index[component] = ["diffusers", "WanTransformer3DModel"]
     (root / "pipeline" / "model_index.json").write_text(json.dumps(index))
     return root
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _without_graphs() -> Iterator[None]:
-    """What is read from files of others is in the weights."""
-    with without_graphs():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from dvdquant.recipe import get_recipe
 from tests.support import tiny_models as tiny
 from tests.support.commands import digests, in_process, logged, refused, run
 from tests.support.folders import process_folder, shared_folder
-from tests.support.traces import without_graphs
+
+pytestmark = pytest.mark.usefixtures("without_graphs")
 
 SIZES = ["--latent", "3x8x8", "--text-tokens", "12", "--target", "graphs"]
 ORDERS = [1, 4, 16, 64, 256]
@@ -33,13 +33,6 @@ ORDERS = [1, 4, 16, 64, 256]
 @pytest.fixture(scope="module")
 def kitchen() -> Any:
     return pytest.importorskip("comfy_kitchen", reason="needs comfy-kitchen: the extra dvdquant[attention]")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _without_graphs() -> Iterator[None]:
-    """The layouts are made of the weights."""
-    with without_graphs():
-        yield
 
 
 @pytest.fixture(scope="module")

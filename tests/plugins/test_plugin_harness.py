@@ -7,7 +7,6 @@ same program on the real ones.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import shutil
@@ -303,7 +302,7 @@ def test_a_tensorrt_of_another_major_version_is_refused(sanitized: Path) -> None
         assert "this library is built for TensorRT" in done.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt_lean") is None, reason="needs TensorRT's lean runtime")
+@pytest.mark.tensorrt_lean
 def test_the_real_lean_runtime_takes_it(tmp_path: Path) -> None:
     """Its registry needs no GPU. In a process of its own: without a driver, a later call of the library may end it."""
     build = configure(tmp_path, "-DCMAKE_BUILD_TYPE=Release")

@@ -114,9 +114,8 @@ def fork(asked: dict[str, Any], descriptors: list[int]) -> int:
     code = 1
     try:
         os.setsid()
-        tqdm.set_lock(
-            threading.RLock()
-        )  # its own lies in shared memory: a fork that is killed with it held stops all others
+        # Its own lies in shared memory: a fork that is killed with it held would stop all others, and their forks.
+        tqdm.set_lock(threading.RLock())
         os.environ.clear()
         os.environ.update(asked["environment"])
         os.chdir(asked["folder"])

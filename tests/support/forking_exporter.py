@@ -13,13 +13,11 @@ import gc
 import json
 import os
 import sys
-import threading
 import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from dvdquant.errors import DvdquantError
 from dvdquant.export import pipeline
@@ -49,9 +47,6 @@ def options(request: dict[str, Any]) -> ExportOptions:
 def export(request: dict[str, Any], plan: ExportPlan, report: int) -> None:
     """One export in this (forked) process; never returns."""
     os.setsid()
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its own lies in shared memory: an export that is killed with it held stops all others
     gc.disable()  # a collection would copy every page of what was imported
     error, code, faults, write = None, 0, None, os.write
     if request.get("fault"):

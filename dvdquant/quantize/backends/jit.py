@@ -70,7 +70,7 @@ def jit_part(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _compiled(function: Callable[P, R], *, forceinline: bool) -> Callable[P, R]:
-    # Nobody calls through a pointer of C, and nobody calls a part from Python: their wrappers are a fourth of the compiling.
+    # Nobody calls through a pointer of C, and nobody calls a part from Python, so their wrappers are not compiled.
     wrappers = {"no_cfunc_wrapper": True, "no_cpython_wrapper": forceinline}
     options = {"nogil": True, "fastmath": True, "forceinline": forceinline, **wrappers}
     try:
