@@ -148,7 +148,9 @@ class StepController:
         bits: Activation bits of the fixed mode. The default is ``high``.
         schedule: A :class:`Schedule`, or the bits of each step (None skips the step).
         callback: The rule of the callback mode.
-        cache: A policy to skip steps too, in the switch and fixed modes.
+        cache: A policy to skip steps too, in the switch and fixed modes. In the switch mode, only outputs of the high
+            engine are reused, and a step of which the next one may be skipped runs on the high engine, whatever the sum
+            says: quantization noise that stands for several steps adds up.
         branch_policy: With classifier-free guidance, a step calls the transformer for several branches. ``shared``
             decides once a step, from the history of the branch that is called first: guidance subtracts the branches
             from each other, and their errors cancel best if both come from the same engine. ``separate`` gives every
@@ -242,6 +244,11 @@ class StepController:
         used = {"switch": {self.low}, "fixed": {self.bits}, "planned": {b for b in self.schedule if b is not None}}
         return tuple(sorted(used.get(self.mode, set()) | {self.high}))
 
+    @property
+    def reused_bits(self) -> int:
+        """Return the activation bits from which on an output may be reused for skipped steps."""
+        return self.high if self.mode == "switch" and self.cache is not None else 0
+
     def fresh(self) -> Self:
         """Return another controller with the same rule and no history, for another request."""
         twin = copy.copy(self)
@@ -293,7 +300,11 @@ class StepController:
         """
         history = self._history(self._deciding(branch, step))
         if self.mode == "switch":
-            return self._skip(history, step, timestep, moved) or self._switch(history, step, timestep)
+            return (
+                self._skip(history, step, timestep, moved)
+                or self._serve(history, step, timestep, moved)
+                or self._switch(history, step, timestep)
+            )
         if self.mode == "fixed":
             return self._skip(history, step, timestep, moved) or Decision(
                 self.bits, "fixed", self._sum(history, step, timestep)
@@ -311,6 +322,7 @@ class StepController:
         change: float | None,
         moved: Moved = NOT_MOVED,
         growth: Growth = NOT_GROWN,
+        reused_change: float | None = None,
     ) -> None:
         """Note the result of a branch's step, once per branch and step.
 
@@ -322,7 +334,8 @@ class StepController:
             change: L1 of the output, over all slices of a split batch together. None if there was no output before it,
                 or if an output was reused.
             moved: How far the branch's latent had moved, for a step cache that watches it.
-            growth: How the magnitudes grew since the computed step before, for a step cache that watches them.
+            growth: How the magnitudes grew since the last output that may be reused, for a step cache that watches them.
+            reused_change: L1 from the last output that may be reused, if that is not the last computed one; else None.
         """
         history = self._history(branch)
         history.step = step
@@ -335,7 +348,10 @@ class StepController:
             return
         history.rule.ran(bits)
         for forecast in forecasts:
-            forecast.ran(timestep, change, moved, growth)
+            if bits >= self.reused_bits:
+                forecast.ran(timestep, change if reused_change is None else reused_change, moved, growth)
+            else:
+                forecast.passed(timestep)
         if change is not None:
             history.rule.observe(change * self._weight(history, step, timestep))
             history.changes.append(change)
@@ -390,12 +406,10 @@ class StepController:
     def _skip(self, history: _History, step: int, timestep: float, moved: Moved) -> Decision | None:
         """Return a decision to skip the step, or None if the cache does not allow it here."""
         cache, forecast = self.cache, history.skips
-        if cache is None or forecast is None or forecast.skips >= cache.max_skips:
+        if cache is None or forecast is None or forecast.barred or forecast.skips >= cache.max_skips:
             return None
         error = forecast.predict(timestep, moved)
-        if error is None or step < cache.first_skip(self.steps):
-            return None
-        if self.steps is not None and step >= self.steps - max(1, self.last_high):
+        if error is None or not self._skippable(cache, step):
             return None
         total = (forecast.pending + error) * cache.weight(forecast.moves(timestep), self.steps)
         if not total < cache.threshold:
@@ -403,6 +417,24 @@ class StepController:
         what = "change" if isinstance(forecast, ChangeForecast) else f"error ({cache.policy})"
         reason = f"cache: predicted {what} {total:.4g} < {cache.threshold:.4g}, skip {forecast.skips + 1} in a row"
         return Decision(None, reason, self._sum(history, step, timestep))
+
+    def _serve(self, history: _History, step: int, timestep: float, moved: Moved) -> Decision | None:
+        """Return a decision for the high engine where the output will probably be reused, or None.
+
+        The next step is taken to be as long as this one and to change as much.
+        """
+        cache, forecast = self.cache, history.skips
+        if cache is None or forecast is None or not self._skippable(cache, step + 1):
+            return None
+        error = forecast.alone(timestep, moved)
+        if error is None or not error * cache.weight(forecast.moves(timestep), self.steps) < cache.threshold:
+            return None
+        return Decision(self.high, "cache: the next step may reuse it", self._sum(history, step, timestep))
+
+    def _skippable(self, cache: StepCachePolicy, step: int) -> bool:
+        """Return whether the place of a step among the steps of the request lets the cache skip it."""
+        ends = self.steps is not None and step >= self.steps - max(1, self.last_high)
+        return step >= cache.first_skip(self.steps) and not ends
 
     def _planned(self, history: _History, step: int, timestep: float) -> Decision:
         if step >= len(self.schedule):

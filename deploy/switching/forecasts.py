@@ -2,7 +2,8 @@
 
 x_i and v_i are latent and output of step i, τ_i is its timestep, j is the last computed step and j' the computed step
 before it. A forecast gives the error ε_i that skipping step i adds. The cache skips steps while their sum Σ ε since
-step j is below its threshold (:mod:`.step_cache`). Norms are L1.
+step j is below its threshold (:mod:`.step_cache`). Norms are L1. With δ-GBS, j and j' are steps of the high engine: what
+changes between engines of different bits is quantization noise, too, and outputs of the low engine are not reused.
 
 ``forecast`` extrapolates how fast the output changed, with a growth that is at least 1:
 
@@ -25,9 +26,6 @@ As published, Γ is a product of ratios that were measured on a clip beforehand.
 steps of the request itself, so that nothing is measured before or kept between requests:
 
     Γ_i = exp(λ · g · |τ_i − τ_j|),   λ = ln(‖v_j − x_j‖ / ‖v_{j'} − x_{j'}‖) / |τ_j − τ_{j'}|,   g = max(1, |λ| / |λ'|)
-
-The changes between engines of different bits also contain quantization noise. It makes ``forecast`` and ``easycache``
-more careful.
 """
 
 from __future__ import annotations
@@ -60,7 +58,7 @@ class Moved:
 
     Args:
         step: The distance from the latent of the step before.
-        computed: The distance from the latent of the last computed step.
+        computed: The distance from the latent of step j.
     """
 
     step: float | None = None
@@ -69,7 +67,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Growth:
-    """How the magnitudes of a computed step grew since the computed step before; None where they are not known.
+    """How the magnitudes of step j grew since step j'; None where they are not known.
 
     Args:
         output: ‖v_j‖ / ‖v_{j'}‖.
@@ -115,10 +113,11 @@ class SkipForecast(ABC):
 
     Args:
         timestep: The timestep of the last step, computed or not.
-        computed: The timestep of the last computed step.
+        computed: τ_j, the timestep of the last computed step that may be reused.
         pending: Σ ε of the steps that were skipped since the last computed step.
         skips: The number of these steps.
         spacing: The last distance between two steps that was not 0, in units of timestep.
+        barred: Whether a step was computed after step j that may not be reused.
     """
 
     timestep: float | None = None
@@ -126,6 +125,7 @@ class SkipForecast(ABC):
     pending: float = 0.0
     skips: int = 0
     spacing: float = 0.0
+    barred: bool = False
 
     @abstractmethod
     def predict(self, timestep: float, moved: Moved = NOT_MOVED) -> float | None:
@@ -135,6 +135,15 @@ class SkipForecast(ABC):
             timestep: The timestep of the coming step.
             moved: How far its latent has moved.
         """
+
+    def alone(self, timestep: float, moved: Moved = NOT_MOVED) -> float | None:
+        """Return ε of a step like the coming one, if the step before it were computed; None as long as it is not known.
+
+        Args:
+            timestep: The timestep of the coming step.
+            moved: How far its latent has moved.
+        """
+        return self.predict(timestep, moved)
 
     def skipped(self, timestep: float, moved: Moved = NOT_MOVED) -> float:
         """Note a skipped step and return its ε.
@@ -150,26 +159,35 @@ class SkipForecast(ABC):
         return error
 
     def ran(self, timestep: float, change: float | None, moved: Moved = NOT_MOVED, growth: Growth = NOT_GROWN) -> None:
-        """Note a computed step.
+        """Note a computed step that may be reused.
 
         Args:
             timestep: The timestep of the step.
-            change: L1 from the computed step before it, or None if there was none.
+            change: L1 from the computed step before it that may be reused, or None if there was none.
             moved: How far the latent had moved.
-            growth: How the magnitudes grew since the computed step before.
+            growth: How the magnitudes grew since that step.
         """
         self._move(timestep)
         # A solver may evaluate one timestep twice. The latent then still moves as far as it did before.
         distance = (abs(timestep - self.computed) if self.computed is not None else 0.0) or self.spacing
         self._learn(distance, change, moved, growth)
-        self.computed, self.pending, self.skips = timestep, 0.0, 0
+        self.computed, self.pending, self.skips, self.barred = timestep, 0.0, 0, False
+
+    def passed(self, timestep: float) -> None:
+        """Note a computed step that may not be reused. No step is skipped until one has run that may be.
+
+        Args:
+            timestep: The timestep of the step.
+        """
+        self._move(timestep)
+        self.pending, self.skips, self.barred = 0.0, 0, True
 
     @abstractmethod
     def _learn(self, distance: float, change: float | None, moved: Moved, growth: Growth) -> None:
         """Note what a computed step says of the coming ones.
 
         Args:
-            distance: The distance from the computed step before in units of timestep, or 0 if there was none.
+            distance: τ_{j'} − τ_j, or 0 if there was no step j'.
             change: As for :meth:`ran`.
             moved: As for :meth:`ran`.
             growth: As for :meth:`ran`.
@@ -248,9 +266,17 @@ class MagnitudeForecast(SkipForecast):
 
     def predict(self, timestep: float, moved: Moved = NOT_MOVED) -> float | None:
         """Return ε = |1 − Γ|, see :meth:`SkipForecast.predict`."""
+        return self._error(self.travelled + self.moves(timestep))
+
+    def alone(self, timestep: float, moved: Moved = NOT_MOVED) -> float | None:
+        """Return ε without the steps that were skipped before, see :meth:`SkipForecast.alone`."""
+        return self._error(self.moves(timestep))
+
+    def _error(self, distance: float) -> float | None:
+        """Return |1 − Γ| at a distance from step j."""
         if self.rate is None:
             return None
-        power = self.rate * self.growth * (self.travelled + self.moves(timestep))
+        power = self.rate * self.growth * distance
         return abs(math.expm1(power)) if power < 700 else math.inf
 
     def skipped(self, timestep: float, moved: Moved = NOT_MOVED) -> float:

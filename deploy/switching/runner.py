@@ -39,13 +39,17 @@ class _Norms:
         change: ‖F_t − F_{t−1}‖₁, 0 without an output before it.
         before: ‖F_{t−1}‖₁, 0 without one.
         now: ‖F_t‖₁.
-        residual_before: ‖F_{t−1} − latent‖₁ of the computed step before, 0 unless the step cache watches it.
+        reused_change: ‖F_t − F_j‖₁ with F_j the last output before it that may be reused.
+        reused_before: ‖F_j‖₁.
+        residual_before: ‖F_j − latent‖₁ of step j, 0 unless the step cache watches it.
         residual: ‖F_t − latent‖₁, 0 unless the step cache watches it.
     """
 
     change: float = 0.0
     before: float = 0.0
     now: float = 0.0
+    reused_change: float = 0.0
+    reused_before: float = 0.0
     residual_before: float = 0.0
     residual: float = 0.0
 
@@ -59,17 +63,24 @@ class _Part:
 
     Args:
         output: A copy of the output.
-        kept: What a skipped step reuses, see :func:`.step_cache.keep`.
         shape: The shape of the latent.
         step: The last step that the slice took part in, computed or reused.
-        residual: ‖output − latent‖₁ of the last computed step, if the step cache watches it.
+        reused: A copy of the last output that may be reused: ``output`` itself, an earlier one, or None.
+        kept: What a skipped step reuses of that one, see :func:`.step_cache.keep`.
+        residual: ‖reused − latent‖₁, if the step cache watches it.
     """
 
     output: Tensor
-    kept: Kept
     shape: tuple[int, ...]
     step: int
+    reused: Tensor | None = None
+    kept: Kept | None = None
     residual: float = 0.0
+
+    @property
+    def reusable(self) -> bool:
+        """Return whether the last computed output may be reused."""
+        return self.reused is self.output
 
 
 @dataclass
@@ -78,7 +89,7 @@ class _Trail:
 
     Args:
         last: The latent of the last step, or None before the first one.
-        computed: The latent of the last computed step, or None.
+        computed: The latent of the last computed step that may be reused, or None.
     """
 
     last: Tensor | None = None
@@ -288,7 +299,7 @@ class StepRunner:
             reason = f"{current.failed} in another call of this step"
             return Decision(self.controller.high, reason, decision.accumulated)
         part = self._parts.get(key)
-        if decision.bits is None and (part is None or part.step < current.index - 1):
+        if decision.bits is None and (part is None or not part.reusable or part.step < current.index - 1):
             return Decision(self.controller.high, f"no output to reuse; {decision.reason}", decision.accumulated)
         return decision
 
@@ -296,16 +307,18 @@ class StepRunner:
         """Tell the controller the result of the step."""
         for name, bits in current.ran.items():
             norms = current.norms.get(name)
-            change, growth = None, Growth()
+            change, growth, reused_change = None, Growth(), None
             if norms is not None and bits is not None:
                 change = change_from_sums(norms.change, norms.before)
-                growth = Growth(_ratio(norms.now, norms.before), _ratio(norms.residual, norms.residual_before))
+                reused_change = change_from_sums(norms.reused_change, norms.reused_before)
+                growth = Growth(_ratio(norms.now, norms.reused_before), _ratio(norms.residual, norms.residual_before))
             moved = current.moved.get(name, Moved())
-            self.controller.ran(name, current.index, current.timestep, bits, change, moved, growth)
+            self.controller.ran(name, current.index, current.timestep, bits, change, moved, growth, reused_change)
             if (latent := current.latents.get(name)) is not None:
                 trail = self._trails.setdefault(name, _Trail())
                 trail.last = latent
-                trail.computed = trail.computed if bits is None else latent
+                if bits is not None and bits >= self.controller.reused_bits:
+                    trail.computed = latent
 
     # -------------------------------------------------------------------------------------------------------- execution
 
@@ -355,6 +368,7 @@ class StepRunner:
         try:
             if bits is None:
                 assert part is not None
+                assert part.kept is not None
                 output = reuse(part.kept, inputs[LATENT], current.timestep)
             else:
                 output = self.session.run(inputs, bits)
@@ -362,12 +376,16 @@ class StepRunner:
                 # Only for the clock: the engine's seconds must not contain the reduction that follows.
                 torch.cuda.current_stream(output.device).synchronize()
             started = time.perf_counter()
-            comparable = part is not None and part.output.shape == output.shape
             # One transfer for all norms.
-            wanted = change_sums(output, part.output if part is not None and comparable else None)
+            last = part if part is not None and part.output.shape == output.shape else None
+            wanted = [change_sums(output, None if last is None else last.output)]
+            if last is not None and not last.reusable and last.reused is not None and bits is not None:
+                wanted.append(change_sums(output, last.reused)[:2])
+            else:
+                wanted.append(wanted[0][:2])
             if bits is not None and self._watches_residual:
-                wanted = torch.cat((wanted, residual_norm(output, inputs[LATENT])[None]))
-            change, before, now, *residual = wanted.tolist()
+                wanted.append(residual_norm(output, inputs[LATENT])[None])
+            change, before, now, reused_change, reused_before, *residual = torch.cat(wanted).tolist()
         except EngineError as error:
             raise _Failure("EngineError") from error
         except _OUT_OF_MEMORY as error:
@@ -377,7 +395,7 @@ class StepRunner:
         if not math.isfinite(now):
             raise _Failure("NaN" if math.isnan(now) else "infinity")
         known = part.residual if part is not None else 0.0
-        return output, _Norms(change, before, now, known, *residual)
+        return output, _Norms(change, before, now, reused_change, reused_before, known, *residual)
 
     @property
     def _watches_residual(self) -> bool:
@@ -408,9 +426,13 @@ class StepRunner:
             # The output is copied: the caller may change it in place, and an engine may write its next output there.
             copy, latent = output.detach().clone(), inputs[LATENT]
             before = self._parts.get(key)
-            last = before.kept if before is not None else None
-            kept = keep(copy, latent, self._residual, current.timestep, bits, last)
-            self._parts[key] = _Part(copy, kept, tuple(latent.shape), current.index, norms.residual)
+            part = self._parts[key] = _Part(copy, tuple(latent.shape), current.index)
+            if bits >= self.controller.reused_bits:
+                last = before.kept if before is not None else None
+                part.reused, part.residual = copy, norms.residual
+                part.kept = keep(copy, latent, self._residual, current.timestep, bits, last)
+            elif before is not None:
+                part.reused, part.kept, part.residual = before.reused, before.kept, before.residual
             high = bits == self.controller.high or current.ran.get(name) == self.controller.high
             current.ran[name] = self.controller.high if high else bits
             if before is not None and before.output.shape == output.shape:

@@ -221,6 +221,32 @@ def test_skipped_steps_count_for_delta_until_they_are_measured() -> None:
     assert decisions[5][0].accumulated == pytest.approx(0.3)
 
 
+def test_low_steps_are_those_whose_output_would_not_be_reused() -> None:
+    """δ = 1, threshold .25. (change from the last computed step, from the last high one) where a step is computed."""
+    changes = [
+        (None, None), (0.1, None), None, None, (0.3, None), None, None,
+        # .3 a step, three times the rate before: .9 would be added by skipping step 8.
+        (0.9, None), (2.0, None),
+        # The last two high steps are two steps apart and differ by .6: .3 a step.
+        (0.05, 0.6), (0.2, None), (0.9, None), (0.05, 0.4), None,
+        # A step ten times as long, and one that could be skipped if the step before had run on the high engine.
+        (0.3, None), (0.1, None),
+    ]  # fmt: skip
+    timesteps = [*(1000.0 - 20 * step for step in range(14)), 540.0, 520.0]
+    controller = published(1.0, cache=StepCachePolicy(0.25, max_skips=2))
+    controller.reset(30)
+    decisions = []
+    for step, (known, timestep) in enumerate(zip(changes, timesteps)):
+        decision = controller.decide("cond", step, timestep)
+        assert (decision.bits is None) == (known is None)
+        change, reused_change = known or (None, None)
+        controller.ran("cond", step, timestep, decision.bits, change, reused_change=reused_change)
+        decisions.append(decision)
+    assert [d.bits for d in decisions] == [8, 8, None, None, 8, None, None, 8, 4, 8, 4, 4, 8, None, 4, 8]
+    reasons = [d.reason.partition(" ")[0] for d in decisions]
+    assert reasons == ["no", "no", *["cache:"] * 6, *["change"] * 5, "cache:", "change", "cache:"]
+
+
 def test_residuals() -> None:
     generator = torch.Generator().manual_seed(0)
     output, x, later = (torch.randn(1, 4, 2, 4, 4, generator=generator) for _ in range(3))
@@ -367,7 +393,8 @@ def partial_sums(changes: list[float]) -> list[float]:
 def test_steps_that_were_skipped_weigh_their_mean() -> None:
     """Long steps, two of them skipped: their predicted changes count as often as a measured one of their length would."""
     cache = StepCachePolicy(0.25, max_skips=2)
-    controller = StepController("switch", delta=9.0, weighting="step", cache=cache)
+    # Only the first five steps may be skipped, so that δ decides the fifth.
+    controller = StepController("switch", delta=9.0, weighting="step", cache=cache, last_high=5)
     controller.reset(10)
     accumulated = []
     for step in range(5):

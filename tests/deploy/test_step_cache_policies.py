@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,17 +37,33 @@ def norm(tensor: Tensor) -> float:
 def skips_literally(
     policy: StepCachePolicy, latents: Sequence[Tensor], outputs: Sequence[Tensor], times: Sequence[float]
 ) -> list[bool]:
-    """The rule as it is written down, from the vectors themselves: nothing is carried from step to step but the choices."""
+    """What the rule skips if every step runs on one engine."""
+    return [choice == "skip" for choice in choices_literally(policy, latents, outputs, times, [8] * len(times))]
+
+
+def choices_literally(
+    policy: StepCachePolicy,
+    latents: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    times: Sequence[float],
+    ran: Sequence[int],
+) -> list[str]:
+    """The rule as it is written down, from the vectors themselves: nothing is carried from step to step but the choices.
+
+    "skip" reuses an output, "serve" computes one that the next step may reuse, "free" is left to δ. ``ran`` has the bits of
+    the steps that are computed; outputs of 8 bits may be reused.
+    """
     computed: list[int] = []
     errors: list[float] = []
+    barred = False
     found = []
     for i, time in enumerate(times):
-        error = None
+        error = alone = None
         if len(computed) >= 2:
             j, before = computed[-1], computed[-2]
             if policy.policy == "easycache":
                 k = norm(outputs[j] - outputs[before]) / norm(latents[j] - latents[before])
-                error = k * norm(latents[i] - latents[i - 1]) / norm(outputs[j])
+                error = alone = k * norm(latents[i] - latents[i - 1]) / norm(outputs[j])
             else:
                 rates = []
                 for new, old in zip(computed[:0:-1], computed[-2::-1]):  # the newest first
@@ -57,20 +74,22 @@ def skips_literally(
                     rates.append(rate / (times[old] - times[new]))
                 growth = max(1.0, abs(rates[0] / rates[1])) if len(rates) > 1 else 1.0
                 if policy.policy in ("forecast", "line"):
-                    error = rates[0] * growth * (times[i - 1] - time)
+                    error = alone = rates[0] * growth * (times[i - 1] - time)
                 else:
                     error = abs(1 - math.exp(rates[0] * growth * (times[j] - time)))
+                    alone = abs(1 - math.exp(rates[0] * growth * (times[i - 1] - time)))
         weight = (times[i - 1] - time) * len(times) / 1000 if policy.weighting == "step" else 1.0
         first = max(2, round(policy.warm_up * len(times)))
-        may = first <= i < len(times) - 1 and len(errors) < policy.max_skips
-        skip = may and error is not None and (sum(errors) + error) * weight < policy.threshold
-        if skip:
-            assert error is not None
+        may = first <= i < len(times) - 1 and len(errors) < policy.max_skips and not barred
+        if may and error is not None and (sum(errors) + error) * weight < policy.threshold:
             errors.append(error)
-        else:
+            found.append("skip")
+            continue
+        serves = first <= i + 1 < len(times) - 1 and alone is not None and alone * weight < policy.threshold
+        found.append("serve" if serves else "free")
+        barred, errors = ran[i] < 8, []
+        if not barred:
             computed.append(i)
-            errors = []
-        found.append(skip)
     return found
 
 
@@ -142,15 +161,26 @@ def test_decisions_are_the_equations(name: CachePolicy) -> None:
 
 @pytest.mark.parametrize("name", CACHE_POLICIES)
 def test_decisions_with_two_engines_and_steps_that_run_again(name: CachePolicy) -> None:
-    """A step that failed on the low engine counts with the output of the high one."""
-    world = Trajectory(3, fails=(4, 7, 8, 15, 16))
-    policy = StepCachePolicy(2 * MIDDLE[name], POLICIES[name].residual, 3, name)
-    runner = drawn(world, StepController("switch", delta=1e9, cache=policy, last_high=1, weighting="none"))
-    ran = [8 if record.bits is None else record.bits for record in runner.trace]
-    outputs = [world.outputs[bits][step] for step, bits in enumerate(ran)]
-    assert skipped(runner) == skips_literally(policy, world.latents, outputs, world.times)
-    assert {None, 4, 8} == {record.bits for record in runner.trace}
-    assert any(record.retried for record in runner.trace)
+    """Only outputs of the high engine are compared and reused; one that the next step may reuse is computed there."""
+    found = []
+    for seed, factor in itertools.product(range(4), (0.3, 1.0, 3.0)):
+        world = Trajectory(seed, fails=(4, 7, 8, 15, 16))
+        policy = StepCachePolicy(factor * MIDDLE[name], POLICIES[name].residual, 3, name)
+        runner = drawn(world, StepController("switch", delta=1e9, cache=policy, last_high=1, weighting="none"))
+        ran = [8 if record.bits is None else record.bits for record in runner.trace]
+        outputs = [world.outputs[bits][step] for step, bits in enumerate(ran)]
+        choices = choices_literally(policy, world.latents, outputs, world.times, ran)
+        for step, (choice, record) in enumerate(zip(choices, runner.trace)):
+            if choice == "free":
+                high = step < 2 or step == STEPS - 1 or step in world.fails
+                assert record.bits == (8 if high else 4)
+                assert record.retried == (step in world.fails and 2 <= step < STEPS - 1)
+            else:
+                assert record.bits == {"skip": None, "serve": 8}[choice]
+                assert not record.retried
+        found += [(choice, record.bits) for choice, record in zip(choices, runner.trace)]
+    assert set(found) == {("skip", None), ("serve", 8), ("free", 4), ("free", 8)}
+    assert any(record.retried for record in runner.trace) or factor == 3.0
     assert runner.summary()["cache"] == {
         "threshold": policy.threshold, "residual": policy.residual, "max_skips": 3, "policy": name, "warm_up": 0.0,
         "weighting": "none",
@@ -177,6 +207,31 @@ def test_a_batch_in_slices_is_decided_as_a_whole(name: CachePolicy) -> None:
     expected = skips_literally(policy, world.latents, world.outputs[8], world.times)
     assert skipped(runner, "cond/0") == skipped(runner, "cond/1") == expected
     assert 0 < sum(expected) < STEPS - 3
+
+
+def test_a_slice_of_the_low_engine_is_not_reused_with_one_that_ran_again() -> None:
+    """Step 3 fails for the second of two slices on the low engine and counts as high: step 4 may be skipped by its rule."""
+    levels = [1.0, 1.1, 2.2, 2.2, 2.2, 2.2, 2.2, 2.2, 2.2, 2.2]
+
+    class Levels:
+        bits = (4, 8)
+
+        def run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
+            step = 10 - int(inputs["timestep"])
+            if (step, bits, int(inputs["hidden_states"][0])) == (3, 4, 1):
+                raise EngineError("broken here")
+            return torch.full((1, 4), levels[step])
+
+    policy = StepCachePolicy(0.5, warm_up=0.3)
+    controller = StepController("switch", delta=1e9, cache=policy, last_high=1, weighting="none")
+    runner = StepRunner(Levels(), controller)  # type: ignore[arg-type]
+    for step in range(5):
+        for row in (0, 1):
+            given = {"hidden_states": torch.tensor([float(row)]), "timestep": torch.tensor([10.0 - step])}
+            runner.run(given, branch=f"cond/{row}", step=step, steps=10)
+    bits = [[record.bits for record in runner.trace if record.branch == f"cond/{row}"] for row in (0, 1)]
+    assert bits == [[8, 8, 8, 4, 8], [8, 8, 8, 8, None]]
+    assert runner.trace[-2].reason.startswith("no output to reuse")
 
 
 @pytest.mark.parametrize("name", CACHE_POLICIES)

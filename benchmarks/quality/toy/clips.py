@@ -275,8 +275,9 @@ class _Switch:
             controller.reset(steps)
         self.last: list[Tensor | None] = [None] * count  # F_t of the branch that decides: the one with the prompt
         self.kept: list[Kept | None] = [None] * count
-        self.latents: list[Tensor | None] = [None] * count  # x of the last step, and of the last computed one
-        self.computed: list[Tensor | None] = [None] * count
+        self.latents: list[Tensor | None] = [None] * count  # x of the last step
+        # v and x of the last computed step that may be reused
+        self.reused: list[tuple[Tensor, Tensor] | None] = [None] * count
 
     def step(self, step: int, timestep: Tensor, x: Tensor, bits: list[list[int | None]]) -> Tensor:
         """Return the outputs of a step, fp32 [2, B, C, F, H, W], and add its bits to those of every clip.
@@ -287,30 +288,35 @@ class _Switch:
             x: The latents, fp32 [B, C, F, H, W].
             bits: The bits of every clip and step so far; None where a step reused the last output.
         """
-        moved = [moved_since(x[i], self.latents[i], self.computed[i]) for i in range(len(x))]
+        moved = [
+            moved_since(x[i], last, None if j is None else j[1])
+            for i, (last, j) in enumerate(zip(self.latents, self.reused))
+        ]
         decided = [c.decide("cond", step, float(timestep), m).bits for c, m in zip(self.controllers, moved)]
         output = torch.empty(2, *x.shape)
         for width in {d for d in decided if d is not None}:
             chosen = torch.tensor([i for i, d in enumerate(decided) if d == width])
             output[:, chosen] = _both(self.models[width], x[chosen], timestep, self.text[chosen], self.empty[chosen])
         for i, (controller, width) in enumerate(zip(self.controllers, decided)):
-            cache, growth = controller.cache, Growth()
+            cache, growth, change, reused_change = controller.cache, Growth(), None, None
             if width is None:
                 kept = self.kept[i]
                 assert kept is not None
                 output[:, i] = reuse(kept, torch.stack((x[i], x[i])), float(timestep))
-                change = None
             else:
-                last, before = self.last[i], self.computed[i]
-                change = None if last is None else relative_change(output[0, i], last)
-                if last is not None and before is not None:
-                    grown = float(output[0, i].abs().sum() / last.abs().sum())
-                    growth = Growth(grown, float(residual_norm(output[0, i], x[i]) / residual_norm(last, before)))
-                self.last[i], self.computed[i] = output[0, i].clone(), x[i]
-                if cache is not None:
-                    twice, own = torch.stack((x[i], x[i])), output[:, i].clone()
+                last, before, own = self.last[i], self.reused[i], output[:, i].clone()
+                if last is not None:
+                    change = relative_change(own[0], last)
+                if before is not None:
+                    v, latent = before
+                    reused_change = relative_change(own[0], v)
+                    grown = float(own[0].abs().sum() / v.abs().sum())
+                    growth = Growth(grown, float(residual_norm(own[0], x[i]) / residual_norm(v, latent)))
+                self.last[i] = own[0]
+                if cache is not None and width >= controller.reused_bits:
+                    self.reused[i], twice = (own[0], x[i]), torch.stack((x[i], x[i]))
                     self.kept[i] = keep(own, twice, cache.residual, float(timestep), width, self.kept[i])
-            controller.ran("cond", step, float(timestep), width, change, moved[i], growth)
+            controller.ran("cond", step, float(timestep), width, change, moved[i], growth, reused_change)
             self.latents[i] = x[i]
             bits[i].append(width)
         return output
