@@ -44,6 +44,7 @@ SWITCHED = (
     "switch",
     "switch line 0.04 line 4 0 step",
     "switch=0.06 line 0.04 line 4 0 step",
+    "switch=0.06 forecast 0.02 output 3 0",
     "switch forecast 0.02 output 3 0",
     "switch forecast 0.05 output 3 0",
     "switch=0.06 forecast 0.05 output 3 0",
