@@ -10,6 +10,7 @@ import multiprocessing
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from _pytest.assertion import rewrite
@@ -60,19 +61,27 @@ def compile_loops(zero_points: Sequence[str]) -> None:
                 gptq_round(weight, quantized, torch.eye(256))
 
 
+def compile_in_two_processes() -> list[Any]:
+    """Start two processes that compile the loops. They are forked, so this one may have no second thread."""
+    parts = (["float"], [name for name in ZERO_POINTS if name != "float"])
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=compile_loops, args=(part,)) for part in parts]
+    for process in started:
+        process.start()
+    return started
+
+
 def main() -> None:
     """Compile both."""
     collect_rarely()
-    # Forked, so that PyTorch is imported once; no thread of it or of Numba runs yet.
-    other = multiprocessing.get_context("fork").Process(target=compile_loops, args=(["float"],))
-    other.start()
+    compiling = compile_in_two_processes()
     try:
         rewrite_assertions()
     except (AttributeError, KeyError, TypeError) as error:
         print(f"the test files are not compiled ahead: pytest is built otherwise ({error!r})")
-    compile_loops([name for name in ZERO_POINTS if name != "float"])
-    other.join()
-    sys.exit(other.exitcode)
+    for process in compiling:
+        process.join()
+    sys.exit(max(process.exitcode for process in compiling))
 
 
 if __name__ == "__main__":
