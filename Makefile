@@ -17,7 +17,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # A torch that is there (a CUDA build, a container's own) is kept; only a new environment gets the pinned one.
 PIN = $$($(BIN)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "-c constraints.txt")')
 
-.PHONY: edge-check wheel wheel-check walks triton-check dynamo-check help venv demo demo-steps test stress campaign variants lint ruff types warm warm-tests lengths format docs clean plugin gpu-check kernels kernels-check
+.PHONY: edge-check wheel wheel-check walks triton-check dynamo-check help venv demo demo-steps test stress campaign variants lint ruff types warm forked-tests lengths format docs clean plugin gpu-check kernels kernels-check
 
 help:
 	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; inspect it; make a clip"
@@ -137,14 +137,14 @@ KEEPING := env -u PYTHONDONTWRITEBYTECODE
 TYPES := build/types.log
 test: $(INSTALLED_TEST) ruff
 	@mkdir -p $(dir $(TYPES))
-	@$(MAKE) --no-print-directory -j2 -k types warm-tests || { cat $(TYPES); exit 1; }
+	@$(MAKE) --no-print-directory -j2 -k types forked-tests || { cat $(TYPES); exit 1; }
 	@cat $(TYPES)
 
 types:
 	@nice -n 10 $(BIN)/mypy >$(TYPES) 2>&1
 
-warm-tests: warm
-	$(KEEPING) $(BIN)/python -m pytest -n $(JOBS) $(BY_FILE) -m "not stress" --cpu-seconds 15 $(PYTEST_ARGS)
+forked-tests:
+	$(KEEPING) $(BIN)/python -m pytest -n $(JOBS) --forked-workers $(BY_FILE) -m "not stress" --cpu-seconds 15 $(PYTEST_ARGS)
 
 stress: $(INSTALLED_TEST) warm
 	$(KEEPING) $(BIN)/python -m pytest -n $(JOBS) $(BY_FILE) -m stress --timeout 3600 $(PYTEST_ARGS)

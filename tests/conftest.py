@@ -47,7 +47,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of the count of processor seconds."""
+    """Options of the count of processor seconds, and of how test processes begin."""
+    parser.addoption(
+        "--forked-workers",
+        action="store_true",
+        help="with -n: import and compile once, in a process that test processes are forked from (not where a GPU is)",
+    )
     parser.addoption(
         "--cpu-seconds", type=int, default=0, metavar="N", help="list N files and tests that cost most CPU"
     )
@@ -61,6 +66,15 @@ def pytest_configure(config: pytest.Config) -> None:
         store = os.environ[STORE] = tempfile.mkdtemp(prefix="dvdq-tests-")
         config.add_cleanup(functools.partial(shutil.rmtree, store, ignore_errors=True))
         config.add_cleanup(functools.partial(os.environ.pop, STORE, None))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Fork the test processes. CUDA does not outlive a fork, so where a GPU is they begin as usual."""
+    if config.getoption("forked_workers") and not Path("/dev/nvidiactl").exists():
+        command = importlib.import_module("tests.support.forked_processes").start_with_tests(config.args)
+        for spec in specs:
+            spec.python = command
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -209,8 +209,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         sleep(min(seconds, 0.01))
 
     monkeypatch.setattr(time, "sleep", short)
-    monkeypatch.setattr(hub_client, "SILENCE", 0.2)
-    monkeypatch.setattr(hub_client, "LONGEST_ANSWER", 0.2)
+    monkeypatch.setattr(hub_client, "SILENCE", 0.15)
+    monkeypatch.setattr(hub_client, "LONGEST_ANSWER", 0.1)
     return pauses
 
 

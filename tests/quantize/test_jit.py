@@ -130,7 +130,7 @@ def test_the_cache_of_a_process_of_its_own(tmp_path: Path) -> None:
 
 def lock_file(cache: Path) -> Path:
     """Return the lock of the one folder in a cache that was filled."""
-    (found,) = cache.rglob(".dvdquant.lock")
+    (found,) = cache.rglob(".*.lock")
     return found
 
 
@@ -206,6 +206,15 @@ def test_waiting_is_said_and_ends_when_the_other_process_is_done(script: Path, t
         assert process.poll() is None
     out, rest = process.communicate(timeout=120)
     assert (process.returncode, out.split()[1], rest) == (0, "1", "")
+
+
+def test_who_compiles_another_file_is_not_waited_for(script: Path, tmp_path: Path) -> None:
+    cache, lock = empty_cache(script, tmp_path)
+    other = script.with_name("others.py")
+    other.write_text(script.read_text())
+    with held(lock):
+        _, misses, said = run(other, cache)
+    assert (misses, said) == ("1", "")
 
 
 def test_a_process_that_never_lets_go_is_an_error_after_a_limit(script: Path, tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ class FakeHub:
         self.loses = ""  # a file that is empty in every listing
         self.go_on = threading.Event()  # ends what hangs
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        # It looks for the end this often, in seconds; by default a test would wait half a second for it.
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
 
     @property
     def url(self) -> str:
@@ -82,6 +83,7 @@ class FakeHub:
 class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two packets: the second would wait 40 ms for the client
 
     # ---------------------------------------------------------------------------------------------------- transport
 
@@ -158,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.go_on.wait(60)
         if kind == "drips":  # never silent for long, and never done
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
-            while not self.hub.go_on.wait(0.05):
+            while not self.hub.go_on.wait(0.02):
                 self.wfile.write(b" ")
         if kind == "cuts its answer":
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")

@@ -1,11 +1,16 @@
-"""Compile once, in one process, what test processes need: the quantizer's loops, and the test files as pytest rewrites them.
+"""Compile once what test processes need: the quantizer's loops, and the test files as pytest rewrites them.
 
-Else every test process would wait for the one that compiles, or compile what that one has not come to.
+Else every test process would wait for the one that compiles, or compile what that one has not come to. The loops of real
+zero-points take as long as all others, so each half has a process.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from _pytest.assertion import rewrite
@@ -37,10 +42,14 @@ def rewrite_assertions() -> None:
             rewrite._write_pyc(state, code, status, cached)
 
 
-def compile_loops() -> None:
-    """Call every compiled function with every kind of argument it is compiled for."""
+def compile_loops(zero_points: Sequence[str]) -> None:
+    """Call the compiled functions with every kind of argument they are compiled for.
+
+    Args:
+        zero_points: Those whose functions are called.
+    """
     weight = rotate_rows(torch.randn(32, 256), Rotation.for_features(256, "auto"))
-    for zero_point in ZERO_POINTS:
+    for zero_point in zero_points:
         for solver in SOLVERS:
             for group in (0, 32):
                 refine_grid(weight, group, zero_point, solver)
@@ -52,14 +61,27 @@ def compile_loops() -> None:
                 gptq_round(weight, quantized, torch.eye(256))
 
 
+def compile_in_two_processes() -> list[Any]:
+    """Start two processes that compile the loops. They are forked, so this one may have no second thread."""
+    parts = (["float"], [name for name in ZERO_POINTS if name != "float"])
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=compile_loops, args=(part,)) for part in parts]
+    for process in started:
+        process.start()
+    return started
+
+
 def main() -> None:
     """Compile both."""
     collect_rarely()
-    compile_loops()
+    compiling = compile_in_two_processes()
     try:
         rewrite_assertions()
     except (AttributeError, KeyError, TypeError) as error:
         print(f"the test files are not compiled ahead: pytest is built otherwise ({error!r})")
+    for process in compiling:
+        process.join()
+    sys.exit(max(process.exitcode for process in compiling))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
-LOCK = ".dvdquant.lock"
 # Another process compiles one function at a time, a few seconds each on an idle machine.
 SAY_AFTER_SECONDS = 2.0
 WAIT_SECONDS = 300.0
@@ -130,7 +129,7 @@ _turn = _Turn()
 
 
 def _compile_in_turn(compiled: Any) -> None:
-    """Let one process compile while others wait and then load what it wrote.
+    """Let one process compile the functions of a file while others wait and then load what it wrote.
 
     Processes that start together on a cold cache would else all spend the seconds of compiling, and slow each other down.
 
@@ -143,6 +142,8 @@ def _compile_in_turn(compiled: Any) -> None:
     load_stored = store.load_overload
     save = store.save_overload
     folder = Path(store.cache_path)
+    # Compiled functions of two files do not call each other (`jit`), so who needs those of another file does not wait.
+    lock = folder / f".{Path(compiled.py_func.__code__.co_filename).stem}.lock"
 
     def load(signature: Any, context: Any) -> Any:
         try:
@@ -162,7 +163,7 @@ def _compile_in_turn(compiled: Any) -> None:
         if found is not None or _turn.depth == 0 or _turn.asked:
             return found
         _turn.asked = True
-        _turn.lock = _locked(folder)
+        _turn.lock = _locked(lock)
         return load(signature, context) if _turn.lock is not None else None
 
     def save_in_turn(signature: Any, result: Any) -> None:
@@ -187,15 +188,14 @@ def _compile_in_turn(compiled: Any) -> None:
     compiled.compile = compile_in_turn
 
 
-def _locked(folder: Path) -> int | None:
-    """Return the descriptor of the folder's lock, held; None where there is none to hold.
+def _locked(path: Path) -> int | None:
+    """Return the descriptor of a lock file, held; None where there is none to hold.
 
     Raises:
         ResourceError: another process held it for `WAIT_SECONDS`.
     """
-    path = folder / LOCK
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         # Nothing is ever written to it, and a link is not followed: a file that somebody put there stays as it is.
         lock = _open_lock(path)
     except OSError as error:
