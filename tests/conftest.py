@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from dvdquant.system.gpu import read_gpu
 from tests.support.cpu_seconds import CpuSeconds
 from tests.support.folders import STORE
 from tests.support.longest_first import longest_first
@@ -70,11 +72,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
-    """Fork the test processes. CUDA does not outlive a fork, so where a GPU is they begin as usual."""
-    if config.getoption("forked_workers") and not Path("/dev/nvidiactl").exists():
-        command = importlib.import_module("tests.support.forked_processes").start_with_tests(config.args)
-        for spec in specs:
-            spec.python = command
+    """Fork the test processes. CUDA does not outlive a fork, so where a GPU is they begin as usual, when all is compiled."""
+    if not config.getoption("forked_workers"):
+        return
+    if read_gpu() is not None:
+        subprocess.run([sys.executable, "-m", "tests.support.warm_up"], cwd=_TESTS.parent, check=True)
+        return
+    command = importlib.import_module("tests.support.forked_processes").start_with_tests(config.args)
+    for spec in specs:
+        spec.python = command
 
 
 @pytest.fixture(scope="session", autouse=True)

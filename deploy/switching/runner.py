@@ -376,16 +376,16 @@ class StepRunner:
                 # Only for the clock: the engine's seconds must not contain the reduction that follows.
                 torch.cuda.current_stream(output.device).synchronize()
             started = time.perf_counter()
-            # One transfer for all norms.
+            # One transfer for all norms; those of the output that may be reused only where it is not the last one.
             last = part if part is not None and part.output.shape == output.shape else None
-            wanted = [change_sums(output, None if last is None else last.output)]
-            if last is not None and not last.reusable and last.reused is not None and bits is not None:
-                wanted.append(change_sums(output, last.reused)[:2])
-            else:
-                wanted.append(wanted[0][:2])
+            reused = None if last is None or last.reusable else last.reused
+            wanted = change_sums(output, None if last is None else last.output)
+            if reused is not None:
+                wanted = torch.cat((wanted, change_sums(output, reused)[:2]))
             if bits is not None and self._watches_residual:
-                wanted.append(residual_norm(output, inputs[LATENT])[None])
-            change, before, now, reused_change, reused_before, *residual = torch.cat(wanted).tolist()
+                wanted = torch.cat((wanted, residual_norm(output, inputs[LATENT])[None]))
+            change, before, now, *more = wanted.tolist()
+            reused_change, reused_before = (more.pop(0), more.pop(0)) if reused is not None else (change, before)
         except EngineError as error:
             raise _Failure("EngineError") from error
         except _OUT_OF_MEMORY as error:
@@ -395,7 +395,7 @@ class StepRunner:
         if not math.isfinite(now):
             raise _Failure("NaN" if math.isnan(now) else "infinity")
         known = part.residual if part is not None else 0.0
-        return output, _Norms(change, before, now, reused_change, reused_before, known, *residual)
+        return output, _Norms(change, before, now, reused_change, reused_before, known, *more)
 
     @property
     def _watches_residual(self) -> bool:

@@ -162,7 +162,7 @@ def test_decisions_are_the_equations(name: CachePolicy) -> None:
 @pytest.mark.parametrize("name", CACHE_POLICIES)
 def test_decisions_with_two_engines_and_steps_that_run_again(name: CachePolicy) -> None:
     """Only outputs of the high engine are compared and reused; one that the next step may reuse is computed there."""
-    found = []
+    found, retried = [], 0
     for seed, factor in itertools.product(range(4), (0.3, 1.0, 3.0)):
         world = Trajectory(seed, fails=(4, 7, 8, 15, 16))
         policy = StepCachePolicy(factor * MIDDLE[name], POLICIES[name].residual, 3, name)
@@ -179,8 +179,9 @@ def test_decisions_with_two_engines_and_steps_that_run_again(name: CachePolicy) 
                 assert record.bits == {"skip": None, "serve": 8}[choice]
                 assert not record.retried
         found += [(choice, record.bits) for choice, record in zip(choices, runner.trace)]
+        retried += sum(record.retried for record in runner.trace)
     assert set(found) == {("skip", None), ("serve", 8), ("free", 4), ("free", 8)}
-    assert any(record.retried for record in runner.trace) or factor == 3.0
+    assert retried
     assert runner.summary()["cache"] == {
         "threshold": policy.threshold, "residual": policy.residual, "max_skips": 3, "policy": name, "warm_up": 0.0,
         "weighting": "none",

@@ -81,7 +81,7 @@ def main() -> None:
         print(f"the test files are not compiled ahead: pytest is built otherwise ({error!r})")
     for process in compiling:
         process.join()
-    sys.exit(max(process.exitcode for process in compiling))
+    sys.exit(any(process.exitcode for process in compiling))
 
 
 if __name__ == "__main__":

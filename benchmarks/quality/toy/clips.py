@@ -305,16 +305,17 @@ class _Switch:
                 output[:, i] = reuse(kept, torch.stack((x[i], x[i])), float(timestep))
             else:
                 last, before, own = self.last[i], self.reused[i], output[:, i].clone()
+                deciding = own[0]
                 if last is not None:
-                    change = relative_change(own[0], last)
+                    change = relative_change(deciding, last)
                 if before is not None:
                     v, latent = before
-                    reused_change = relative_change(own[0], v)
-                    grown = float(own[0].abs().sum() / v.abs().sum())
-                    growth = Growth(grown, float(residual_norm(own[0], x[i]) / residual_norm(v, latent)))
-                self.last[i] = own[0]
+                    reused_change = None if v is last else relative_change(deciding, v)
+                    grown = float(deciding.abs().sum() / v.abs().sum())
+                    growth = Growth(grown, float(residual_norm(deciding, x[i]) / residual_norm(v, latent)))
+                self.last[i] = deciding
                 if cache is not None and width >= controller.reused_bits:
-                    self.reused[i], twice = (own[0], x[i]), torch.stack((x[i], x[i]))
+                    self.reused[i], twice = (deciding, x[i]), torch.stack((x[i], x[i]))
                     self.kept[i] = keep(own, twice, cache.residual, float(timestep), width, self.kept[i])
             controller.ran("cond", step, float(timestep), width, change, moved[i], growth, reused_change)
             self.latents[i] = x[i]
