@@ -6,6 +6,7 @@ The symbolic links dvdquant/export and dvdquant/deploy are resolved, and imports
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,10 +45,15 @@ def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
         yield from _nodes(child)
 
 
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def _imports(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     targets = set()
-    for node in _nodes(ast.parse(path.read_text())):
+    for node in _nodes(_tree(path)):
         if isinstance(node, ast.Import):
             targets |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -146,9 +152,9 @@ def _run_at_import(tree: ast.AST) -> Iterator[ast.AST]:
         yield from _run_at_import(child)
 
 
-def _brings(source: str, library: str) -> bool:
+def _brings(tree: ast.Module, library: str) -> bool:
     names = set()
-    for node in _run_at_import(ast.parse(source)):
+    for node in _run_at_import(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -158,6 +164,7 @@ def _brings(source: str, library: str) -> bool:
 
 def test_no_module_brings_onnxruntime() -> None:
     """It is imported where it runs a graph: who draws with engines or with PyTorch does not wait for it."""
-    assert _brings("class A:\n    try:\n        import onnxruntime.capi\n    finally:\n        pass\n", "onnxruntime")
-    assert not _brings("def f():\n    import onnxruntime\n", "onnxruntime")
-    assert [name for name, path in _modules().items() if _brings(path.read_text(), "onnxruntime")] == []
+    at_import = "class A:\n    try:\n        import onnxruntime.capi\n    finally:\n        pass\n"
+    assert _brings(ast.parse(at_import), "onnxruntime")
+    assert not _brings(ast.parse("def f():\n    import onnxruntime\n"), "onnxruntime")
+    assert [name for name, path in _modules().items() if _brings(_tree(path), "onnxruntime")] == []

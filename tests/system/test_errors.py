@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,13 +37,18 @@ def test_nothing_is_to_be_done_about_a_wish() -> None:
     assert Cancelled("cancelled").fix is None
 
 
-def test_remedies_name_options_and_commands_that_exist() -> None:
-    """Of the source, as the page of errors lists them: no remedy sends anybody to what is not there."""
+@pytest.fixture(scope="module")
+def entries() -> list[Any]:
+    """Every error of the source, as the page of errors lists them."""
+    return load_script(ROOT / "docs" / "scripts" / "errors.py").collect()
+
+
+def test_remedies_name_options_and_commands_that_exist(entries: list[Any]) -> None:
+    """No remedy sends anybody to what is not there."""
     import re
 
     from dvdquant.cli.commands import COMMANDS
 
-    entries = load_script(ROOT / "docs" / "scripts" / "errors.py").collect()
     assert len(entries) > 400
     commands = {word for entry in entries for word in re.findall(r"\bdvdq[ -]([a-z]+)", entry.fix)}
     assert commands <= set(COMMANDS), commands - set(COMMANDS)
@@ -56,9 +62,9 @@ def test_remedies_name_options_and_commands_that_exist() -> None:
     assert options <= known | OTHER_PROGRAMS, options - known
 
 
-def test_few_errors_have_only_a_general_remedy() -> None:
+def test_few_errors_have_only_a_general_remedy(entries: list[Any]) -> None:
     """Whoever adds an error says what helps against it, or lists what there is."""
-    without = [entry for entry in load_script(ROOT / "docs" / "scripts" / "errors.py").collect() if not entry.fix]
+    without = [entry for entry in entries if not entry.fix]
     general = [f"{entry.kind}: {entry.what}" for entry in without if not entry.lists and entry.kind != "Cancelled"]
     assert len(general) <= GENERAL, general
     assert sum(entry.lists for entry in without) <= LISTING
