@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dvdquant.errors import ShapeError, UnsupportedError
 
-__all__ = ["MAX_INNER", "Rotation", "hadamard_matrix", "rotate", "rotate_inverse"]
+__all__ = ["MAX_INNER", "Rotation", "hadamard_matrix", "kept_hadamard_matrix", "rotate", "rotate_inverse"]
 
 # The inner factor is stored in every graph, and the kernels hold it in shared memory: 1024² fp32 is 4 MiB. A larger
 # rotation puts the rest of its order into the outer factor.
@@ -154,6 +154,31 @@ def hadamard_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
             fix=f"use order {_largest_block(n)}" if n > 0 else "use a positive order",
         )
     return torch.from_numpy(signs).to(dtype) / math.sqrt(n)
+
+
+_kept: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+
+def kept_hadamard_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the orthonormal Hadamard matrix [n, n] on a device, the same tensor at every call. Nobody writes into it.
+
+    A copy to a GPU at every call would wait for the GPU, and could not be part of a CUDA graph.
+
+    Args:
+        n: The order, at least 1.
+        dtype: The floating dtype of the matrix.
+        device: The device that the matrix lies on.
+
+    Raises:
+        UnsupportedError: No construction here reaches order n.
+    """
+    key = (n, dtype, device)
+    if (found := _kept.get(key)) is not None:
+        return found
+    matrix = hadamard_matrix(n, torch.promote_types(dtype, torch.float32)).to(device, dtype)
+    if type(matrix) is Tensor:  # not one of a trace, which ends with it
+        _kept[key] = matrix
+    return matrix
 
 
 def rotate(x: Tensor, rotation: Rotation, dtype: torch.dtype | None = None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.numerics.hadamard import hadamard_matrix
+from dvdquant.numerics.hadamard import kept_hadamard_matrix
 from dvdquant.ops.attention.definition import E4M3_MAX, e4m3_codes
 from dvdquant.ops.cuda.arguments import ROPE_NORMS, RopePointers
 from dvdquant.ops.cuda_linear import CudaKernels, aligned, pointer_of, require_kernels, stream_of
@@ -89,7 +89,7 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
         turned = _turn(tokens[:, rope.first : last], rope.cosines, rope.sines, rope.per_channel)
         h = torch.cat([tokens[:, : rope.first], turned, tokens[:, last:]], 1).reshape(x.shape)
     if rope.rotated:
-        matrix = hadamard_matrix(rope.head, wide).to(x.device)
+        matrix = kept_hadamard_matrix(rope.head, wide, x.device)
         h = (_split(h, rope.head) @ matrix).reshape(x.shape)
     if rope.bound is None:
         return h.to(x.dtype)

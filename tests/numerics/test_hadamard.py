@@ -8,9 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.numerics.hadamard import MAX_INNER, Rotation, hadamard_matrix, rotate, rotate_inverse
+from dvdquant.numerics import hadamard
+from dvdquant.numerics.hadamard import (
+    MAX_INNER,
+    Rotation,
+    hadamard_matrix,
+    kept_hadamard_matrix,
+    rotate,
+    rotate_inverse,
+)
 
 # Input channels of the linear layers of Wan, HunyuanVideo, CogVideoX and LTX-Video.
 FEATURES = (1536, 1920, 2048, 3072, 5120, 8192, 8960, 12288, 13824, 15360, 20480)
@@ -185,3 +194,21 @@ def test_returned_matrices_are_copies() -> None:
     assert _unit_error(rotation.matrices(torch.float64)[0]) < 1e-12
     assert rotation.identity is False
     assert Rotation.for_features(96, "none").identity
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_kept_matrix_is_made_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second call makes no tensor, so that it can be part of a CUDA graph."""
+    device = torch.device("cpu")
+    matrix = kept_hadamard_matrix(24, dtype, device)
+    assert matrix.dtype == dtype
+    assert torch.equal(matrix, hadamard_matrix(24, torch.promote_types(dtype, torch.float32)).to(dtype))
+    monkeypatch.setattr(hadamard, "hadamard_matrix", None)
+    assert kept_hadamard_matrix(24, dtype, device) is matrix
+
+
+def test_a_matrix_of_a_trace_is_not_kept() -> None:
+    with FakeTensorMode():
+        traced = kept_hadamard_matrix(40, torch.float32, torch.device("cpu"))
+    assert isinstance(traced, FakeTensor)
+    assert type(kept_hadamard_matrix(40, torch.float32, torch.device("cpu"))) is torch.Tensor

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dvdquant.errors import ShapeError
-from dvdquant.numerics.hadamard import hadamard_matrix
+from dvdquant.numerics.hadamard import kept_hadamard_matrix
 
 __all__ = ["E4M3_MAX", "FORMATS", "AttentionFormat", "e4m3_codes", "exact_attention", "quantized_attention"]
 
@@ -119,7 +119,7 @@ def quantized_attention(
     if kind.centred:
         k = k - k.mean(2, keepdim=True)
     if kind.rotated:
-        matrix = hadamard_matrix(d, wide).to(q.device)
+        matrix = kept_hadamard_matrix(d, wide, q.device)
         q, k = q @ matrix, k @ matrix
     if kind.qk == "int8":
         q = int8_grid(q, block_amax(q, Q_BLOCK))

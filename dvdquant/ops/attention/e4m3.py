@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dvdquant.numerics.hadamard import hadamard_matrix
+from dvdquant.numerics.hadamard import kept_hadamard_matrix
 from dvdquant.ops.attention.definition import E4M3_MAX, e4m3_codes
 
 __all__ = ["e4m3_operands"]
@@ -29,7 +29,7 @@ def e4m3_operands(
     """
     coded = q.dtype == torch.float8_e4m3fn
     if not coded:
-        matrix = hadamard_matrix(q.shape[-1], torch.float32).to(q.device, q.dtype)
+        matrix = kept_hadamard_matrix(q.shape[-1], q.dtype, q.device)
         q, k = q @ matrix, k @ matrix
     q_amax, k_amax = (q.abs().amax(), k.abs().amax()) if bounds is None else bounds.unbind()
     v_amax = v.abs().amax((1, 3)) if v_per_head else v.abs().amax().reshape(1, 1)
