@@ -223,6 +223,33 @@ class Artifact:
             and is_engine_of(entry["path"], component, bits)
         )
 
+    def kept_inputs(self, component: str, backend: str, bits: Sequence[int]) -> list[int]:
+        """Return the bytes of the inputs that are not quantized, for each engine of a transformer that one GPU would load.
+
+        Engines of older exports have none. Where engines of a width are for several GPUs, the least counts.
+
+        Args:
+            component: One of :attr:`components`.
+            backend: The name of a TensorRT backend, or an alias of it.
+            bits: Activation bits; a width without an engine, built or left to be built, is left out.
+
+        Raises:
+            OutputError: The export has no such component.
+            UnsupportedError: The backend is unknown.
+        """
+        from dvdquant.backends import backend_name
+
+        name, found = backend_name(backend), []
+        for width in bits:
+            sizes = [entry.get("kept_inputs", 0) for entry in self.engines(component, backend, width)]
+            sizes += [
+                entry.get("kept_inputs", 0)
+                for entry in self.manifest.builds
+                if (entry["component"], backend_name(entry["backend"]), entry["act_bits"]) == (component, name, width)
+            ]
+            found += [min(sizes)] if sizes else []
+        return found
+
     def weight_files(self, component: str) -> tuple[str, ...]:
         """Return the relative paths of the files with one transformer's tensors: first packed weights, then constants.
 

@@ -8,7 +8,7 @@ from dvdquant.artifact.entries import BuildEntry
 from dvdquant.artifact.layout import PLUGIN_PLACE, graph_path
 from dvdquant.export.engines.precision import EnginePlan
 from dvdquant.export.engines.report import Shapes
-from dvdquant.export.engines.stage import is_compatible
+from dvdquant.export.engines.stage import is_compatible, kept_bytes
 from dvdquant.export.estimate import builder_bytes, held_bytes
 from dvdquant.export.graph.trace import profile_shapes
 from dvdquant.export.options import ExportOptions
@@ -64,6 +64,7 @@ def build_entry(
         fp8_attentions=fp8_attentions,
         fused_layers=fused_layers,
         version_compatible=is_compatible(engine.backend, options.version_compatible),
+        kept_inputs=kept_bytes(plan, engine),
         builder_bytes=builder_bytes(plan, engine),
         held_bytes=held_bytes(plan, engine),
         optimization_level=options.optimization_level,
@@ -81,6 +82,7 @@ def same_build(one: BuildEntry, other: BuildEntry) -> bool:
     """
     names = ("engine", "onnx_sha256", "precision", "sm", "profile", "optimization_level", "workspace_gib")
     alike = all(bool(one.get(name)) == bool(other.get(name)) for name in ("fused_layers", "version_compatible"))
+    alike = alike and one.get("kept_inputs", 0) == other.get("kept_inputs", 0)
     return alike and all(one.get(name) == other.get(name) for name in names)
 
 

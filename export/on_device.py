@@ -332,6 +332,7 @@ def _settings(plan: DeviceBuild, entry: BuildEntry) -> BuildSettings:
         plan.plugin_hashes if entry["backend"] == "tensorrt" else (),
         bool(entry.get("fused_layers")),
         is_compatible(entry["backend"], bool(entry.get("version_compatible"))),
+        entry.get("kept_inputs", 0),
     )
 
 
@@ -450,6 +451,7 @@ def _build(
             attention=dict(report.attention),
             fused_layers=entry.get("fused_layers", 0),
             version_compatible=settings.version_compatible,
+            kept_inputs=settings.kept_inputs,
         )
         data = {"entry": {**made, **settings.recorded()}, "report": report.to_json()}
         transaction.done(step, data, [path])

@@ -215,7 +215,8 @@ class _Run:
     def _settings(self, component: str, engine: EnginePlan) -> BuildSettings:
         """Return the settings that an engine of this export is built with."""
         hashes = {name: entry["sha256"] for name, entry in self.known.items()}
-        return build_settings(engine, component, self.plan.options, hashes, self.plan.versions[engine.backend])
+        plan = self.plan.plans[self.plan.components.index(component)]
+        return build_settings(engine, component, plan, self.plan.options, hashes, self.plan.versions[engine.backend])
 
     # ---------------------------------------------------------------------------------------------- weights, graphs
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dvdquant.artifact.layout import is_engine_of
+from dvdquant.artifact.entries import EngineEntry
 from dvdquant.checkpoint.lora.terms import Loras
 from dvdquant.checkpoint.untrusted import UntrustedFolder
 from dvdquant.deploy.artifact import Artifact
@@ -97,8 +97,8 @@ def parts_of_run(
     always = "once the text is encoded" if alternate else "all the time"
     for component in checker.artifact.components:
         if any(request.mode != "16" for request in requests):
-            what, nbytes = _executed(checker.artifact, component, backend)
-            found.append(Part(f"{component} ({what})", nbytes, nbytes, always, stays=True))
+            what, stored, held = _executed(checker.artifact, component, backend)
+            found.append(Part(f"{component} ({what})", stored, held, always, stays=True))
             beside = None if loras is None else loras.get(component)
             if room := lora_bytes(checker.artifact, component, beside, backend):
                 stored = 0 if beside is None else sum(lora.nbytes for lora in beside.fused)
@@ -169,29 +169,41 @@ def _transformers(
     beside += sum(lora_bytes(artifact, name, loras.get(name), backend) for name in artifact.components)
     bits = artifact.bits(artifact.components[0])
     # 1. Engines that hold their weights themselves: each width has its own.
-    plugin = _has_plugin(artifact)
+    plugin = backend in _ENGINES and any(_has_plugin(artifact, component, backend) for component in artifact.components)
     if backend in _ENGINES and not plugin:
-        each = {width: sum(_engine_bytes(artifact, c, (width,)) for c in artifact.components) for width in bits}
+        names = artifact.components
+        each = {width: sum(_engine_bytes(artifact, c, backend, (width,)) for c in names) for width in bits}
+        beside += sum(max(artifact.kept_inputs(c, backend, bits), default=0) for c in names)
         return {loaded: size + beside for loaded, size in engine_choices(each, narrow=narrow).items()}
     # 2. A runtime that keeps what the files hold.
     if sm is None:
-        packed = sum(_executed(artifact, component, "pytorch")[1] for component in artifact.components)
-        return {PACKED: packed + beside}
+        held_by_all = sum(_executed(artifact, component, backend)[2] for component in artifact.components)
+        return {PACKED: held_by_all + beside}
     # 3. Our kernels: packed once for all widths, expanded, or some layers so and some so.
     from dvdquant.model.held_weights import held_weights
     from dvdquant.model.weight_choice import choose_weights
 
-    engines = sum(_engine_bytes(artifact, component, bits) for component in artifact.components) * plugin
     held = [
-        held_weights(artifact.plan(component), sm_number(sm), bits, artifact.sizes) for component in artifact.components
+        held_weights(
+            artifact.plan(component),
+            sm_number(sm),
+            bits,
+            artifact.sizes,
+            artifact.kept_inputs(component, backend, bits) if plugin else None,
+        )
+        for component in artifact.components
     ]
+    if plugin:
+        # The files of engines hold their constants, which the count of weights has, too.
+        beside += sum(_engine_bytes(artifact, component, backend, bits) for component in artifact.components)
+        beside -= sum(one.constants for one in held)
     policies: tuple[WeightPolicy, ...] = ("auto", "packed") if weights == "auto" else (weights,)
     found: dict[Loaded, int] = {}
     for policy in policies:
         choices = [choose_weights(one, policy, plugin=plugin) for one in held]
         forms = {choice.form for choice in choices}
         form = forms.pop() if len(forms) == 1 else "mixed"
-        found.setdefault(Loaded(form), engines + beside + sum(choice.nbytes for choice in choices))
+        found.setdefault(Loaded(form), beside + sum(choice.nbytes for choice in choices))
     return found
 
 
@@ -248,27 +260,37 @@ def _part_tensors(folder: UntrustedFolder, name: str) -> Iterator[TensorInfo]:
                 os.close(fd)
 
 
-def _executed(artifact: Artifact, component: str, backend: str) -> tuple[str, int]:
-    """Return what runs of one transformer, in words, and its bytes."""
+def _executed(artifact: Artifact, component: str, backend: str) -> tuple[str, int, int]:
+    """Return what runs of one transformer, in words, and its bytes on the disk and in memory."""
     packed = sum(artifact.manifest.files[name]["bytes"] for name in artifact.weight_files(component))
     if backend not in _ENGINES:
-        return str(PACKED), packed
-    engines = _engine_bytes(artifact, component, artifact.bits(component))
-    return ("engines, packed weights", engines + packed) if _has_plugin(artifact) else ("engines", engines)
+        return str(PACKED), packed, packed
+    bits = artifact.bits(component)
+    engines = _engine_bytes(artifact, component, backend, bits)
+    inputs = max(artifact.kept_inputs(component, backend, bits), default=0)
+    if not _has_plugin(artifact, component, backend):
+        return "engines", engines, engines + inputs
+    from dvdquant.model.held_weights import packed_inputs
+
+    return "engines, packed weights", engines + packed, engines + inputs + packed_inputs(artifact.plan(component))
 
 
-def _has_plugin(artifact: Artifact) -> bool:
+def _engines(artifact: Artifact, component: str, backend: str, bits: Sequence[int]) -> list[EngineEntry]:
+    return [entry for width in bits for entry in artifact.engines(component, backend, width)]
+
+
+def _has_plugin(artifact: Artifact, component: str, backend: str) -> bool:
     """Return whether engines take the packed weights as inputs of the plugin, instead of holding weights themselves."""
-    return any(entry["precision"] == "plugin" for entry in artifact.manifest.engines)
+    found = _engines(artifact, component, backend, artifact.bits(component))
+    return any(entry["precision"] == "plugin" for entry in found)
 
 
-def _engine_bytes(artifact: Artifact, component: str, bits: Sequence[int]) -> int:
+def _engine_bytes(artifact: Artifact, component: str, backend: str, bits: Sequence[int]) -> int:
     """Return the bytes of a transformer's engines of some bit-widths, on the GPU where they are largest."""
     files, by_place = artifact.manifest.files, dict[str, int]()
-    for entry in artifact.manifest.engines:
-        if entry["act_bits"] in bits and is_engine_of(entry["path"], component, entry["act_bits"]):
-            place = entry["path"].rpartition("/")[0]  # one folder an SM
-            by_place[place] = by_place.get(place, 0) + files[entry["path"]]["bytes"]
+    for entry in _engines(artifact, component, backend, bits):
+        place = entry["path"].rpartition("/")[0]  # one folder an SM
+        by_place[place] = by_place.get(place, 0) + files[entry["path"]]["bytes"]
     return max(by_place.values(), default=0)
 
 

@@ -152,7 +152,8 @@ class TensorRTSession(EngineSession):
             return super().weights, frozenset()
         if policy == "auto":
             policy = check_policy(os.environ.get(FORM_VARIABLE) or policy)
-        choice = choose_form(self, sm_number(device_sm(self.device)), policy, plugin=True)
+        shared = [entry.get("kept_inputs", 0) for entry in entries.values()]
+        choice = choose_form(self, sm_number(device_sm(self.device)), policy, shared=shared)
         self._plugin_bytes = choice.beside
         return choice.form, choice.expanded
 

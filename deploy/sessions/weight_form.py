@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,16 +20,19 @@ __all__ = ["choose_form"]
 log = logging.getLogger(__name__)
 
 
-def choose_form(session: EngineSession, sm: int, policy: WeightPolicy, *, plugin: bool = False) -> WeightChoice:
+def choose_form(
+    session: EngineSession, sm: int, policy: WeightPolicy, *, shared: Sequence[int] | None = None
+) -> WeightChoice:
     """Return how a session that is being opened holds its weights under a policy.
 
     Args:
         session: The session; its bits, sizes and device are known.
         sm: The compute capability, major · 10 + minor.
         policy: ``auto``, ``packed`` or ``expanded``.
-        plugin: Whether engines with the TensorRT plugin hold the weights.
+        shared: Where engines with the TensorRT plugin hold the weights, the bytes of the inputs of each that are not quantized.
     """
-    held = held_weights(session.artifact.plan(session.component), sm, session.bits, session.sizes)
+    plugin = shared is not None
+    held = held_weights(session.artifact.plan(session.component), sm, session.bits, session.sizes, shared)
     room = torch.cuda.mem_get_info(session.device)[0] if session.device.type == "cuda" else None
     choice = choose_weights(held, policy, room, plugin)
     nbytes = held.plugin_bytes if plugin else held.nbytes

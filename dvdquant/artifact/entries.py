@@ -279,6 +279,8 @@ class EngineEntry(TypedDict):
             before them; older manifests lack it.
         version_compatible: Whether TensorRT's lean runtime of the same release runs it as well as TensorRT does; missing means
             no.
+        kept_inputs: The bytes of its inputs that are not quantized, of which all engines of a transformer read one copy; older
+            manifests lack it, and their engines hold a copy each.
         measured: What ``dvdq-build`` found when it ran the engine; only where it could.
     """
 
@@ -294,6 +296,7 @@ class EngineEntry(TypedDict):
     attention: NotRequired[dict[Text, Annotated[int, Field(ge=0, lt=2**31)]]]
     fused_layers: NotRequired[Annotated[int, Field(ge=0, lt=2**20)]]
     version_compatible: NotRequired[bool]
+    kept_inputs: NotRequired[Size]
     measured: NotRequired[Measured]
 
 
@@ -315,6 +318,7 @@ class BuildEntry(TypedDict):
         fp8_attentions: The number of attentions in the graph that have to become one FP8 kernel each.
         fused_layers: The number of layers in the graph that are fused with what comes before them; older manifests lack it.
         version_compatible: Whether it is built so that TensorRT's lean runtime runs it, too; missing means no.
+        kept_inputs: The bytes of its inputs that are not quantized; missing means none, so that it holds its own copy of them.
         builder_bytes: The memory that the builder is estimated to take.
         held_bytes: The memory for weights that a session with this engine is estimated to hold.
         optimization_level: The builder's effort, 0 to 5; null means the builder's own.
@@ -335,6 +339,7 @@ class BuildEntry(TypedDict):
     fp8_attentions: Annotated[int, Field(ge=0, lt=2**20)]
     fused_layers: NotRequired[Annotated[int, Field(ge=0, lt=2**20)]]
     version_compatible: NotRequired[bool]
+    kept_inputs: NotRequired[Size]
     builder_bytes: Size
     held_bytes: Size
     optimization_level: Annotated[int, Field(ge=0, le=5)] | None

@@ -108,10 +108,12 @@ def _by_gpu(artifact: Artifact, component: str) -> list[tuple[Sequence[str], Hel
     from dvdquant.model.held_weights import held_weights
 
     plan, bits = artifact.plan(component), artifact.bits(component)
+    shared = artifact.kept_inputs(component, "tensorrt", bits) or None  # without engines, as they would be built now
     found: dict[HeldWeights, list[str]] = {}
     for sm, facts in CAPABILITIES.items():
         if facts.kernels and not facts.refused:
-            found.setdefault(held_weights(plan, sm_number(sm), bits, artifact.sizes), []).append(sm)
+            held = held_weights(plan, sm_number(sm), bits, artifact.sizes, shared)
+            found.setdefault(held, []).append(sm)
     return [(sms, held) for held, sms in found.items()]
 
 

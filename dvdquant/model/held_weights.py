@@ -19,6 +19,7 @@ import torch
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.hardware.weights import OPERATIONS_PER_BYTE, RATES, WeightForm
 from dvdquant.model.families import Sizes
+from dvdquant.model.kept_inputs import kept_inputs
 from dvdquant.model.layers import LayerSpec
 from dvdquant.model.plan import ModelPlan
 from dvdquant.ops.packed_layer import DTYPE_NAMES
@@ -26,7 +27,7 @@ from dvdquant.ops.packed_rows import packed_bytes, rows_bytes
 from dvdquant.ops.paths import choose_path, form_of
 from dvdquant.ops.repack import LayerShape, prepared_bytes
 
-__all__ = ["HeldLayer", "HeldWeights", "KeptTensor", "held_weights", "largest_kept", "shape_of"]
+__all__ = ["HeldLayer", "HeldWeights", "KeptTensor", "held_weights", "largest_kept", "packed_inputs", "shape_of"]
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,20 @@ class HeldWeights:
     """The bytes of one transformer's weights on a GPU, and the cost of packed ones.
 
     Args:
-        kept: What is not quantized, and the powers of two and constants before quantized layers.
+        kept: What a PyTorch session holds of what is not quantized: tensors in 16 or 32 bit, and the powers of two and constants
+            before quantized layers.
         layers: The quantized layers.
         pace: For each of the activation bits, the bytes that the memory moves while the tensor cores take a step; empty
             without a size.
+        shared: What of that is an input of engines with the plugin, held once for all of them.
+        constants: What these engines hold in themselves, all together: the rest of it, and the matrices of rotations.
     """
 
     kept: int
     layers: tuple[HeldLayer, ...]
     pace: tuple[tuple[int, float], ...] = ()
+    shared: int = 0
+    constants: int = 0
 
     @property
     def packed(self) -> int:
@@ -141,17 +147,27 @@ class HeldWeights:
         return self.kept + (self.packed if form == "packed" else self.expanded)
 
     def plugin_bytes(self, form: WeightForm) -> int:
-        """Return what engines with the TensorRT plugin hold, which have the packed tensors as inputs.
+        """Return what engines with the TensorRT plugin hold, which have the packed and the large tensors as inputs.
 
         Args:
             form: ``packed`` or ``expanded``.
         """
-        return self.kept + sum(
+        return self.outside_engines(form) + self.constants
+
+    def outside_engines(self, form: WeightForm) -> int:
+        """Return what of that the engines do not hold in themselves: their inputs, and what the plugin holds beside those.
+
+        Args:
+            form: ``packed`` or ``expanded``.
+        """
+        return self.shared + sum(
             layer.stored + (layer.rows if form == "packed" else layer.plugin_expanded) for layer in self.layers
         )
 
 
-def held_weights(plan: ModelPlan, sm: int, bits: Sequence[int], sizes: Sizes | None = None) -> HeldWeights:
+def held_weights(
+    plan: ModelPlan, sm: int, bits: Sequence[int], sizes: Sizes | None = None, shared: Sequence[int] | None = None
+) -> HeldWeights:
     """Count what a GPU holds of a model.
 
     Args:
@@ -159,20 +175,24 @@ def held_weights(plan: ModelPlan, sm: int, bits: Sequence[int], sizes: Sizes | N
         sm: The compute capability, major · 10 + minor.
         bits: The activation bits that are loaded.
         sizes: The sizes of the export; the cost is of a step at the size that it is tuned for.
+        shared: For each engine with the plugin, the bytes of its inputs that are not quantized, as the manifest has them; None
+            means one engine for each of the bits, as they are built now.
 
     Raises:
         UnsupportedError: No kernels run on this SM.
     """
     choose_path(LayerShape(8, 256), sm)
     kept = sum(tensor.nbytes for tensor in largest_kept(plan, None))
+    if shared is None:
+        shared = [sum(kept_inputs(plan, plugin=True).values())] * len(bits)
+    inside = kept + _rotation_bytes(plan) + sum(_pre_quant_bytes(spec) for spec in plan.layers)
+    constants = sum(inside - size for size in shared)
     layers, products = [], dict.fromkeys(bits, 0.0)
     for spec in plan.layers:
-        files = {name.rpartition(".")[2]: (dtype, shape) for name, (dtype, shape) in spec.tensors().items()}
-        sizes_of = {key: dtype.itemsize * torch.Size(shape).numel() for key, (dtype, shape) in files.items()}
-        before = sum(size for key, size in sizes_of.items() if key.startswith("pre_quant"))
+        before = _pre_quant_bytes(spec)
         # In 16 bit too, scales and offsets in turns, as the kernels read them.
         kept += before + (4 * spec.features if before else 0)
-        inputs = sum(sizes_of.values()) - before
+        inputs = _tensor_bytes(spec) - before
         try:
             runs = {width: shape_of(spec, plan, width) for width in bits}
             paths = {width: choose_path(layer, sm) for width, layer in runs.items()}
@@ -191,7 +211,37 @@ def held_weights(plan: ModelPlan, sm: int, bits: Sequence[int], sizes: Sizes | N
         sixteen = RATES[sm].sixteen_bit_cost if sm in RATES else 2.0
         attention = sixteen * 4.0 * (tokens / sizes.batch) ** 2 * sizes.batch * sum(map(_attention_width, plan.layers))
         pace = [(width, (2.0 * tokens * products[width] + attention) / ratio) for width in bits]
-    return HeldWeights(kept, tuple(layers), tuple((width, moved) for width, moved in pace if moved))
+    moving = tuple((width, moved) for width, moved in pace if moved)
+    return HeldWeights(kept, tuple(layers), moving, max(shared, default=0), constants)
+
+
+def packed_inputs(plan: ModelPlan) -> int:
+    """Return the bytes of the packed tensors of all layers, which engines with the plugin have as inputs.
+
+    Args:
+        plan: The plan of the model.
+    """
+    return sum(_tensor_bytes(spec) - _pre_quant_bytes(spec) for spec in plan.layers)
+
+
+def _tensor_bytes(spec: LayerSpec, start: str = "") -> int:
+    """Return the bytes of a layer's stored tensors whose names within the layer begin with ``start``."""
+    return sum(
+        dtype.itemsize * torch.Size(shape).numel()
+        for name, (dtype, shape) in spec.tensors().items()
+        if name.rpartition(".")[2].startswith(start)
+    )
+
+
+def _pre_quant_bytes(spec: LayerSpec) -> int:
+    return _tensor_bytes(spec, "pre_quant")
+
+
+def _rotation_bytes(plan: ModelPlan) -> int:
+    """Return the bytes of the factors of all rotations, each order once and in fp32, as a graph holds them."""
+    factors = {factor for spec in plan.layers for factor in ((0, spec.rotation.inner), (1, spec.rotation.outer))}
+    ones = any(order == 1 for _, order in factors)  # the same tensor for both factors
+    return 4 * (ones + sum(order**2 for _, order in factors if order > 1))
 
 
 def _held_layer(name: str, inputs: int, runs: Mapping[int, LayerShape], paths: Mapping[int, str]) -> HeldLayer:

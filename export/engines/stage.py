@@ -32,6 +32,7 @@ from dvdquant.export.passes.lowering.qdq_int4 import lower_qdq_int4
 from dvdquant.export.passes.lowering.store import TensorStore
 from dvdquant.export.passes.plugin_inputs import plugin_inputs
 from dvdquant.model.families import Sizes
+from dvdquant.model.kept_inputs import kept_inputs
 from dvdquant.model.plan import ModelPlan
 from dvdquant.system.files import hash_file
 from dvdquant.system.progress import Progress
@@ -44,6 +45,7 @@ __all__ = [
     "find_current",
     "fuses",
     "is_compatible",
+    "kept_bytes",
     "run_builder",
 ]
 
@@ -160,7 +162,7 @@ class EngineStage:
         self._attention(model, engine)
         self.fused = fuse_layers(model) if self.options.fuse else 0
         plugin_inputs(model)
-        self._open_for_loras(model)
+        self._share_kept(model, engine)
         fused = "_fused" if self.fused else ""
         path = source.with_name(f"{self.component}_a{engine.act_bits}_plugin{_suffix(engine)}{fused}.onnx")
         ir.save(model, path)
@@ -185,15 +187,14 @@ class EngineStage:
             lower_nvfp4(model, self.weight_source, store)
         else:
             lower_qdq_int4(model, store)
-        self._open_for_loras(model)
+        self._share_kept(model, engine)
         path = stem.with_name(f"{self.component}_a{engine.act_bits}_rtx_{engine.precision}{_suffix(engine)}.onnx")
         ir.save(model, path)
         return path
 
-    def _open_for_loras(self, model: ir.Model) -> None:
-        """Make what stays in 16 bit inputs of an engine that takes LoRAs: they change norms, biases and tables too."""
-        if self.plan.lora_rank:
-            kept_to_inputs(model, self.plan.kept)
+    def _share_kept(self, model: ir.Model, engine: EnginePlan) -> None:
+        """Make inputs of what stays in 16 bit and is to be outside of an engine: one copy for all engines, which LoRAs change."""
+        kept_to_inputs(model, kept_inputs(self.plan, engine.precision == "plugin"))
 
     def close(self) -> None:
         """Remove the derived weights, unless the graphs that read them are kept."""
@@ -219,6 +220,7 @@ class EngineStage:
             attention=dict(report.attention),
             fused_layers=self.fused,
             version_compatible=is_compatible(engine.backend, self.options.version_compatible),
+            kept_inputs=kept_bytes(self.plan, engine),
         )
 
 
@@ -323,6 +325,7 @@ class BuildSettings:
         plugins: The SHA-256 of the plugin libraries that the builder loaded, in their order.
         fuse: Whether layers are fused with what comes before them.
         version_compatible: Whether TensorRT's lean runtime of the same release runs the engine, too.
+        kept_inputs: The bytes of its inputs that are not quantized.
     """
 
     onnx_sha256: str
@@ -334,6 +337,7 @@ class BuildSettings:
     plugins: tuple[str, ...]
     fuse: bool = False
     version_compatible: bool = False
+    kept_inputs: int = 0
 
     @property
     def digest(self) -> str:
@@ -352,7 +356,8 @@ class BuildSettings:
         """Return whether the engine of a manifest entry was built with these settings.
 
         Older exports lack these fields. They count as built with the builder's defaults, and with the same plugin
-        libraries: a library that does not fit an engine is found out when the engine is loaded.
+        libraries: a library that does not fit an engine is found out when the engine is loaded. They have nothing that is not
+        quantized as an input, and are built again where this version shares it.
 
         Args:
             entry: The entry of the engine in a manifest.
@@ -366,17 +371,24 @@ class BuildSettings:
             and entry.get("plugins", list(self.plugins)) == list(self.plugins)
             and bool(entry.get("fused_layers")) == self.fuse
             and bool(entry.get("version_compatible")) == self.version_compatible
+            and entry.get("kept_inputs", 0) == self.kept_inputs
         )
 
 
 def build_settings(
-    engine: EnginePlan, component: str, options: ExportOptions, hashes: Mapping[str, str], version: str
+    engine: EnginePlan,
+    component: str,
+    plan: ModelPlan,
+    options: ExportOptions,
+    hashes: Mapping[str, str],
+    version: str,
 ) -> BuildSettings:
     """Return the settings that the options ask for.
 
     Args:
         engine: The engine to build.
         component: The name of the transformer's folder.
+        plan: The plan of the model.
         options: The options of the export.
         hashes: Relative path -> SHA-256 of each graph.
         version: The version of the engine's builder.
@@ -395,7 +407,18 @@ def build_settings(
         tuple(hash_file(plugin)["sha256"] for plugin in plugins),
         fuses(engine, options),
         is_compatible(engine.backend, options.version_compatible),
+        kept_bytes(plan, engine),
     )
+
+
+def kept_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
+    """Return the bytes of an engine's inputs that are not quantized.
+
+    Args:
+        plan: The plan of the model.
+        engine: The engine.
+    """
+    return sum(kept_inputs(plan, engine.precision == "plugin").values())
 
 
 def fuse_layers(model: ir.Model) -> int:

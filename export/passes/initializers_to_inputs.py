@@ -26,14 +26,14 @@ def initializers_to_inputs(model: ir.Model, names: Container[str]) -> bool:
 
 
 def kept_to_inputs(model: ir.Model, kept: Container[str]) -> bool:
-    """Turn what an export keeps in 16 bit into inputs of an engine, so that a LoRA can change it there too.
+    """Turn what an export keeps in 16 bit into inputs of an engine: a LoRA can change it there, and engines share it.
 
     1. A kept tensor that a node other than Conv reads: it becomes an input.
     2. The kernel of a convolution stays a constant: builders choose kernels by it.
 
     Args:
         model: The graph, which is changed in place.
-        kept: The names of the tensors that stay in 16 bit.
+        kept: The names of the tensors that become inputs.
 
     Returns:
         True if an initializer became an input.

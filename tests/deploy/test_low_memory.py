@@ -293,12 +293,21 @@ def test_what_a_run_takes(saved: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert {part.name for part in leaving if not part.stays} == {"text_encoder", "vae"}
     # Engines with the plugin have the packed weights beside them.
     engine: Any = {"path": "engines/sm89/transformer_a8.engine", "act_bits": 8, "precision": "plugin"}
+    engine |= {"backend": "tensorrt", "kept_inputs": 500}
     files: Any = {**artifact.manifest.files, engine["path"]: {"sha256": "0" * 64, "bytes": 1000}}
     manifest = replace(artifact.manifest, engines=[engine], files=files)
     built = open_checker(Artifact(artifact.root, manifest, artifact.configs), pipeline=pipeline)
     found = {part.name: part for part in parts_of_run(built, requests[1:], "tensorrt", offload=False)}
     packed = parts["transformer (packed weights)"].loaded
-    assert found["transformer (engines, packed weights)"].loaded == packed + 1000
+    part = found["transformer (engines, packed weights)"]
+    assert part.stored == packed + 1000
+    inputs = sum(
+        dtype.itemsize * torch.Size(shape).numel()
+        for spec in artifact.plan().layers
+        for name, (dtype, shape) in spec.tensors().items()
+        if "pre_quant" not in name
+    )
+    assert part.loaded == inputs + 500 + 1000
     said = drawn(out, "--pipeline", pipeline, "--prompt", PROMPTS[0], "--dry-run", "--offload", "--steps", 3)
     assert "WanPipeline" in said
     assert "while text is encoded" in said

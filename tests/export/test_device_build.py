@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shlex
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -27,6 +29,8 @@ from dvdquant.cli.build import main as build_main
 from dvdquant.cli.bundle import main as bundle_main
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation import needs
+from dvdquant.deploy.generation.memory_plan import Loaded
 from dvdquant.deploy.sessions.engines import TensorRTSession
 from dvdquant.errors import EngineError, OutputError, ResourceError, UnsupportedError
 from dvdquant.export import on_device
@@ -34,9 +38,13 @@ from dvdquant.export.elsewhere import COMPATIBLE, SCRIPT
 from dvdquant.export.engines import BuildReport, stage
 from dvdquant.export.on_device import as_compatible, build_on_device, plan_on_device
 from dvdquant.export.options import ExportOptions
+from dvdquant.model.held_weights import held_weights
+from dvdquant.model.kept_inputs import LARGE
 from dvdquant.recipe import get_recipe
+from dvdquant.system.files import hash_file
 from dvdquant.system.gpu import Gpu
 from dvdquant.system.progress import Progress
+from dvdquant.system.safetensors_reader import read_header
 from dvdquant.text import amount
 from tests.deploy.test_lean_runtime import Machine
 from tests.support import tiny_models as tiny
@@ -133,6 +141,107 @@ def test_what_is_left_for_the_device(made: Path) -> None:
             shapes = {part.split(":")[0]: part.split(":")[1] for part in options[name].split(",")}
             assert shapes == {n: "x".join(map(str, three[which])) for n, three in (entry["profile"] or {}).items()}
         assert entry["command"] in (made / SCRIPT).read_text()
+
+
+# ---------------------------------------------------------------------------------------------------- what engines share
+
+_KINDS = {
+    onnx.TensorProto.BFLOAT16: ("BF16", 2), onnx.TensorProto.FLOAT: ("FLOAT", 4), onnx.TensorProto.INT8: ("INT8", 1),
+    onnx.TensorProto.INT64: ("INT64", 8),
+}  # fmt: skip
+
+
+def _initializers(path: Path) -> dict[str, int]:
+    """The bytes of a graph's initializers, by name."""
+    graph = onnx.load(path, load_external_data=False).graph
+    return {tensor.name: _KINDS[tensor.data_type][1] * math.prod(tensor.dims) for tensor in graph.initializer}
+
+
+def _tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bool]]:
+    """The inputs and outputs of an engine that is built from a graph, as the double of a session's library takes them."""
+    graph, found = onnx.load(path, load_external_data=False).graph, {}
+    for values, output in ((graph.input, False), (graph.output, True)):
+        for value in values:
+            tensor = value.type.tensor_type
+            shape = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim)
+            found[value.name] = (_KINDS[tensor.elem_type][0], shape, output)
+    return found
+
+
+def _with_engines(out: Path, sizes: dict[int, int], kept: int | None) -> Artifact:
+    """The export with an engine of so many bytes for each width; the entries of older exports lack ``kept_inputs``."""
+    manifest, engines, files = load_manifest(out), [], {}
+    for planned, (width, size) in zip(manifest.builds, sizes.items()):
+        there = out / planned["engine"]
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.write_text(json.dumps({"version": "11.4.0.1", "flags": [], "bits": width}).ljust(size))
+        files[planned["engine"]] = hash_file(there)
+        names = ("backend", "sm", "act_bits", "precision", "executes", "onnx_sha256")
+        shapes = {name: value for name, value in manifest.shapes.items() if name != "dtype"}
+        entry: Any = {name: planned[name] for name in names} | {"path": planned["engine"], "shapes": shapes}  # type: ignore[literal-required]
+        engines.append(entry | {"versions": {"tensorrt": "11.4.0.1"}} | ({} if kept is None else {"kept_inputs": kept}))
+    builds: Any = [{k: v for k, v in b.items() if k != "kept_inputs" or kept is not None} for b in manifest.builds]
+    changed = dataclasses.replace(
+        manifest, engines=tuple(engines), builds=tuple(builds), files={**manifest.files, **files}
+    )
+    (out / "manifest.json").write_text(changed.to_json())
+    return Artifact.open(out)
+
+
+def test_the_engines_of_both_widths_share_what_is_not_quantized(
+    out: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte of the weights is in a graph or is an input, and the counts are the sum; so it is for an older export."""
+    graphs = {entry["act_bits"]: out / entry["graph"] for entry in load_manifest(out).builds}
+    weights = read_header(out / "onnx" / "transformer.safetensors").tensors
+    inputs = {name for name in _tensors(graphs[4]) if name in weights}
+    assert _tensors(graphs[8]).keys() == _tensors(graphs[4]).keys()
+    plan = Artifact.open(out).plan()
+    shared = {name for name in inputs if name in plan.kept}
+    assert "condition_embedder.time_proj.weight" in shared
+    kept = sum(weights[name].nbytes for name in shared)
+    assert [entry["kept_inputs"] for entry in load_manifest(out).builds] == [kept, kept]
+    constants = {}
+    for width, path in graphs.items():
+        found = _initializers(path)
+        assert not inputs & found.keys()
+        assert inputs | found.keys() >= weights.keys(), "each stored tensor is one of the two"
+        assert all(found[name] < LARGE for name in found if name in weights)
+        ours = [name for name in found if name in weights or name.startswith(("hadamard.", "outer."))]
+        constants[width] = sum(found[name] for name in ours)
+        # The others are the positions of the rotary embedding and the arguments of operators.
+        assert sum(found[name] for name in found if name not in ours) < LARGE
+    read = sum(weights[name].nbytes for name in inputs)
+    held = held_weights(plan, 87, (4, 8))
+    rows = sum(layer.rows for layer in held.layers)
+    assert held.plugin_bytes("packed") == read + rows + sum(constants.values())
+    assert (held.shared, held.constants) == (kept, sum(constants.values()))
+    # 1. What a session holds, and what is said of it before; 2. the same of engines that hold all of it in themselves.
+    machine, request = Machine(monkeypatch, "11.4.0.1", None), SimpleNamespace(mode="a8")
+    for entry, again in ((kept, 0), (None, kept)):
+        artifact = _with_engines(out, {width: size + again for width, size in constants.items()}, entry)
+        machine.libraries["tensorrt"].tensors = {
+            name: tensor for name, tensor in _tensors(graphs[4]).items() if not again or name not in shared
+        }
+        assert artifact.kept_inputs("transformer", "tensorrt", (4, 8)) == [entry or 0] * 2
+        host, options = torch.device("cpu"), {"backend": "tensorrt", "weights": "packed"}
+        with TensorRTSession(artifact, device=host, **options) as session:  # type: ignore[arg-type]
+            there = session.resident_bytes()
+        assert there == {
+            "weights": read - again + rows,
+            "engines": sum(constants.values()) + 2 * again,
+            "workspace": 0,
+        }
+        total = there["weights"] + there["engines"]
+        counted = held_weights(plan, 87, (4, 8), shared=artifact.kept_inputs("transformer", "tensorrt", (4, 8)))
+        assert counted.plugin_bytes("packed") == total
+        said = needs._transformers(artifact, [request], "tensorrt", False, "8.7", "packed", {})  # type: ignore[list-item]
+        assert said == {Loaded("packed"): total}
+    # 3. The graphs of such an export are made again for their builder, its weights are not.
+    text = in_process(model, "-o", out, "--recipe", "rtn", "--target", "tensorrt", "--sm", "8.7", *RANGES)
+    assert "weights and graphs in" in text
+    assert "is up to date" not in text
+    assert [entry["kept_inputs"] for entry in load_manifest(out).builds] == [kept, kept]
 
 
 def test_the_same_export_again_is_up_to_date(model: Path, made: Path) -> None:

@@ -137,7 +137,7 @@ def test_every_setting_counts() -> None:
     assert SETTINGS.made(ENTRY)
     others = {"onnx_sha256": "1" * 64, "precision": "int4", "backend": "tensorrt_rtx", "version": "10.9"}
     others |= {"optimization_level": None, "workspace_gib": 1.0, "plugins": (), "fuse": True}  # type: ignore[dict-item]
-    others |= {"version_compatible": True}  # type: ignore[dict-item]
+    others |= {"version_compatible": True, "kept_inputs": 1}  # type: ignore[dict-item]
     assert others.keys() == vars(SETTINGS).keys()
     for name, value in others.items():
         other = dataclasses.replace(SETTINGS, **{name: value})  # type: ignore[arg-type]

@@ -16,8 +16,13 @@ import torch
 from dvdquant.errors import ExportError, ShapeError
 from dvdquant.export.graph.trace import profile_shapes, trace_graph
 from dvdquant.export.graph.writer import FLAVOURS
+from dvdquant.export.passes.initializers_to_inputs import kept_to_inputs
+from dvdquant.export.passes.plugin_inputs import plugin_inputs
 from dvdquant.export.verify.graph import Verifier, verify_graph
+from dvdquant.model import kept_inputs as module
 from dvdquant.model.families import Axis, Sizes
+from dvdquant.model.held_weights import held_weights
+from dvdquant.model.kept_inputs import kept_inputs
 from dvdquant.model.plan import plan_model
 from dvdquant.recipe import ActivationSpec, Recipe, WeightSpec, get_recipe
 from dvdquant.system.safetensors_reader import read_header
@@ -192,6 +197,29 @@ def test_no_weight_bytes_inside_the_graph_files(export: Export) -> None:
         rotations = {n for n in inside if n.startswith(("dvdquant.hadamard.", "dvdquant.outer."))}
         assert max((size for name, size in inside.items() if name not in rotations), default=0) <= 1 << 16
         assert flavour == "onnx" or not rotations
+
+
+def test_what_is_not_quantized_is_an_input_or_a_constant_that_is_counted(
+    export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan says of every family which tensors become inputs of its engines, and what an engine holds in itself."""
+    monkeypatch.setattr(module, "LARGE", 1024)  # as these models are small
+    for plan in (export.plan, replace(export.plan, lora_rank=8)):
+        wanted = kept_inputs(plan, plugin=True)
+        for bits in (bits for bits, flavour in graphs(export) if flavour == "tensorrt"):
+            graph = ir.load(export.path(bits, "tensorrt"))
+            plugin_inputs(graph)
+            before = len(graph.graph.inputs)
+            assert kept_to_inputs(graph, wanted)
+            assert {value.name for value in graph.graph.inputs[before:]} == wanted.keys()
+            held = held_weights(plan, 80, [bits])
+            assert held.shared == sum(wanted.values())
+            assert held.constants == sum(
+                value.const_value.nbytes
+                for name, value in graph.graph.initializers.items()
+                if value.const_value is not None
+                and (name in plan.kept or ".pre_quant_" in name or name.startswith(("hadamard.", "outer.")))
+            )
 
 
 def test_inputs_outputs_and_checker(export: Export) -> None:

@@ -122,7 +122,7 @@ def test_the_engine_stage_builds_from_that_graph(spec: qg.Spec, tmp_path: Path) 
     fixed = Axis(1, 1, 1)
     stage = EngineStage(
         tmp_path,
-        plan=SimpleNamespace(family=None, lora_rank=0),  # fixed sizes need no profile
+        plan=SimpleNamespace(family=None, lora_rank=0, kept={}),  # fixed sizes need no profile
         sizes=Sizes(fixed, fixed, fixed, 1),
         component="transformer",
         options=ExportOptions("model", tmp_path, RECIPES["w4a4"], plugins=(library,), keep_graphs=True),

@@ -18,7 +18,7 @@ def layer(name: str, size: int, moved: int | None = None) -> HeldLayer:
 
 def held(cost: float) -> HeldWeights:
     layers = (layer("small", 10), layer("large", 60), layer("middle", 30))
-    return HeldWeights(100, layers, ((4, 1e9), (8, 300 / cost)))
+    return HeldWeights(100, layers, ((4, 1e9), (8, 300 / cost)), shared=60, constants=50)
 
 
 def test_what_a_policy_chooses() -> None:
@@ -35,9 +35,9 @@ def test_what_a_policy_chooses() -> None:
     assert mixed.cost == pytest.approx(0.4 * 2 * COST_LIMIT)
     # What the plugin holds beside its inputs.
     plugin = choose_weights(dear, "auto", plugin=True)
-    assert (plugin.expanded, plugin.beside, plugin.nbytes) == ({"large"}, 122, 322)
-    assert choose_weights(dear, "packed", plugin=True).nbytes == dear.plugin_bytes("packed") == 203
-    assert choose_weights(dear, "expanded", plugin=True).nbytes == dear.plugin_bytes("expanded") == 400
+    assert (plugin.expanded, plugin.beside, plugin.nbytes) == ({"large"}, 122, 332)
+    assert choose_weights(dear, "packed", plugin=True).nbytes == dear.plugin_bytes("packed") == 213
+    assert choose_weights(dear, "expanded", plugin=True).nbytes == dear.plugin_bytes("expanded") == 410
 
 
 def test_what_does_not_fit_stays_packed() -> None:
