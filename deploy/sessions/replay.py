@@ -65,7 +65,7 @@ def capture_step(step: Step, inputs: dict[str, Tensor], device: torch.device) ->
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate memory meanwhile: those of a second session, or of a server.
-        stream = torch.cuda.Stream(device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             output = step(inputs)
     return output, graph.replay
