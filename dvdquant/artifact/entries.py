@@ -321,6 +321,8 @@ class BuildEntry(TypedDict):
         kept_inputs: The bytes of its inputs that are not quantized; missing means none, so that it holds its own copy of them.
         builder_bytes: The memory that the builder is estimated to take.
         held_bytes: The memory for weights that a session with this engine is estimated to hold.
+        working_bytes: The memory that one call is estimated to work in, at the size the engine is tuned for; older manifests
+            lack it.
         optimization_level: The builder's effort, 0 to 5; null means the builder's own.
         workspace_gib: The builder's workspace limit; null means the builder's own.
         command: The line that builds it by NVIDIA's own tool; empty if there is none.
@@ -342,6 +344,7 @@ class BuildEntry(TypedDict):
     kept_inputs: NotRequired[Size]
     builder_bytes: Size
     held_bytes: Size
+    working_bytes: NotRequired[Size]
     optimization_level: Annotated[int, Field(ge=0, le=5)] | None
     workspace_gib: Annotated[float, Field(gt=0, le=1024)] | None
     command: Annotated[str, Field(max_length=16384)]
