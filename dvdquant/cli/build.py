@@ -214,7 +214,7 @@ def _bundle_text(source: Path, bundle: Bundle) -> str:
     facts = bundle.facts
     total = sum(member["bytes"] for member in facts["files"])
     line = f"{source}: {len(facts['files'])} files of {amount(total)} for SM {', '.join(facts['sm'])}, by dvdquant "
-    line += f"{facts['dvdquant']}; a build takes up to {amount(facts['builder_bytes'])} of memory"
+    line += f"{facts['dvdquant']}; a build takes about {amount(facts['builder_bytes'])} of memory, by estimate"
     if any(entry["backend"] == "tensorrt" for entry in bundle.manifest.builds):
         library = "bundled" if bundle.library is not None else "FILE, for it holds no plugin library"
         line += f"\nbuild it with TensorRT {facts['tensorrt_major'] or ''}".rstrip() + f" and --plugin {library}"
