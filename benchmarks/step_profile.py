@@ -22,7 +22,8 @@ MEASURED = (LINEARS, ATTENTION, POINTWISE, QUANTIZING)
 # In this order: an attention kernel may be a CUTLASS kernel by its name, too.
 _PATTERNS = (
     (ATTENTION, r"flash|fmha|sdpa|attention|attn|\bmha|sage"),
-    (QUANTIZING, r"rotate_quantize|expand_packed"),
+    # By their full names: torch has kernels that quantize, too. The last four work on weights, before the first step.
+    (QUANTIZING, r"(?:rotate|fused|rope)_quantize|expand_packed|expand_weight|make_rows|search_rows|round_rows"),
     (LINEARS, r"gemm|gemv|nvjet|cutlass|cublas|splitk|quant_linear|prepared_linear|addmm|linear|\bmm\b"),
 )
 

@@ -8,10 +8,15 @@
 A 14-billion-parameter transformer need not be built to know its step: two shallow models of the real width give the time of
 a block and of what is not a block, and the step is extrapolated to the real depth. Weights are random, token counts real.
 
-A flavour is a way of running: eager bf16, compiled bf16 (what a user could have without quantizing: every ratio is to it),
-and a8 and a4 with the compiler and with 8-bit attention switched on one by one. One that this machine cannot run is a row
-that says why. ``--budget`` adds, for every flavour, the time of its classes of operations by torch.profiler beside the
-prediction of step_budget.py.
+A flavour is a way of running: eager bf16, compiled bf16 (what a user could have without quantizing: every ratio is to it), and
+a8 and a4 with the compiler, fused kernels, 8-bit attention, CUDA graphs and both branches of guidance in one call switched on
+one by one. ``--attention-backend`` measures 8-bit attention by each library that it names. HunyuanVideo runs without its padded
+words and their mask, as in sessions, and once with them. One that this machine cannot run, or that fails, is a row that says
+why, and ``--out`` holds the rows so far at any time. ``--budget`` adds, for every flavour, the time of its classes of operations
+by torch.profiler beside the prediction of step_budget.py, where that has a model of it.
+
+A step is one call of the transformer. What is no property of one step is not measured here: ``python -m benchmarks.quality
+caches`` counts the steps that a step cache leaves out, and guidance on two devices is in the time of a whole ``dvdq run``.
 
 ``--engine FILE`` also tries whether this GPU runs a TensorRT-RTX engine, and prints the result.
 ``--device cpu --scale 32`` runs the whole script on toy sizes without a GPU; its times mean nothing.
@@ -24,34 +29,37 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.published import config_of
 from benchmarks.step_budget import ATTENTION, TEXT_ATTENTION, predict, rates_for, work_of_block
-from benchmarks.step_cases import CASES, FLAVOURS, Case, Flavour, inputs_of, select_cases, shallow
+from benchmarks.step_cases import CASES, FLAVOURS, Case, Flavour, inputs_of, select_cases, shallow, with_libraries
+from benchmarks.step_model import build
 from benchmarks.step_profile import MEASURED, profile_classes
-from dvdquant.deploy.sessions.attention import install_attention
-from dvdquant.deploy.sessions.compiled import compile_blocks
-from dvdquant.deploy.sessions.pytorch import wanted_attention
 from dvdquant.deploy.switching.gbs import change_sums
 from dvdquant.errors import DvdquantError, UnsupportedError
-from dvdquant.model.layers import QuantLinear, prepare_layers, set_activation
-from dvdquant.model.loading import GraphWrapper
-from dvdquant.model.plan import ModelPlan, build_skeleton, plan_model, quantized_skeleton
-from dvdquant.ops.cuda_linear import usable_kernels
+from dvdquant.model.layers import set_activation
+from dvdquant.model.plan import plan_model
+from dvdquant.ops.attention.libraries import LIBRARIES
 from dvdquant.recipe import get_recipe
 from dvdquant.system.devices import resolve_device
+from dvdquant.system.whole_file import check_writable, write_whole
 
 BASELINE = "bf16 compiled"
+# The longest text of a failure in a table; its traceback is on stderr.
+_LONGEST_REASON = 300
+# What shells say of a command that Ctrl-C ended.
+_INTERRUPTED = 130
 
 
 @dataclass
@@ -69,51 +77,6 @@ class Times:
     peak: int
     classes: dict[str, float] = field(default_factory=dict)
     attention: str = "16 bit"
-
-
-def fill(model: nn.Module, device: torch.device) -> nn.Module:
-    """Put random parameters and packed weights into a model, of sizes that keep activations near 1.
-
-    Args:
-        model: The skeleton, which is changed in place and returned.
-        device: The device of the tensors.
-    """
-    torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            for name, (dtype, shape) in module.spec.tensors().items():
-                setattr(module, name.removeprefix(module.spec.name + "."), _random(name, dtype, shape, module, device))
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            std = 0.02 if parameter.ndim > 1 else 1.0
-            value = torch.randn(parameter.shape, device=device).mul_(std).to(parameter.dtype)
-            setattr(module, name, nn.Parameter(value, requires_grad=False))
-    return model.to(device).eval()
-
-
-def _random(name: str, dtype: torch.dtype, shape: tuple[int, ...], layer: QuantLinear, device: torch.device) -> Tensor:
-    """Return a random packed tensor of a layer.
-
-    Args:
-        name: The full name of the tensor.
-        dtype: Its dtype.
-        shape: Its shape.
-        layer: The layer.
-        device: Its device.
-    """
-    kind = name.rpartition(".")[2]
-    if kind == "weight":
-        return torch.randint(-128, 128, shape, dtype=torch.int8, device=device)
-    if kind == "weight_group_scale":
-        return torch.full(shape, 255, dtype=dtype, device=device)
-    if kind == "weight_zero":
-        return torch.full(shape, -0.5, dtype=dtype, device=device)
-    if kind == "weight_scale":
-        return torch.full(shape, 0.2 * layer.spec.features**-0.5, dtype=dtype, device=device)
-    if kind == "pre_quant_scale":
-        return torch.randint(0, 2, shape, device=device).mul_(2).sub_(1).to(dtype)
-    if kind == "pre_quant_shift":
-        return torch.randn(shape, dtype=dtype, device=device).mul_(0.1)
-    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def milliseconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
@@ -142,38 +105,6 @@ def milliseconds(work: Callable[[], Any], device: torch.device, repeats: int) ->
     return statistics.median(taken)
 
 
-def build(plan: ModelPlan, flavour: Flavour, device: torch.device) -> tuple[nn.Module, Any]:
-    """Return a model with random weights that runs as the flavour says, and its 8-bit attention or None.
-
-    Args:
-        plan: The plan of the model.
-        flavour: What runs.
-        device: The device.
-
-    Raises:
-        UnsupportedError: The attention or the compilation is not possible here.
-    """
-    quantized = flavour.bits != 16
-    skeleton = (
-        quantized_skeleton(plan, flavour.bits) if quantized else build_skeleton(plan.family.config, torch.bfloat16)
-    )
-    kernels = usable_kernels(device) if quantized else None
-    # The packed weights stay on the CPU, as in a session.
-    model = fill(skeleton, device if kernels is None else torch.device("cpu"))
-    if kernels is not None:
-        prepare_layers(model, kernels, [plan.recipe.activation(flavour.bits)], plan.dtype, device, flavour.weights)
-    elif flavour.weights == "packed":
-        raise UnsupportedError("packed weights are a form of the kernels", fix="a GPU that they are built for")
-    model = model.to(device)
-    backend = "reference" if flavour.attention != "16" and device.type == "cpu" else None
-    attention = wanted_attention(flavour.attention, backend, device, flavour.name)
-    if attention is not None:
-        install_attention(model, attention)
-    if flavour.compiled or flavour.fused:
-        compile_blocks(model, dynamic=False, fuse=flavour.fused, compile=flavour.compiled)
-    return GraphWrapper(model, plan.family), attention
-
-
 def measure(case: Case, depth: int, flavour: Flavour, options: argparse.Namespace) -> Times:
     """Measure one flavour at one depth.
 
@@ -188,15 +119,16 @@ def measure(case: Case, depth: int, flavour: Flavour, options: argparse.Namespac
     """
     device = resolve_device(options.device)
     plan = plan_model(shallow(config_of(case.config), depth, options.scale), get_recipe(options.recipe), torch.bfloat16)
-    inputs = inputs_of(plan.family, case, options.scale, device)
-    model, attention = build(plan, flavour, device)
+    inputs = inputs_of(plan.family, case, options.scale, device, flavour.batch)
+    tokens = plan.family.tokens(*inputs["hidden_states"].shape[-3:]) * flavour.batch
+    model = build(plan, flavour, device, inputs, tokens)
     with torch.inference_mode():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         ms = milliseconds(lambda: model(inputs), device, options.steps)
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         classes = profile_classes(lambda: model(inputs), device) if options.budget else {}
-    return Times(ms, peak, classes, "16 bit" if attention is None else attention.words())
+    return Times(ms, peak, classes, model.words(inputs))
 
 
 def switching_cost(case: Case, options: argparse.Namespace) -> dict[str, float]:
@@ -208,9 +140,10 @@ def switching_cost(case: Case, options: argparse.Namespace) -> dict[str, float]:
     """
     device = resolve_device(options.device)
     plan = plan_model(shallow(config_of(case.config), 1, options.scale), get_recipe(options.recipe), torch.bfloat16)
-    model, _ = build(plan, Flavour(8), device)
+    inputs = inputs_of(plan.family, case, options.scale, device)
+    model = build(plan, Flavour(8), device, inputs, 0)
     with torch.inference_mode():
-        first = model(inputs_of(plan.family, case, options.scale, device))
+        first = model(inputs)
         second = torch.roll(first, 1)
 
         def decide() -> list[float]:
@@ -222,7 +155,7 @@ def switching_cost(case: Case, options: argparse.Namespace) -> dict[str, float]:
         grid = plan.recipe.activation(8)
         return {
             "δ-GBS reduction": milliseconds(decide, device, options.steps),
-            "set grid": milliseconds(lambda: set_activation(model, grid), device, options.steps),
+            "set grid": milliseconds(lambda: set_activation(model.model, grid), device, options.steps),
         }
 
 
@@ -231,7 +164,23 @@ def release() -> None:
     gc.collect()
     torch.compiler.reset()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        # A kernel that broke the device's context makes this fail, too; the row of that kernel says so.
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+
+def reason_of(error: Exception) -> str:
+    """Return in words why something did not run; print the traceback of what nobody foresaw.
+
+    Args:
+        error: What was raised.
+    """
+    if isinstance(error, DvdquantError):
+        return error.what
+    if not isinstance(error, torch.OutOfMemoryError):
+        tqdm.write("".join(traceback.format_exception(error)), file=sys.stderr)
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}"[:_LONGEST_REASON]
 
 
 @dataclass(frozen=True)
@@ -240,8 +189,8 @@ class Row:
 
     Args:
         flavour: What ran.
-        block: Milliseconds of a block.
-        step: Milliseconds of a step at the real depth.
+        block: Milliseconds of a block, of all samples of its call.
+        step: Milliseconds of a step at the real depth, of all samples of its call.
         peak: Peak memory of the deeper model in bytes.
         classes: Class of operations -> milliseconds of a block, where profiled.
         attention: What computed attention, in words.
@@ -270,8 +219,8 @@ def row_of(case: Case, flavour: Flavour, options: argparse.Namespace) -> Row:
         for depth in case.depths:
             found.append(measure(case, depth, flavour, options))
             release()
-    except (DvdquantError, torch.OutOfMemoryError) as error:
-        return Row(flavour, refused=str(error).splitlines()[0])
+    except Exception as error:  # noqa: BLE001 - a compiler or a library may raise anything, and the other rows still count
+        return Row(flavour, refused=reason_of(error))
     finally:
         release()
     low, high = found
@@ -296,7 +245,7 @@ def time_table(case: Case, rows: list[Row]) -> list[list[str]]:
         if row.refused:
             lines.append([case.name, row.flavour.name, f"did not run: {row.refused}", "", "", "", ""])
             continue
-        gain = "" if baseline is None else f"{baseline.block / row.block:.2f}"
+        gain = "" if baseline is None else f"{row.flavour.batch * baseline.block / row.block:.2f}"
         cells = [f"{row.block:.2f}", gain, f"{row.step:.0f}", f"{row.peak / 2**30:.1f}", row.attention]
         lines.append([case.name, row.flavour.name, *cells])
     return lines
@@ -331,7 +280,8 @@ def budget_table(case: Case, rows: list[Row], gpu: str) -> list[list[str]]:
 
 def markdown(header: list[str], lines: list[list[str]]) -> list[str]:
     """Return the lines of a Markdown table."""
-    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells)]
 
 
 def try_engine(path: Path) -> str:
@@ -344,14 +294,91 @@ def try_engine(path: Path) -> str:
         import tensorrt_rtx as trt
     except ImportError as error:
         return f"not tried: {error}"
-    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(path.read_bytes())
-    if engine is None:
-        return "refused: the engine does not deserialize"
-    return "deserializes" + ("" if engine.create_execution_context() is None else " and makes an execution context")
+    try:
+        engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            return "refused: the engine does not deserialize"
+        made = engine.create_execution_context() is not None
+    except Exception as error:  # noqa: BLE001 - the tables are there already, whatever the engine does
+        return f"refused: {reason_of(error)}"
+    return "deserializes" + " and makes an execution context" * made
+
+
+@dataclass
+class Report:
+    """What was measured so far.
+
+    Args:
+        gpu: The name of the GPU.
+        options: The command line.
+        measured: The cases and their rows.
+        switching: What a switch costs, a line for each case.
+        engine: What became of the engine, in words.
+    """
+
+    gpu: str
+    options: argparse.Namespace
+    measured: list[tuple[Case, list[Row]]] = field(default_factory=list)
+    switching: list[str] = field(default_factory=list)
+    engine: str = ""
+
+    def text(self) -> str:
+        """Return the tables in Markdown."""
+        times = [line for case, rows in self.measured for line in time_table(case, rows)]
+        header = ["case", "runs", "block, ms", f"times {BASELINE}", "step, ms", "peak, GiB", "self-attention"]
+        lines = [f"{self.gpu}, torch {torch.__version__}, recipe {self.options.recipe}", "", *markdown(header, times)]
+        if any(row.flavour.batch > 1 for _, rows in self.measured for row in rows):
+            lines += ["", "With guidance in one batch, block and step are both branches; the ratio is of one."]
+        if self.options.budget:
+            budget = [line for case, rows in self.measured for line in budget_table(case, rows, self.gpu)]
+            header = ["case", "runs", *(f"{name}, ms" for name in MEASURED), "block, ms"]
+            lines += ["", "Measured / predicted, a block:", "", *markdown(header, budget)]
+        if self.switching:
+            lines += ["", "A switch adds to a step:", *(f"- {line}" for line in self.switching)]
+        if self.engine:
+            lines += ["", self.engine]
+        return "\n".join(lines) + "\n"
+
+    def save(self) -> bool:
+        """Write the tables to ``--out``, whole or not at all; return whether that worked."""
+        if self.options.out is None:
+            return True
+        try:
+            write_whole(self.options.out, self.text().encode())
+        except DvdquantError as error:
+            tqdm.write(str(error), file=sys.stderr)
+            return False
+        return True
+
+
+def measure_all(cases: Sequence[Case], flavours: Sequence[Flavour], report: Report) -> None:
+    """Measure every flavour of every case. What is done is written at once: a run that is cut off keeps its rows.
+
+    Args:
+        cases: The cases.
+        flavours: The flavours.
+        report: Gets the rows.
+    """
+    for case in tqdm(cases, desc="cases"):
+        rows: list[Row] = []
+        report.measured.append((case, rows))
+        for flavour in flavours:
+            rows.append(row_of(case, flavour, report.options))
+            tqdm.write(" | ".join(time_table(case, rows)[-1]), file=sys.stderr)
+            report.save()
+        try:
+            cost = switching_cost(case, report.options)
+            words = ", ".join(f"{name} {ms:.3f} ms" for name, ms in cost.items())
+        except Exception as error:  # noqa: BLE001 - as in row_of
+            words = f"not measured: {reason_of(error)}"
+        finally:
+            release()
+        report.switching.append(f"{case.name}: {words}")
+        report.save()
 
 
 def main() -> int:
-    """Print the tables; return 0, or 2 with a message if nothing can be measured."""
+    """Print the tables; return 0, 130 after Ctrl-C, or 2 with a message if nothing could be measured or written."""
     # 1. Read the command line.
     names = [flavour.name for flavour in FLAVOURS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -362,13 +389,20 @@ def main() -> int:
         help="only cases whose name contains TEXT: " + ", ".join(c.name for c in CASES),
     )
     parser.add_argument("--flavour", action="append", choices=names, help="only these; default: all")
+    parser.add_argument(
+        "--attention-backend",
+        action="append",
+        choices=[*LIBRARIES, "reference"],
+        help="8-bit attention by this library, which may be slower than 16 bit; again for another row; default: the "
+        "first of the GPU's that is right and faster",
+    )
     parser.add_argument("--budget", action="store_true", help="also the time by class, measured and predicted")
     parser.add_argument("--recipe", default="w4a4")
     parser.add_argument("--steps", type=int, default=10, help="timed runs of each flavour")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scale", type=int, default=1, help="divide all sizes, to try the script")
     parser.add_argument("--engine", type=Path, help="a TensorRT-RTX engine to try on this GPU")
-    parser.add_argument("--out", type=Path, help="also write the tables to this file")
+    parser.add_argument("--out", type=Path, help="also write the tables to this file, after every row")
     options = parser.parse_args()
     try:
         device = resolve_device(options.device)
@@ -380,38 +414,33 @@ def main() -> int:
         print(f"no case contains {options.case}; there are: {', '.join(c.name for c in CASES)}", file=sys.stderr)
         return 2
     flavours = [flavour for flavour in FLAVOURS if not options.flavour or flavour.name in options.flavour]
+    try:
+        get_recipe(options.recipe)
+        if options.out is not None:
+            check_writable(options.out)
+    except DvdquantError as error:
+        print(error, file=sys.stderr)
+        return 2
 
-    # 2. Measure. What is done is printed at once: a run that is cut off keeps its rows.
+    # 2. Measure.
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, toy sizes: the times mean nothing"
-    times: list[list[str]] = []
-    budget: list[list[str]] = []
-    switching: list[str] = []
-    for case in tqdm(cases, desc="cases"):
-        rows = []
-        for flavour in flavours:
-            rows.append(row_of(case, flavour, options))
-            tqdm.write(" | ".join(time_table(case, rows)[-1]), file=sys.stderr)
-        times += time_table(case, rows)
-        if options.budget:
-            budget += budget_table(case, rows, gpu)
-        cost = switching_cost(case, options)
-        switching.append(f"{case.name}: " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in cost.items()))
+    report = Report(gpu, options)
+    status = 0
+    try:
+        measure_all(cases, with_libraries(flavours, options.attention_backend or ()), report)
+        if options.engine:
+            report.engine = f"{options.engine.name}: {try_engine(options.engine)}"
+    except KeyboardInterrupt:
+        status = _INTERRUPTED
 
     # 3. Print.
-    header = ["case", "runs", "block, ms", f"times {BASELINE}", "step, ms", "peak, GiB", "self-attention"]
-    lines = [f"{gpu}, torch {torch.__version__}, recipe {options.recipe}", "", *markdown(header, times)]
-    if budget:
-        header = ["case", "runs", *(f"{name}, ms" for name in MEASURED), "block, ms"]
-        lines += ["", "Measured / predicted, a block:", "", *markdown(header, budget)]
-    lines += ["", "A switch adds to a step:", *(f"- {line}" for line in switching)]
-    if options.engine:
-        lines += ["", f"{options.engine.name}: {try_engine(options.engine)}"]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text)
-    return 0
+    print(report.text())
+    if not report.save():
+        return 2
+    if not status and all(row.refused for _, rows in report.measured for row in rows):
+        print("nothing could be measured: the table says why", file=sys.stderr)
+        return 2
+    return status
 
 
 if __name__ == "__main__":

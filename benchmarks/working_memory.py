@@ -1,6 +1,6 @@
 """Count the bytes of live tensors of published VAEs, transformers and text encoders, on tensors without data.
 
-``python -m benchmarks.working_memory [PART...]`` prints what :mod:`dvdquant.deploy.generation.working_memory` estimates beside
+``python -m benchmarks.working_memory [PART...]`` prints what :mod:`dvdquant.model.working_memory` estimates beside
 what was counted. A part is run under PyTorch's FakeTensorMode at its published size, so that nothing is computed and no memory
 is needed; a dispatch mode adds every new storage and takes away those that are freed. Workspaces of libraries are not seen.
 """
@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from benchmarks.published import config_of
-from dvdquant.deploy.generation.working_memory import TEXT_BYTES, decode_bytes, step_bytes_at
 from dvdquant.model.families import Axis, Family, Sizes, get_family
 from dvdquant.model.loading import GraphWrapper
+from dvdquant.model.working_memory import TEXT_BYTES, decode_bytes, step_bytes_at
 
 MIB = 1 << 20
 

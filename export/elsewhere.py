@@ -14,6 +14,7 @@ from dvdquant.export.graph.trace import profile_shapes
 from dvdquant.export.options import ExportOptions
 from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan
+from dvdquant.model.working_memory import step_bytes_at
 from dvdquant.text import shell_line
 
 __all__ = ["COMPATIBLE", "SCRIPT", "build_entry", "build_script", "same_build", "trtexec_line"]
@@ -66,6 +67,7 @@ def build_entry(
         version_compatible=is_compatible(engine.backend, options.version_compatible),
         builder_bytes=builder_bytes(plan, engine),
         held_bytes=held_bytes(plan, engine),
+        working_bytes=step_bytes_at(plan.family, sizes, sizes.at("opt")),
         optimization_level=options.optimization_level,
         workspace_gib=options.workspace_gib,
         command=trtexec_line(graph, path, shapes, options) if engine.backend == "tensorrt" else "",

@@ -16,7 +16,8 @@ from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.artifact.verify_files import verify_files
 from dvdquant.backends import Backend, load_backend
-from dvdquant.errors import EngineError, OutputError, ResourceError, UnsupportedError
+from dvdquant.errors import EngineError, OutputError, UnsupportedError
+from dvdquant.export.build_room import check_builds
 from dvdquant.export.elsewhere import COMPATIBLE
 from dvdquant.export.engines.report import BuildReport
 from dvdquant.export.engines.stage import BuildSettings, is_compatible, run_builder
@@ -28,10 +29,9 @@ from dvdquant.ops.cuda.architectures import serves
 from dvdquant.system.copies import link_file
 from dvdquant.system.files import hash_file
 from dvdquant.system.gpu import Gpu
-from dvdquant.system.memory import memory_limit
 from dvdquant.system.plugin_file import PluginFile, machine_name, read_plugin
 from dvdquant.system.progress import Progress
-from dvdquant.text import amount, shell_line
+from dvdquant.text import shell_line
 
 __all__ = [
     "CheckEngine",
@@ -40,7 +40,6 @@ __all__ = [
     "as_compatible",
     "build_on_device",
     "builds_here",
-    "check_builds",
     "check_plugin",
     "plan_on_device",
 ]
@@ -189,55 +188,6 @@ def as_compatible(builds: Sequence[BuildEntry], what: str) -> list[BuildEntry]:
     ]
 
 
-def check_builds(builds: Sequence[BuildEntry], gpu: Gpu | None) -> None:
-    """Refuse engines that this machine's memory is too small to build, or to use on its GPU.
-
-    Args:
-        builds: The engines to build.
-        gpu: The GPU of this machine, or None.
-
-    Raises:
-        ResourceError: The memory is too small for one of them; the error says what fits.
-    """
-    limit = memory_limit()
-    fitting = [
-        f"{e['component']} a{e['act_bits']} ({e['builder_bytes'] / 2**30:.1f} GiB to build)"
-        for e in builds
-        if e["builder_bytes"] <= limit
-    ]
-    for entry in builds:
-        _check_memory(entry["builder_bytes"], entry["held_bytes"], gpu, entry["engine"], limit, fitting)
-
-
-def _check_memory(builder: int, held: int, gpu: Gpu | None, what: str, limit: int, fitting: Sequence[str]) -> None:
-    """Refuse one engine that this machine's memory is too small for.
-
-    Args:
-        builder: The memory that the builder takes, in bytes.
-        held: The device memory that the weights take, in bytes.
-        gpu: The GPU of this machine, or None.
-        what: What is built, as the subject of the error.
-        limit: The memory that a builder may take, in bytes.
-        fitting: What would fit, in words.
-
-    Raises:
-        ResourceError: One of the two is too small.
-    """
-    if builder > limit:
-        raise ResourceError(
-            f"{what}: the builder takes about {amount(builder)} of memory",
-            available=amount(limit) + (f"; fits: {', '.join(fitting)}" if fitting else ""),
-            fix="end other programs, add swap for the build, or export a smaller model or fewer sizes",
-        )
-    if gpu is not None and held > gpu.memory_bytes:
-        raise ResourceError(
-            f"{what}: its weights take {amount(held)} of device memory",
-            available=f"{amount(gpu.memory_bytes)} on {gpu.name}"
-            + (f"; fits: {', '.join(fitting)}" if fitting else ""),
-            fix="export a smaller model",
-        )
-
-
 def plan_on_device(
     out: Path,
     manifest: Manifest,
@@ -280,7 +230,7 @@ def plan_on_device(
             check_plugin(read_plugin(path), backends["tensorrt"], gpu)
     taken = tuple(plugins) if "tensorrt" in backends else ()
     # 3. The memory.
-    check_builds(ours, gpu)
+    check_builds(ours, manifest, gpu)
     # 4. What is there already.
     hashes = tuple(hash_file(plugin)["sha256"] for plugin in taken)
     plan = DeviceBuild(out, manifest, tuple(ours), (), backends, taken, hashes, gpu)

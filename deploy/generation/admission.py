@@ -2,24 +2,19 @@
 
 Until clips were drawn, the need is estimated from shapes. On a GPU every clip is measured, and the need of another size
 follows from the measured one in proportion: attention and convolutions keep memory that is linear in tokens and pixels.
-Nothing here imports torch before a device is asked.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
 
 from dvdquant.deploy.generation.check import RequestChecker
 from dvdquant.deploy.generation.request import GenerateRequest
-from dvdquant.deploy.generation.working_memory import decode_bytes, step_bytes_at
 from dvdquant.errors import ResourceError, ShapeError
-from dvdquant.system.memory import memory_limit
+from dvdquant.model.working_memory import decode_bytes, step_bytes_at
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["Admission", "device_memory", "estimated_need", "stage_bytes"]
+__all__ = ["Admission", "estimated_need", "stage_bytes"]
 
 _GIB = 1 << 30
 
@@ -51,24 +46,6 @@ def stage_bytes(checker: RequestChecker, request: GenerateRequest, *, vae_tiling
         return step, 0
     frames, height, width = request.num_frames or 1, request.height or 1, request.width or 1
     return step, decode_bytes(family, frames, height, width, tiled=vae_tiling)
-
-
-def device_memory(device: torch.device) -> tuple[int, int]:
-    """Return (bytes that are free for this process, bytes in all) of a device.
-
-    Memory that PyTorch holds and does not use counts as free. Of a CPU, what control groups leave is free.
-
-    Args:
-        device: The CPU or a CUDA device.
-    """
-    if device.type != "cuda":
-        import psutil
-
-        return memory_limit(), int(psutil.virtual_memory().total)
-    import torch
-
-    free, total = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
 
 
 class Admission:

@@ -18,15 +18,14 @@ from dvdquant.deploy.generation.memory_plan import (
     four_bit_bytes,
     possible,
 )
-from dvdquant.deploy.generation.working_memory import decode_bytes, step_bytes_at, vae_name
 from dvdquant.model.families import Family, Sizes
+from dvdquant.model.working_memory import decode_bytes, step_bytes_at, vae_name
+from dvdquant.system.device_memory import KEPT_BACK
 from dvdquant.text import amount
 
-__all__ = ["DEVICES", "KEPT_BACK", "DeviceSize", "Fit", "fit", "published", "published_run"]
+__all__ = ["DEVICES", "DeviceSize", "Fit", "fit", "published", "published_run"]
 
 GIB = 1 << 30
-# What is not there for a run: CUDA, its libraries and a screen; and the system where it shares the memory. Assumed, not measured.
-KEPT_BACK = {False: GIB, True: 2 * GIB}
 
 
 @dataclass(frozen=True)

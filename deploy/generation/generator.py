@@ -22,7 +22,7 @@ from dvdquant.checkpoint.lora.recorded import split_given
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal, check_cancelled
-from dvdquant.deploy.generation.admission import Admission, device_memory
+from dvdquant.deploy.generation.admission import Admission
 from dvdquant.deploy.generation.check import BATCHED, RequestChecker
 from dvdquant.deploy.generation.request import DISTILLED, GenerateRequest, GenerateResult, OnStep
 from dvdquant.deploy.generation.session_options import SessionOptions
@@ -31,6 +31,7 @@ from dvdquant.deploy.sessions.lora_needs import read_beside, without_place
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.errors import UnsupportedError
+from dvdquant.system.device_memory import device_memory
 from dvdquant.system.devices import resolve_device
 
 __all__ = [

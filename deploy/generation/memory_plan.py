@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from dvdquant.deploy.generation.working_memory import TEXT_BYTES
 from dvdquant.errors import ResourceError
 from dvdquant.hardware.weights import HeldForm
+from dvdquant.model.working_memory import TEXT_BYTES
 from dvdquant.text import amount
 
 __all__ = [

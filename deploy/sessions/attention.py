@@ -23,7 +23,18 @@ from dvdquant.ops.attention.ladder import Attention
 from dvdquant.ops.attention.operation import attention, number_of
 from dvdquant.ops.attention.static_scales import longest_row, pair_exponents
 
-__all__ = ["AttentionState", "cut_padded_words", "fold_norms", "install_attention", "norm_bounds", "self_attentions"]
+__all__ = [
+    "MASK",
+    "AttentionState",
+    "cut_padded_words",
+    "fold_norms",
+    "install_attention",
+    "norm_bounds",
+    "self_attentions",
+]
+
+# The input of a graph that says which words are padding.
+MASK = "encoder_attention_mask"
 
 _NORMS = (("norm_q", "norm_k"), ("norm_added_q", "norm_added_k"))
 
@@ -44,6 +55,15 @@ class AttentionState:
         self.number = 0 if chosen is None else number_of(chosen)
         self.least = ladder.MIN_TOKENS
         self.whole = False
+
+    def cut(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs of a step without padded words, and note whether masks have nothing left to do in it.
+
+        Args:
+            inputs: The graph's inputs by name.
+        """
+        cut, self.whole = cut_padded_words(inputs)
+        return cut
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, attn_mask: Tensor | None, is_causal: bool,
@@ -177,13 +197,13 @@ def cut_padded_words(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], b
     Returns:
         The inputs, and whether nothing is left for a mask to do.
     """
-    mask = inputs.get("encoder_attention_mask")
+    mask = inputs.get(MASK)
     if mask is None or mask.ndim != 2 or mask.shape[0] != 1:
         return dict(inputs), False
     words = int(mask.bool().sum())
     if not words or not bool(mask[0, :words].bool().all()):
         return dict(inputs), False  # no words at all, or holes between them
-    cut = {**inputs, "encoder_attention_mask": mask[:, :words]}
+    cut = {**inputs, MASK: mask[:, :words]}
     cut["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :words]
     return cut, True
 

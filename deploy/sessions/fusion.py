@@ -30,7 +30,7 @@ from dvdquant.ops.repack import LayerShape
 from dvdquant.ops.rope import Rope, apply_rope, run_rope_quantize
 from dvdquant.system.torch_hooks import compiler_named
 
-__all__ = ["fuse_graph", "fusing_backend", "fusion_words", "kernels_fuse"]
+__all__ = ["fuse_graph", "fusing_backend", "fusion_words", "kernels_fuse", "why_not_fused"]
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +147,17 @@ def kernels_fuse(kernels: CudaKernels, device: torch.device, dtype: torch.dtype)
     except (DvdquantError, RuntimeError) as error:
         return f"the fused kernel failed: {str(error).splitlines()[0]:.200}"
     return None
+
+
+def why_not_fused(kernels: CudaKernels | None, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return in words why layers are not fused on a device, or None where they are.
+
+    Args:
+        kernels: The kernels of the device, or None where it has none.
+        device: The device.
+        dtype: bf16 or fp16.
+    """
+    return NO_KERNELS if kernels is None else kernels_fuse(kernels, device, dtype)
 
 
 def fusion_words(device: torch.device, compile: bool, fuse: bool | None) -> str | None:

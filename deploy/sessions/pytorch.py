@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from dvdquant.checkpoint.lora.fuse import read_loras
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.sessions.attention import cut_padded_words, install_attention
+from dvdquant.deploy.sessions.attention import MASK, install_attention
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.compiled import compile_blocks
-from dvdquant.deploy.sessions.fusion import NO_KERNELS, kernels_fuse
+from dvdquant.deploy.sessions.fusion import why_not_fused
 from dvdquant.deploy.sessions.lora_branches import LoraBranches
 from dvdquant.deploy.sessions.replay import GraphReplay, why_not
 from dvdquant.deploy.sessions.weight_form import choose_form
@@ -102,7 +102,7 @@ class PyTorchSession(EngineSession):
             _say_once(f"SM {kernels.sm / 10} is slow in 8 bits: {slow}; where the original fits, it is faster in bf16")
         self.attention = wanted_attention(attention or plan.recipe.attention, attention_backend, self.device, component)
         # A mask makes PyTorch take a slow kernel on a GPU, and no kernel in 8 bits takes one.
-        masked = any(spec.name == "encoder_attention_mask" for spec in self.family.inputs(self.sizes))
+        masked = any(spec.name == MASK for spec in self.family.inputs(self.sizes))
         self._cuts = self.attention is not None or (masked and self.device.type == "cuda")
         # 2. Load the weights, and prepare those that kernels run.
         self._current: int | None = self.bits[0]
@@ -164,12 +164,9 @@ class PyTorchSession(EngineSession):
 
     def _may_fuse(self, kernels: CudaKernels | None, plan: ModelPlan, asked: bool) -> bool:
         """Return whether the fused kernels are there and pass their self-test; else say why not, louder if it was asked for."""
-        why = NO_KERNELS
-        if kernels is not None:
-            failed = kernels_fuse(kernels, self.device, plan.dtype)
-            if failed is None:
-                return True
-            why = failed
+        why = why_not_fused(kernels, self.device, plan.dtype)
+        if why is None:
+            return True
         log.log(logging.WARNING if asked else logging.INFO, "%s: nothing is fused: %s", self.component, why)
         return False
 
@@ -186,7 +183,7 @@ class PyTorchSession(EngineSession):
         if bits not in self._ran:
             make_weights(model)
         if self._cuts:
-            inputs, self._state.whole = cut_padded_words(inputs)
+            inputs = self._state.cut(inputs)
         with torch.inference_mode():
             if self._graphs is None:
                 output: Tensor = model(inputs)

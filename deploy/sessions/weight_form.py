@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-import torch
-
 from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.model.held_weights import held_weights
 from dvdquant.model.weight_choice import WeightChoice, choose_weights
+from dvdquant.model.working_memory import step_bytes_at
+from dvdquant.system.device_memory import device_memory
 
 if TYPE_CHECKING:
     from dvdquant.deploy.sessions.base import EngineSession
@@ -29,7 +29,7 @@ def choose_form(session: EngineSession, sm: int, policy: WeightPolicy, *, plugin
         plugin: Whether engines with the TensorRT plugin hold the weights.
     """
     held = held_weights(session.artifact.plan(session.component), sm, session.bits, session.sizes)
-    room = torch.cuda.mem_get_info(session.device)[0] if session.device.type == "cuda" else None
+    room = _room(session) if session.device.type == "cuda" else None
     choice = choose_weights(held, policy, room, plugin)
     nbytes = held.plugin_bytes if plugin else held.nbytes
     log.info(
@@ -48,3 +48,10 @@ def choose_form(session: EngineSession, sm: int, policy: WeightPolicy, *, plugin
         nbytes("expanded") / 2**30,
     )
     return choice
+
+
+def _room(session: EngineSession) -> int:
+    """Return the bytes of the GPU that weights may take: what is free, less what a step works in."""
+    family = session.artifact.family(session.component)
+    free, _ = device_memory(session.device)
+    return max(0, free - step_bytes_at(family, session.sizes, session.sizes.at("opt")))

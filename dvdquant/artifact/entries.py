@@ -317,6 +317,8 @@ class BuildEntry(TypedDict):
         version_compatible: Whether it is built so that TensorRT's lean runtime runs it, too; missing means no.
         builder_bytes: The memory that the builder is estimated to take.
         held_bytes: The memory for weights that a session with this engine is estimated to hold.
+        working_bytes: The memory that one call is estimated to work in, at the size the engine is tuned for; older manifests
+            lack it.
         optimization_level: The builder's effort, 0 to 5; null means the builder's own.
         workspace_gib: The builder's workspace limit; null means the builder's own.
         command: The line that builds it by NVIDIA's own tool; empty if there is none.
@@ -337,6 +339,7 @@ class BuildEntry(TypedDict):
     version_compatible: NotRequired[bool]
     builder_bytes: Size
     held_bytes: Size
+    working_bytes: NotRequired[Size]
     optimization_level: Annotated[int, Field(ge=0, le=5)] | None
     workspace_gib: Annotated[float, Field(gt=0, le=1024)] | None
     command: Annotated[str, Field(max_length=16384)]

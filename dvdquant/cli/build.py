@@ -147,7 +147,8 @@ def _opened_bundle(
     from dvdquant.artifact.layout import MANIFEST
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.backends import load_backend
-    from dvdquant.export.on_device import as_compatible, builds_here, check_builds, check_plugin
+    from dvdquant.export.build_room import check_builds
+    from dvdquant.export.on_device import as_compatible, builds_here, check_plugin
     from dvdquant.system.plugin_file import machine_name, read_plugin
 
     with open_bundle(source) as bundle:
@@ -176,7 +177,7 @@ def _opened_bundle(
         for library in named or [bundle.library]:
             if tensorrt and library is not None:
                 check_plugin(library, backend, gpu)
-        check_builds(ours, gpu)
+        check_builds(ours, bundle.manifest, gpu)
         if dry_run:
             echo("dry run: nothing was unpacked")
             yield None
@@ -214,7 +215,7 @@ def _bundle_text(source: Path, bundle: Bundle) -> str:
     facts = bundle.facts
     total = sum(member["bytes"] for member in facts["files"])
     line = f"{source}: {len(facts['files'])} files of {amount(total)} for SM {', '.join(facts['sm'])}, by dvdquant "
-    line += f"{facts['dvdquant']}; a build takes up to {amount(facts['builder_bytes'])} of memory"
+    line += f"{facts['dvdquant']}; a build is estimated to take up to {amount(facts['builder_bytes'])} of memory"
     if any(entry["backend"] == "tensorrt" for entry in bundle.manifest.builds):
         library = "bundled" if bundle.library is not None else "FILE, for it holds no plugin library"
         line += f"\nbuild it with TensorRT {facts['tensorrt_major'] or ''}".rstrip() + f" and --plugin {library}"
@@ -243,10 +244,20 @@ def _facts(plan: DeviceBuild) -> str:
 
 
 def _plan_text(plan: DeviceBuild) -> str:
-    rows = [(e["engine"], ", ".join(e["sm"]), amount(e["builder_bytes"]), amount(e["held_bytes"])) for e in plan.builds]
+    rows = [
+        (
+            e["engine"],
+            ", ".join(e["sm"]),
+            amount(e["builder_bytes"]),
+            amount(e["held_bytes"]),
+            amount(e["working_bytes"]) if "working_bytes" in e else "not known",
+        )
+        for e in plan.builds
+    ]
     lines = [_facts(plan), ""]
     if rows:
-        lines += [table(("engine", "SM", "memory to build", "weights held"), rows, right=(2, 3)), ""]
+        lines += [table(("engine", "SM", "memory to build", "weights held", "to work in"), rows, right=(2, 3, 4)), ""]
+        lines += ["memory is estimated, not measured on this machine", ""]
         lines += [paragraphs([(f"a{e['act_bits']}", e["executes"]) for e in plan.builds]), ""]
         lines += [f"by hand: {e['command']}" for e in plan.builds if e["command"]]
         lines += [

@@ -54,16 +54,14 @@ def place_of(device: torch.device) -> Place:
     import psutil
     import torch
 
-    from dvdquant.deploy.generation.admission import device_memory
-    from dvdquant.deploy.generation.device_fit import KEPT_BACK
+    from dvdquant.system.device_memory import KEPT_BACK, device_memory, shares_memory
 
     free, total = device_memory(device)
     if device.type != "cuda":
         base = max(LEAST_BASE, int(psutil.Process().memory_info().rss))
         return Place("CPU", total, free + base, True, base, None)
     facts = torch.cuda.get_device_properties(device)
-    unified = bool(getattr(facts, "is_integrated", False))
-    return Place(facts.name, total, free, unified, KEPT_BACK[False], f"{facts.major}.{facts.minor}")
+    return Place(facts.name, total, free, shares_memory(device), KEPT_BACK[False], f"{facts.major}.{facts.minor}")
 
 
 def plan_run(
@@ -80,7 +78,7 @@ def plan_run(
         settings: The options of the command.
         generator: The generator, with nothing loaded.
         requests: The checked requests of one prompt.
-        memory: Bytes that the run may take; None takes the options as they are.
+        memory: Bytes that the run may take; None takes the options as they are, and refuses what is more than what is free.
         place: The device.
         backend: The backend that runs.
 
@@ -120,17 +118,20 @@ def plan_run(
     if memory is not None:
         return fitting(run, memory, unified=place.unified, fixed=fixed)
     asked = arrange(run, Arrangement(first, **{"text_bits": 16, **fixed}))
-    if asked.peak <= place.total:
+    if asked.peak <= place.free:
         return asked
-    other, fits = best(possible(run, unified=place.unified, fixed=fixed), place.total)
+    # What --memory auto would choose: another limit here would name options that it then refuses.
+    other, fits = best(possible(run, unified=place.unified, fixed=fixed), place.free)
+    busy = f", or end the programs that hold the other {amount(place.total - place.free)}"
     raise ResourceError(
-        f"the run takes about {amount(asked.peak)}, and {place.name} has {amount(place.total)}",
+        f"the run takes about {amount(asked.peak)}, and {place.name} has {amount(place.free)} free of {amount(place.total)}",
         available=f"{' '.join(other.arrangement.options(first))}, which takes {amount(other.peak)}"
         if fits
         else f"nothing at this size: {amount(other.peak)} at least",
-        fix="add --memory auto, which takes these options by itself"
+        fix=("add --memory auto, which takes these options by itself" + busy * (asked.peak <= place.total))
         if fits
-        else "ask for a smaller or shorter clip, or draw on a device with more memory",
+        else "ask for a smaller or shorter clip, or draw on a device with more memory"
+        + busy * (other.peak <= place.total),
     )
 
 

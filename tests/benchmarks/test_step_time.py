@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from benchmarks import step_budget as budget
-from benchmarks.step_cases import FLAVOURS, select_cases
+from benchmarks import step_model, step_time
+from benchmarks.step_cases import CASES, FLAVOURS, Flavour, select_cases, with_libraries
 from benchmarks.step_profile import class_of
-from tests.support.scripts import load_script
+from dvdquant.deploy.sessions import compiled, fusion, replay
+from dvdquant.errors import UnsupportedError
+from dvdquant.ops.attention import ladder
+from dvdquant.ops.cuda_linear import CudaKernels
+from tests.support import tiny_models
 
 ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "kernels" / "check"), str(ROOT / "kernels" / "bench")]
+
+from host_library import HostLibrary  # noqa: E402
+
+CSRC = ROOT / "kernels" / "csrc"
 BENCHMARKS = ROOT / "benchmarks"
 MEASURED = BENCHMARKS / "results" / "2026-11-26-h100-step-time.md"
 
@@ -51,7 +67,7 @@ def test_the_prediction_is_the_h100_that_was_measured() -> None:
 
 
 def test_packed_weights_cost_what_they_move() -> None:
-    (case,) = select_cases(["wan2.1-1.3b"])
+    (case,) = select_cases(["wan2.1-1.3b 21x60x104"])
     packed, plain = (next(f for f in FLAVOURS if f.name == name) for name in ("a8 eager, packed", "a8 eager"))
     work, rates = budget.work_of_block(case, 8), budget.RATES["H100"]
     with_it, without = (budget.predict(case, flavour, rates, work) for flavour in (packed, plain))
@@ -90,18 +106,215 @@ def test_classes_of_kernels() -> None:
         assert class_of(name) == kind, name
 
 
-@pytest.mark.slow
-def test_the_script_runs_on_toy_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "step.md"
-    words = ["--device", "cpu", "--scale", "32", "--steps", "1", "--case", "wan2.1-1.3b", "--budget", "--out", str(out)]
-    words += ["--flavour", "bf16 eager", "--flavour", "a8 eager"]
-    monkeypatch.setattr(sys, "argv", ["step_time.py", *words])
-    assert load_script(BENCHMARKS / "step_time.py").main() == 0
+def test_no_kernel_of_ours_is_forgotten() -> None:
+    """Each is a product or quantizes: a new one that no pattern knows would be counted as pointwise."""
+    names: set[str] = set()
+    for path in sorted(CSRC.iterdir()):
+        code = path.read_text()
+        found = re.findall(r"__global__[^;{]*?\b(\w+)\(const \w+", code)
+        assert len(found) == code.count("__global__"), path.name
+        names |= set(found)
+    assert {"gemm", "fused_quantize", "rope_quantize_kernel"} < names
+    for name in names:
+        kind = budget.LINEARS if name == "gemm" else budget.QUANTIZING
+        assert class_of(f"void dvdq::(anonymous namespace)::{name}<false, 1>(dvdq::Params)") == kind, name
+
+
+def test_fused_kernels_quantize_what_they_take_over() -> None:
+    """The sums that they read and write are no longer pointwise; the block is the same as it was predicted to be."""
+    (case,) = select_cases(["wan2.1-14b 21x60x104"])
+    work, rates = budget.work_of_block(case, 8), budget.RATES["H100"]
+    plain, fused = (budget.predict(case, Flavour(8, compiled=True, fused=f), rates, work) for f in (False, True))
+    assert plain is not None
+    assert fused is not None
+    tokens, width, ffn = 21 * 30 * 52, 5120, 13824
+    added = fused[budget.QUANTIZING] - plain[budget.QUANTIZING]
+    assert added * rates.bandwidth * 1e9 == pytest.approx(8 * tokens * width)
+    saved = sum(plain.values()) - sum(fused.values())
+    assert saved * rates.bandwidth * 1e9 == pytest.approx(tokens * (12 * width + 4 * ffn))
+
+
+def test_what_has_no_model_is_not_predicted() -> None:
+    (case,) = select_cases(["wan2.1-1.3b 5x34x60"])
+    for change in ({"masked": True}, {"batch": 2}, {"graphs": True}):
+        flavour = replace(Flavour(8), **change)
+        assert budget.predict(case, flavour, budget.RATES["H100"], budget.Work()) is None
+    assert budget.predict(case, Flavour(8), budget.RATES["H100"], budget.Work()) is not None
+
+
+# ----------------------------------------------------------------------------------------------------------- the script
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of two heads in place of the real ones, whose few dozen tokens count as long, and no compiler."""
+
+    def config_of(name: str) -> dict[str, Any]:
+        return tiny_models.HUNYUAN if name == "hunyuan-video" else tiny_models.WAN
+
+    monkeypatch.setattr(step_time, "config_of", config_of)
+    monkeypatch.setattr(ladder, "MIN_TOKENS", 8)
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' double, and a capture of steps that repeats them on the CPU."""
+    double = CudaKernels(HostLibrary(), 90)  # type: ignore[arg-type]
+
+    def capture(step: replay.Step, inputs: dict[str, Tensor]) -> tuple[Tensor, Callable[[], Any]]:
+        output = step(inputs)
+        return output, lambda: output.copy_(step(inputs))
+
+    monkeypatch.setattr(step_model, "usable_kernels", lambda device: double)
+    monkeypatch.setattr(replay, "capture_step", capture)
+    monkeypatch.setattr(step_model, "why_not", lambda device, dynamic, tokens: replay.why_not(CUDA, dynamic, tokens))
+
+
+CUDA = torch.device("cuda")
+
+
+def row(case: str, flavour: Flavour, **changes: Any) -> step_time.Row:
+    options = argparse.Namespace(device="cpu", scale=4, steps=1, budget=False, recipe="w4a4")
+    vars(options).update(changes)
+    (found,) = select_cases([case])
+    return step_time.row_of(replace(found, depths=(1, 2)), flavour, options)
+
+
+def test_hunyuan_runs_in_8_bits_as_in_a_session(tiny: None) -> None:
+    """Its padded words are cut off, and with them the mask, which no 8-bit attention takes."""
+    ran = row("hunyuan", Flavour(8, attention="fp8"), scale=16)
+    assert not ran.refused
+    assert ran.attention.startswith("reference (fp8), ")
+    assert "mask" not in ran.attention
+
+
+def test_hunyuan_has_a_row_with_the_mask_and_one_without(tiny: None) -> None:
+    assert any(flavour.masked for flavour in FLAVOURS)
+    with_mask = Flavour(16, masked=True)
+    assert row("hunyuan", with_mask, scale=16).attention == "16 bit, with a mask"
+    assert row("hunyuan", replace(with_mask, masked=False), scale=16).attention == "16 bit"
+    assert row("5x34x60", with_mask).refused == "the model takes no mask over its words"
+
+
+@pytest.mark.parametrize(
+    "flavour",
+    [
+        Flavour(8, compiled=True, attention="fp8", fused=True, graphs=True),
+        pytest.param(Flavour(4, compiled=True, fused=True), marks=pytest.mark.stress),
+        *(pytest.param(flavour, marks=pytest.mark.stress) for flavour in FLAVOURS if not flavour.masked),
+    ],
+    ids=lambda flavour: flavour.name,
+)
+def test_every_flavour_runs_on_the_kernels(tiny: None, kernels: None, flavour: Flavour) -> None:
+    (case,) = select_cases(["5x34x60"])
+    options = argparse.Namespace(device="cpu", scale=4, steps=1, budget=False, recipe="w4a4")
+    ran = step_time.measure(case, 1, flavour, options)
+    wanted = "16 bit" if flavour.attention == "16" else f"reference ({flavour.attention})"
+    assert ran.attention.startswith(wanted)
+
+
+def test_a_flavour_that_would_run_as_another_one_does_is_refused(
+    tiny: None, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long steps are not captured, and layers are not fused by kernels that fail their self-test, nor without kernels."""
+    fused = Flavour(8, fused=True)
+    monkeypatch.setattr(fusion, "kernels_fuse", lambda *_: "its codes differ")
+    assert row("5x34x60", fused).refused == "nothing is fused: its codes differ"
+    monkeypatch.setattr(step_model, "usable_kernels", lambda device: None)
+    assert row("5x34x60", fused).refused == "nothing is fused: there are no kernels for this device"
+    assert "more than 4000 tokens" in row("21x90x160", Flavour(16, graphs=True), scale=2).refused
+    monkeypatch.undo()
+    assert "no CUDA device" in row("5x34x60", Flavour(16, graphs=True)).refused
+
+
+def test_a_capture_that_fails_is_a_row(tiny: None, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(step: replay.Step, inputs: dict[str, Tensor]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(replay, "capture_step", fail)
+    assert "not permitted when stream is capturing" in row("5x34x60", Flavour(16, graphs=True)).refused
+
+
+def test_sessions_allow_graphs_in_one_case_at_least() -> None:
+    """And its attention is long enough for 8 bits."""
+    tokens = [frames * (height // 2) * (width // 2) for frames, height, width in (case.latent for case in CASES)]
+    assert any(ladder.MIN_TOKENS <= count <= replay.MOST_TOKENS for count in tokens)
+
+
+def test_libraries_are_compared_in_one_run() -> None:
+    flavours = [Flavour(8), Flavour(8, attention="int8"), Flavour(8, attention="fp8")]
+    assert with_libraries(flavours, ()) == flavours
+    names = [flavour.name for flavour in with_libraries(flavours, ("fa3-fwd", "comfy-kitchen"))]
+    assert names == ["a8 eager", "a8 eager, fp8 attention by fa3-fwd", "a8 eager, int8 attention by comfy-kitchen"]
+    both = [flavour.name for flavour in with_libraries(flavours[1:], ("reference",))]
+    assert both == ["a8 eager, int8 attention by reference", "a8 eager, fp8 attention by reference"]
+    assert len({flavour.name for flavour in FLAVOURS}) == len(FLAVOURS)
+
+
+def test_the_ratio_of_one_batch_is_of_one_branch() -> None:
+    rows = [step_time.Row(Flavour(16, compiled=True), 10.0, 100.0), step_time.Row(Flavour(8, batch=2), 16.0, 160.0)]
+    assert [line[3] for line in step_time.time_table(CASES[0], rows)] == ["1.00", "1.25"]
+
+
+def script(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["step_time.py", "--device", "cpu", "--scale", "4", "--steps", "1", *words])
+    return step_time.main()
+
+
+def test_the_script_runs_on_toy_sizes(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "new" / "step.md"
+    words = ["--flavour", "a8 eager, fp8 attention", "--attention-backend", "cudnn", "--attention-backend", "reference"]
+    assert script(monkeypatch, *words, "--case", "5x34x60", "--budget", "--out", str(out)) == 0
     text = out.read_text()
     assert "the times mean nothing" in text
-    for row in ("bf16 eager", "a8 eager"):
-        assert len(re.findall(rf"^\| wan2\.1-1\.3b 21x60x104 \| {row} \|", text, re.MULTILINE)) == 2
+    name = "a8 eager, fp8 attention by reference"
+    assert len(re.findall(rf"^\| wan2\.1-1\.3b 5x34x60 \| {name} \| -?\d", text, re.MULTILINE)) == 2
+    assert "fp8 attention by cudnn | did not run: attention by cudnn is not possible: it needs a CUDA device" in text
+    assert "| reference (fp8), " in text
     assert "set grid" in text
+
+
+def test_what_fails_is_a_row_and_what_was_measured_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is raised, at any time; only Ctrl-C stops, and the file is whole after every row."""
+    out, seen = tmp_path / "step.md", []
+
+    def measure(case: Any, depth: int, flavour: Flavour, options: Any) -> step_time.Times:
+        seen.append(out.read_text() if out.exists() else "")
+        if flavour.compiled:
+            raise torch.OutOfMemoryError("CUDA out of memory") if flavour.masked else RuntimeError("a | b\n\nof ptxas")
+        if flavour.bits == 8:
+            raise KeyboardInterrupt
+        return step_time.Times(float(depth), 0)
+
+    monkeypatch.setattr(step_time, "measure", measure)
+    assert script(monkeypatch, "--case", "5x34x60", "--out", str(out)) == 130
+    # bf16 eager at two depths, bf16 compiled, with the mask, a8 eager.
+    assert ["| bf16 eager | 1.00 |" in text for text in seen] == [False, False, True, True, True]
+    assert "| bf16 compiled | did not run: RuntimeError: a \\| b of ptxas |" in seen[3]
+    assert "did not run: OutOfMemoryError: CUDA out of memory" in out.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["step.md"]
+    printed = capsys.readouterr()
+    assert printed.out.strip() == out.read_text().strip()
+    assert "Traceback" in printed.err
+
+
+def test_nothing_measured_or_nowhere_to_write_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise UnsupportedError("no such thing", fix="another one")
+
+    monkeypatch.setattr(step_time, "measure", refuse)
+    monkeypatch.setattr(step_time, "switching_cost", refuse)
+    assert script(monkeypatch, "--case", "5x34x60", "--flavour", "a8 eager") == 2
+    printed = capsys.readouterr()
+    assert "nothing could be measured" in printed.err
+    assert "wan2.1-1.3b 5x34x60: not measured: no such thing" in printed.out
+    assert script(monkeypatch, "--case", "5x34x60", "--out", str(tmp_path)) == 2
+    assert "is a folder" in capsys.readouterr().err
 
 
 def test_a_case_that_is_not_there_is_an_error(

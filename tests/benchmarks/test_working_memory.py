@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.working_memory import STEPS, VAES, LiveBytes, count_decode, count_step, count_text, family_of
-from dvdquant.deploy.generation.working_memory import TEXT_BYTES, decode_bytes
+from dvdquant.model.working_memory import TEXT_BYTES, decode_bytes
 
 
 def test_the_counter_counts_what_lives() -> None:

@@ -20,6 +20,7 @@ from dvdquant.deploy.generation.memory_plan import PACKED, Arrangement, Loaded, 
 from dvdquant.deploy.generation.needs import run_bytes
 from dvdquant.errors import ResourceError, ShapeError, UnsupportedError
 from dvdquant.system.memory import parse_amount
+from dvdquant.text import amount
 from tests.support.commands import refused
 from tests.support.running import drawn, run, wan_pipeline
 
@@ -258,10 +259,10 @@ def test_a_device_that_is_too_small_is_refused_with_what_fits(monkeypatch: pytes
     peaks = {alternate: arrange(known, Arrangement(PACKED, alternate=alternate)).peak for alternate in (False, True)}
     assert peaks[True] < peaks[False]
 
-    def place(total: int) -> Any:
+    def place(total: int, free: int | None = None) -> Any:
         def of(device: torch.device) -> Any:
             found = whole(device)
-            return run_memory.Place(found.name, total, total, found.unified, 0, None)
+            return run_memory.Place(found.name, total, total if free is None else free, found.unified, 0, None)
 
         return of
 
@@ -269,6 +270,16 @@ def test_a_device_that_is_too_small_is_refused_with_what_fits(monkeypatch: pytes
     refused(run(*arguments), "the run takes about", "--memory auto")
     monkeypatch.setattr(run_memory, "place_of", place(1000))
     refused(run(*arguments), "nothing at this size")
+    # Other programs hold what it needs: what is free counts, and not what the device has; --memory says otherwise.
+    busy, free = 64 * GIB, peaks[False] - 1
+    monkeypatch.setattr(run_memory, "place_of", place(busy, free))
+    held = f"end the programs that hold the other {amount(busy - free)}"
+    refused(run(*arguments), f"{amount(free)} free of 64.0 GiB", "--memory auto", held)
+    drawn(*arguments, "--dry-run", "--memory", "64GiB")
+    monkeypatch.setattr(run_memory, "place_of", place(busy, 1000))
+    refused(run(*arguments), "nothing at this size", held.rpartition(" hold")[0])
+    monkeypatch.setattr(run_memory, "place_of", place(busy, peaks[False]))
+    drawn(*arguments, "--dry-run")
     assert not list(tmp_path.iterdir())
 
 

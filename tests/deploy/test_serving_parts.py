@@ -13,11 +13,12 @@ import torch
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.faults import fault_of
-from dvdquant.deploy.generation.admission import Admission, device_memory, estimated_need
+from dvdquant.deploy.generation.admission import Admission, estimated_need
 from dvdquant.deploy.generation.check import open_checker
 from dvdquant.deploy.generation.generate import GenerateRequest, open_generator, reload_generator
 from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
 from dvdquant.errors import EngineError, OutputError, ResourceError, ShapeError
+from dvdquant.system.device_memory import device_memory
 from tests.support import tiny_pipelines
 from tests.support.commands import in_process
 from tests.support.running import PROMPT, short_wan_export, wan_pipeline

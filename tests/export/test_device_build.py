@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import tarfile
@@ -29,7 +30,8 @@ from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.engines import TensorRTSession
 from dvdquant.errors import EngineError, OutputError, ResourceError, UnsupportedError
-from dvdquant.export import on_device
+from dvdquant.export import build_room, on_device
+from dvdquant.export.build_room import check_builds
 from dvdquant.export.elsewhere import COMPATIBLE, SCRIPT
 from dvdquant.export.engines import BuildReport, stage
 from dvdquant.export.on_device import as_compatible, build_on_device, plan_on_device
@@ -278,7 +280,7 @@ def test_what_does_not_fit_is_refused_before_work(out: Path, tmp_path: Path, ten
         (r"is for \w+, and this machine is", {"plugins": [arm, pc]}),
         (r"are for 80, 90a, 100, 120, and this GPU has SM 8\.7", {"plugins": [desktop]}),
         (r"is no plugin library", {"plugins": [tmp_path / "text.so"]}),
-        (r"weights take .* of device memory(?s:.*) on Orin", {"gpu": dataclasses.replace(ORIN, memory_bytes=10**6)}),
+        (r"to take .* of device memory(?s:.*) on Orin", {"gpu": dataclasses.replace(ORIN, memory_bytes=10**6)}),
         (r"no engine of 6 bits to build(?s:.*)4 bits, 8 bits", {"bits": [6]}),
     ]
     for text, changes in cases:
@@ -287,17 +289,131 @@ def test_what_does_not_fit_is_refused_before_work(out: Path, tmp_path: Path, ten
             plan_on_device(out, manifest, gpu, **{"plugins": [good], **changes})
 
 
+GIB = 1 << 30
+SMALL_ORIN = dataclasses.replace(ORIN, memory_bytes=int(7.4 * GIB))
+CARD = Gpu("RTX", "8.7", int(7.4 * GIB), False)
+
+
+def sized(manifest: Any, a4: dict[str, float], a8: dict[str, float], **changes: Any) -> Any:
+    """The manifest with other sizes of its two engines, in GiB: ``build``, ``held`` and ``work``."""
+    names = {"build": "builder_bytes", "held": "held_bytes", "work": "working_bytes"}
+    builds = tuple(
+        {**entry, "working_bytes": 0, **{names[key]: int(GIB * size) for key, size in sizes.items()}, **changes}
+        for entry, sizes in zip(manifest.builds, (a4, a8))
+    )
+    return dataclasses.replace(manifest, builds=builds)
+
+
+def memory_error(manifest: Any, gpu: Gpu | None) -> ResourceError:
+    with pytest.raises(ResourceError) as caught:
+        check_builds(manifest.builds, manifest, gpu)
+    return caught.value
+
+
 def test_too_little_memory_to_build_says_what_fits(out: Path, tmp_path: Path, tensorrt: None, monkeypatch: Any) -> None:
     good = plugin_library(tmp_path / "libdvdquant_plugins.so")
-    manifest = load_manifest(out)
-    small, large = manifest.builds
-    uneven = dataclasses.replace(manifest, builds=(small, {**large, "builder_bytes": 8 << 30}))
-    monkeypatch.setattr(on_device, "memory_limit", lambda: 4 << 30)
-    with pytest.raises(
-        ResourceError, match=r"takes about 8\.0 GiB of memory(?s:.*)fits: transformer a4 \(0\.5 GiB to build\)"
-    ):
+    uneven = sized(load_manifest(out), {"build": 0.5}, {"build": 8})
+    monkeypatch.setattr(build_room, "memory_limit", lambda: 4 * GIB)
+    with pytest.raises(ResourceError, match=r"estimated to take 9\.0 GiB of memory, 1\.0 GiB of it for CUDA") as caught:
         plan_on_device(out, uneven, ORIN, plugins=[good])
+    assert re.fullmatch(r"4\.0 GiB; fits: a4 \(1\.5 GiB to build, [\d.]+ MiB to use\)", str(caught.value.available))
+    assert caught.value.fix == "build what fits: dvdq-build … --bits 4"
     assert len(plan_on_device(out, uneven, ORIN, plugins=[good], bits=[4]).builds) == 1
+
+
+def test_what_fits_the_builder_alone_does_not_fit(out: Path, monkeypatch: Any) -> None:
+    """Two engines that an 8 GB Orin could build and never hold: neither is offered."""
+    manifest = load_manifest(out)
+    monkeypatch.setattr(build_room, "memory_limit", lambda: 6 * GIB)
+    error = memory_error(sized(manifest, {"build": 2, "held": 8}, {"build": 2, "held": 8}), SMALL_ORIN)
+    assert "estimated to take 8.0 GiB of device memory, 8.0 GiB for weights" in error.what
+    assert error.available == (
+        "5.4 GiB on Orin, where 2.0 GiB of 7.4 GiB are kept back for CUDA and the system; nothing of this export fits"
+    )
+    # One can be held and not built, the other built and not held.
+    error = memory_error(sized(manifest, {"build": 5.5, "held": 1}, {"build": 1, "held": 8}), SMALL_ORIN)
+    assert str(error.available).endswith("nothing of this export fits")
+    # One fits both.
+    error = memory_error(sized(manifest, {"build": 1, "held": 1, "work": 2}, {"build": 1, "held": 8}), SMALL_ORIN)
+    assert str(error.available).endswith("fits: a4 (2.0 GiB to build, 3.0 GiB to use)")
+    assert error.fix == "build what fits: dvdq-build … --bits 4"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "a4", "fits"),
+    [
+        (SMALL_ORIN, {"held": 7.3}, False),
+        (SMALL_ORIN, {"held": 5.3}, True),
+        (SMALL_ORIN, {"held": 5.3, "work": 0.2}, False),
+        (CARD, {"held": 6.3}, True),
+        (CARD, {"held": 6.3, "work": 0.2}, False),
+        # The builder and CUDA share the memory of an Orin; a card has its own.
+        (SMALL_ORIN, {"build": 5.5}, False),
+        (CARD, {"build": 5.5}, True),
+        (CARD, {"build": 6.5}, False),
+        (None, {"build": 5.5, "held": 99}, True),
+    ],
+)
+def test_what_a_device_has_room_for(
+    gpu: Gpu | None, a4: dict[str, float], fits: bool, made: Path, monkeypatch: Any
+) -> None:
+    """Weights, what a call works in and what CUDA and the system keep are counted together."""
+    manifest = sized(load_manifest(made), a4, {})
+    monkeypatch.setattr(build_room, "memory_limit", lambda: 6 * GIB)
+    if fits:
+        check_builds(manifest.builds, manifest, gpu)
+    else:
+        assert "fits: a8 (" in str(memory_error(manifest, gpu).available)
+
+
+def test_what_to_do_where_nothing_fits(made: Path, monkeypatch: Any) -> None:
+    """Every way out is computed from the export, and would fit."""
+    manifest = load_manifest(made)
+    monkeypatch.setattr(build_room, "memory_limit", lambda: 6 * GIB)
+
+    def fix(each: dict[str, float], gpu: Gpu = SMALL_ORIN, **changes: Any) -> str:
+        return str(memory_error(sized(manifest, each, each, **changes), gpu).fix)
+
+    packed = sum(file["bytes"] for name, file in manifest.files.items() if name == "onnx/transformer.safetensors")
+    # 1. The same weights, packed, in a session that needs no engine.
+    assert fix({"held": 8}) == (
+        f"draw without engines: dvdq-run … --backend pytorch holds the weights packed, {amount(packed)}"
+    )
+    # 2. Smaller clips: 5.4 GiB less the weights are 40.4 % of what a call works in.
+    few = {**manifest.files, "onnx/transformer.safetensors": {"bytes": 8 * GIB, "sha256": "0" * 64}}
+    manifest = dataclasses.replace(manifest, files=few)
+    latents = " × ".join(str(manifest.shapes[axis][1]) for axis in ("frames", "height", "width"))
+    said = fix({"held": 1.4, "work": 9.9})
+    assert f"at most 40 % of the {latents} latents" in said
+    assert "--target tensorrt --sm 8.7 --dry-run" in said
+    # 3. A smaller model: 5.4 of 8 GiB.
+    layer = {**manifest.layers[0], "features_in": 4096}
+    manifest = dataclasses.replace(manifest, layers=({**layer, "features_out": 4096}, {**layer, "features_out": 8192}))
+    assert "at most 34 million weights (this one has 50 million)" in fix({"held": 8})
+    manifest = dataclasses.replace(manifest, layers=({**layer, "features_out": 2**20},) * 3)
+    assert "at most 8.7 billion weights (this one has 12.9 billion)" in fix({"held": 8})
+    # 4. The builder alone is too large.
+    small = {**few, "onnx/transformer.safetensors": {"bytes": GIB, "sha256": "0" * 64}}
+    manifest = dataclasses.replace(manifest, files=small)
+    assert fix({"build": 9}) == (
+        "end other programs, or draw without engines: dvdq-run … --backend pytorch holds 1.0 GiB of weights"
+    )
+    assert "needs no GPU to build" in fix({"build": 9}, backend="tensorrt_rtx")
+    # An engine of TensorRT-RTX for another card is no matter of this GPU's memory.
+    elsewhere = sized(manifest, {"held": 99}, {"held": 99}, backend="tensorrt_rtx", sm=["12.0"])
+    check_builds(elsewhere.builds, elsewhere, SMALL_ORIN)
+
+
+def test_two_transformers_are_held_together(made: Path, monkeypatch: Any) -> None:
+    manifest = sized(load_manifest(made), {"held": 3, "work": 1}, {"held": 1})
+    second = tuple(
+        {**entry, "component": "transformer_2", "engine": f"{entry['engine']}2"} for entry in manifest.builds
+    )
+    monkeypatch.setattr(build_room, "memory_limit", lambda: 6 * GIB)
+    check_builds(manifest.builds, manifest, SMALL_ORIN)
+    error = memory_error(dataclasses.replace(manifest, builds=(*manifest.builds, *second)), SMALL_ORIN)
+    assert "estimated to take 7.0 GiB of device memory, 6.0 GiB for weights and 1.0 GiB to work in" in error.what
+    assert "fits: a8 (" in str(error.available)
 
 
 def test_a_damaged_export_is_not_built(out: Path, tmp_path: Path, tensorrt: None) -> None:
@@ -318,7 +434,7 @@ def test_an_engine_that_fails_its_check(
     """The builder writes a file only; the judge's own advice is passed on, and a general one is not."""
     plugin = plugin_library(tmp_path / "libdvdquant_plugins.so")
     hashed, limits = [], []
-    hash_file, memory_limit = on_device.hash_file, on_device.memory_limit
+    hash_file, memory_limit = on_device.hash_file, build_room.memory_limit
 
     def quick_build(graph: Path, engine: Path, **options: Any) -> BuildReport:
         engine.write_bytes(b"an engine")
@@ -329,7 +445,7 @@ def test_an_engine_that_fails_its_check(
 
     monkeypatch.setattr(stage, "build_engine", quick_build)
     monkeypatch.setattr(on_device, "hash_file", lambda path: (hashed.append(path), hash_file(path))[1])
-    monkeypatch.setattr(on_device, "memory_limit", lambda: (limits.append(1), memory_limit())[1])
+    monkeypatch.setattr(build_room, "memory_limit", lambda: (limits.append(1), memory_limit())[1])
     before = (out / "manifest.json").read_bytes()
     plan = plan_on_device(out, load_manifest(out), ORIN, plugins=[plugin])
     with pytest.raises(EngineError, match="something else") as caught:
