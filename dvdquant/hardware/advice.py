@@ -112,7 +112,7 @@ def choose(
         notes.append(f"target {target}: {why}")
     else:
         _check_targets(found, wanted)
-    made = () if only is None else (only,)
+    made: tuple[int, ...] = () if only is None else (only,)
     if recipe == AUTO:
         width = 4 if only is None and precision == "nvfp4" else only
         advice = _for_layouts(wanted, width) if layouts else choose_recipe(found, wanted, width)
