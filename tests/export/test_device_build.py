@@ -34,8 +34,11 @@ from dvdquant.export import build_room, on_device
 from dvdquant.export.build_room import check_builds
 from dvdquant.export.elsewhere import COMPATIBLE, SCRIPT
 from dvdquant.export.engines import BuildReport, stage
+from dvdquant.export.engines.report import memory_advice
 from dvdquant.export.on_device import as_compatible, build_on_device, plan_on_device
 from dvdquant.export.options import ExportOptions
+from dvdquant.model.families import Sizes, get_family
+from dvdquant.model.working_memory import step_bytes_at
 from dvdquant.recipe import get_recipe
 from dvdquant.system.gpu import Gpu
 from dvdquant.system.progress import Progress
@@ -115,8 +118,10 @@ def test_what_is_left_for_the_device(made: Path) -> None:
     verify_files(made, manifest)
     assert manifest.engines == ()
     assert [b["engine"] for b in manifest.builds] == [A4, A8]
+    sizes = Sizes.from_json(manifest.shapes)
     for entry in manifest.builds:
         assert entry["graph"] in manifest.files
+        assert entry["working_bytes"] == step_bytes_at(get_family(tiny.WAN_ONE), sizes, sizes.at("opt")) > 0
         graph = onnx.load(made / entry["graph"], load_external_data=False).graph
         assert all(node.domain != "dvdquant" or node.op_type == "QuantLinear" for node in graph.node)
         inputs = {value.name for value in graph.input}
@@ -389,7 +394,9 @@ def test_what_to_do_where_nothing_fits(made: Path, monkeypatch: Any) -> None:
     # 3. A smaller model: 5.4 of 8 GiB.
     layer = {**manifest.layers[0], "features_in": 4096}
     manifest = dataclasses.replace(manifest, layers=({**layer, "features_out": 4096}, {**layer, "features_out": 8192}))
-    assert "at most 34 million weights (this one has 50 million)" in fix({"held": 8})
+    said = fix({"held": 8, "work": 0.01})
+    assert "at most 34 million weights (this one has 50 million); dvdq-export" in said, "no clip is small enough"
+    assert "or for much smaller clips; dvdq-export" in fix({"held": 5.4, "work": 9})
     manifest = dataclasses.replace(manifest, layers=({**layer, "features_out": 2**20},) * 3)
     assert "at most 8.7 billion weights (this one has 12.9 billion)" in fix({"held": 8})
     # 4. The builder alone is too large.
@@ -414,6 +421,12 @@ def test_two_transformers_are_held_together(made: Path, monkeypatch: Any) -> Non
     error = memory_error(dataclasses.replace(manifest, builds=(*manifest.builds, *second)), SMALL_ORIN)
     assert "estimated to take 7.0 GiB of device memory, 6.0 GiB for weights and 1.0 GiB to work in" in error.what
     assert "fits: a8 (" in str(error.available)
+
+
+def test_the_need_of_tensorrts_builder_is_called_an_estimate() -> None:
+    """The factor was measured with TensorRT-RTX."""
+    assert "estimate" in memory_advice("tensorrt")
+    assert "estimate" not in memory_advice("tensorrt_rtx")
 
 
 def test_a_damaged_export_is_not_built(out: Path, tmp_path: Path, tensorrt: None) -> None:
