@@ -132,6 +132,18 @@ def test_fused_kernels_quantize_what_they_take_over() -> None:
     assert added * rates.bandwidth * 1e9 == pytest.approx(8 * tokens * width)
     saved = sum(plain.values()) - sum(fused.values())
     assert saved * rates.bandwidth * 1e9 == pytest.approx(tokens * (12 * width + 4 * ffn))
+    # With 8-bit attention norm and rope of q and k are in a kernel, too.
+    rope = budget.predict(case, Flavour(8, compiled=True, fused=True, attention="fp8"), rates, work)
+    assert rope is not None
+    assert (rope[budget.QUANTIZING] - fused[budget.QUANTIZING]) * rates.bandwidth * 1e9 == pytest.approx(
+        8 * tokens * width
+    )
+    # What inductor counts there, in GB (compiled_launches.py --fuse --rope), for both widths.
+    for name, moved in (("wan2.1-14b", 1.69), ("wan2.1-1.3b", 0.51)):
+        (case,) = select_cases([f"{name} 21x60x104"])
+        rope = budget.predict(case, Flavour(8, compiled=True, fused=True, attention="fp8"), rates, work)
+        assert rope is not None
+        assert rope[budget.POINTWISE] * rates.bandwidth == pytest.approx(moved, rel=0.04)
 
 
 def test_what_has_no_model_is_not_predicted() -> None:
