@@ -107,9 +107,11 @@ class Recipe:
             a large one in every block. ``keep`` leaves them in 16 bit. ``a8`` packs their weights too and never gives
             them less than 8-bit activations. They are a quarter of HunyuanVideo's weights, and every token sees their
             error.
-        attention: The format of self-attention over long sequences, in PyTorch sessions (``ops/attention/definition.py``).
-            ``16`` leaves it in 16 bit; a recipe without this field reads so. Attention to text and short sequences stay
-            in 16 bit always.
+        attention: The format of self-attention over long sequences: in PyTorch sessions that of
+            ``ops/attention/definition.py``, in engines FP8 for ``int8`` and ``fp8`` where the SM has it
+            (``export/passes/fp8_attention.py``). ``16`` leaves it in 16 bit; a recipe without this field reads so.
+            Attention to text stays in 16 bit always, and so do short sequences: below 2048 tokens in PyTorch sessions,
+            up to 256 in engines.
         keep: Globs of layer names that stay in 16 bit besides the family's own defaults.
         force: Globs of layer names that are quantized although the family's defaults keep them.
         version: The version of this format.

@@ -138,7 +138,8 @@ def _smaller_export(least: _Width, manifest: Manifest, gpu: Gpu, room: int) -> s
     weights = sum(entry["features_in"] * entry["features_out"] for entry in manifest.layers)
     most = max(0, room - least.work) * weights / least.held if least.held else 0
     limit = f" of at most {_count(most)} weights (this one has {_count(weights)})" if most >= 1e6 else ""
-    return f"export a smaller model{limit} or for smaller clips; dvdq-export … {target} counts it first"
+    clips = " or for much smaller clips" if least.held <= room else ""
+    return f"export a smaller model{limit}{clips}; dvdq-export … {target} counts it first"
 
 
 def _other_build(width: _Width, manifest: Manifest, room: int | None) -> str:

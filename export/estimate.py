@@ -276,7 +276,7 @@ def require_memory(estimate: Estimate, plans: Sequence[ModelPlan], engines: Sequ
         if any(e.precision not in ("int4-weight-only", "plugin") for e in engines):
             options.append(f"--precision int4-weight-only needs {_gib(needed)}")
     raise ResourceError(
-        f"the export needs about {_gib(estimate.needed_bytes)} of memory (the engine builder takes up to "
+        f"the export needs about {_gib(estimate.needed_bytes)} of memory (the engine builder is estimated to take up to "
         f"{BUILD_MEMORY_FACTOR} times the bytes of the weights it is given)",
         available=f"{_gib(limit)}; " + "; ".join(options),
         fix="build on a machine with more memory: a later dvdq-export into the same folder builds the engines alone",

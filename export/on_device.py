@@ -24,6 +24,7 @@ from dvdquant.export.engines.stage import BuildSettings, is_compatible, run_buil
 from dvdquant.export.model_card import model_card
 from dvdquant.export.steps import is_step
 from dvdquant.hardware.capabilities import sm_number
+from dvdquant.hardware.make_lines import make_plugin
 from dvdquant.model.families import Sizes
 from dvdquant.ops.cuda.architectures import serves
 from dvdquant.system.copies import link_file
@@ -249,21 +250,23 @@ def check_plugin(library: PluginFile, backend: Backend, gpu: Gpu | None) -> None
     Raises:
         UnsupportedError: It does not fit.
     """
+    sms = [] if gpu is None else [gpu.sm]
+    line = make_plugin(machine_name(), sms, machine_name())
     if library.machine != machine_name():
         raise UnsupportedError(
             f"{library.path} is for {library.machine}, and this machine is {machine_name()}",
-            fix=f"build it for this machine: make plugin HOST={machine_name()}",
+            fix=f"build it for this machine: {line}",
         )
     major = int(backend.version.partition(".")[0])
-    if library.tensorrt_major not in (None, major):
+    if library.tensorrt_major != major:
         raise UnsupportedError(
             f"{library.path} is built for TensorRT {library.tensorrt_major}, and this machine has {backend.version}",
-            fix=f"build it with the headers of TensorRT {major}",
+            fix=f"build it with the headers of TensorRT {major}: {line}",
         )
     if gpu is not None and library.architectures and not serves(library.architectures, sm_number(gpu.sm)):
         raise UnsupportedError(
             f"the kernels in {library.path} are for {', '.join(library.architectures)}, and this GPU has SM {gpu.sm}",
-            fix=f'build them for it: make kernels SM="{sm_number(gpu.sm)}", then make plugin',
+            fix=f"build them for it: {line}",
         )
 
 

@@ -327,7 +327,7 @@ def _check_major(library: Backend, path: Path) -> None:
         major = read_plugin(path).tensorrt_major
     except UnsupportedError:  # the registry says what is wrong with the file
         return
-    if major is not None and str(major) != library.version.partition(".")[0]:
+    if str(major) != library.version.partition(".")[0]:
         raise EngineError(
             f"plugin library {path} is built for TensorRT {major}, and {library.name} {library.version} runs the engines",
             fix=f"build it with the headers of TensorRT {library.version.partition('.')[0]}",

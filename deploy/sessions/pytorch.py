@@ -158,7 +158,7 @@ class PyTorchSession(EngineSession):
         why = why_not(self.device, self.sizes.dynamic, tokens)
         if why is None:
             assert self._model is not None
-            return GraphReplay(self._model, self.component)
+            return GraphReplay(self._model, self.component, self.device)
         log.warning("%s: steps are not captured as CUDA graphs: %s", self.component, why)
         return None
 

@@ -2,12 +2,14 @@
 
 A graph repeats what was captured: the same kernels on the same memory. So a step is captured for its bit-width and its shapes,
 after one step that ran as usual and settled what is settled once: weights that are prepared, blocks that are compiled, the
-attention that is chosen. A step that cannot be captured runs as usual from then on, and the log says why.
+attention that is chosen. A step that cannot be captured, or whose repetition gives something else, runs as usual from then on,
+and the log says why.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -24,6 +26,11 @@ log = logging.getLogger(__name__)
 MOST_TOKENS = 4000
 # Each holds the memory of a step.
 MOST_CAPTURES = 4
+# The most that a repeated step may differ from one that ran as usual, as a relative L2 distance. Kernels whose sums have no fixed
+# order stay far below it; a graph without the step's kernels gives what was in its memory before.
+MAX_CHANGE = 0.01
+# PyTorch captures one graph at a time in a process, and sessions of several devices run in threads.
+_CAPTURING = threading.Lock()
 
 # What a session says where it captures nothing.
 RANGED = "the export serves ranges of sizes"
@@ -43,17 +50,24 @@ class _Capture:
     replay: Callable[[], Any]
 
 
-def capture_step(step: Step, inputs: dict[str, Tensor]) -> tuple[Tensor, Callable[[], Any]]:
-    """Capture a step on the current CUDA device; return the tensor that it writes, and what repeats it.
+def capture_step(step: Step, inputs: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Callable[[], Any]]:
+    """Capture a step on a CUDA device; return the tensor that it writes, and what repeats it.
+
+    PyTorch's own stream for captures belongs to the device of the first one, and kernels of another device would run instead of
+    being captured. So each capture has a stream of its device.
 
     Args:
         step: The step.
         inputs: The tensors that it reads, now and at every repetition.
+        device: The device of the session.
     """
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step(inputs)
+    with _CAPTURING, torch.cuda.device(device):
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate memory meanwhile: those of a second session, or of a server.
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            output = step(inputs)
     return output, graph.replay
 
 
@@ -78,13 +92,14 @@ class GraphReplay:
     Args:
         step: Runs one step on the session's device.
         name: What the log calls the model.
+        device: The session's device.
 
     Attributes:
         failed: Why nothing is captured any more, or None.
     """
 
-    def __init__(self, step: Step, name: str) -> None:
-        self._step, self._name = step, name
+    def __init__(self, step: Step, name: str, device: torch.device) -> None:
+        self._step, self._name, self._device = step, name, device
         self._captures: OrderedDict[Key, _Capture] = OrderedDict()
         self._seen: set[Key] = set()
         self.failed: str | None = None
@@ -125,7 +140,8 @@ class GraphReplay:
         while len(self._captures) >= MOST_CAPTURES:
             self._captures.popitem(last=False)
         try:
-            output, replay = capture_step(self._step, held)
+            output, replay = capture_step(self._step, held, self._device)
+            self._try(held, output, replay)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -136,6 +152,20 @@ class GraphReplay:
         self._captures[key] = _Capture(held, output, replay)
         log.info("%s: a step is captured as a CUDA graph", self._name)
         return True
+
+    def _try(self, inputs: dict[str, Tensor], output: Tensor, replay: Callable[[], Any]) -> None:
+        """Repeat a captured step once.
+
+        Raises:
+            RuntimeError: It gives something else than the step itself.
+        """
+        wanted = self._step(inputs).float()
+        output.zero_()
+        replay()
+        change = float((output.float() - wanted).norm())
+        # Not "change > …": a NaN is a change too.
+        if not change <= MAX_CHANGE * float(wanted.norm()):
+            raise RuntimeError("a captured step gives something else when it is repeated")
 
     @property
     def nbytes(self) -> int:

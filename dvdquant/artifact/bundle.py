@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import mmap
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +30,7 @@ from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.errors import OutputError, UnsupportedError
 from dvdquant.system.files import FileEntry, disk_error, hash_file, open_regular, require_disk, strict_json
-from dvdquant.system.plugin_file import PluginFile, parse_plugin, read_plugin
+from dvdquant.system.plugin_file import MAX_PLUGIN, PluginFile, parse_plugin, read_plugin
 from dvdquant.system.records import first_problem
 from dvdquant.system.whole_file import atomic_path
 from dvdquant.text import shown
@@ -74,7 +73,7 @@ class BundleFacts(TypedDict):
         sm: The compute capabilities that its engines are for.
         machine: The processor that its libraries are for, as ``uname -m`` says it; null if it holds none.
         tensorrt_major: The major version of TensorRT that its plugin library is for; null if it holds none.
-        builder_bytes: The memory that the largest build takes.
+        builder_bytes: The memory that the largest build takes, by estimate.
         held_bytes: The device memory for the weights of the smallest of its engines.
         builders: The builders that its engines need; older bundles do not say it.
         files: Its files, in their order.
@@ -384,17 +383,15 @@ def _packed_plugin(file: IO[bytes], path: Path, facts: BundleFacts, start: int) 
     for member in facts["files"]:
         start += BLOCK
         if member["path"] == PLUGIN_PLACE and member["bytes"]:
-            with (
-                mmap.mmap(file.fileno(), start + member["bytes"], access=mmap.ACCESS_READ) as mapped,
-                memoryview(mapped) as whole,
-                whole[start:] as data,
-            ):
-                if hashlib.sha256(data).hexdigest() != member["sha256"]:
-                    raise _changed(path, f"{PLUGIN_PLACE} was changed")
-                try:
-                    return parse_plugin(path / PLUGIN_PLACE, data)
-                except UnsupportedError as error:
-                    raise _changed(path, f"{PLUGIN_PLACE} is no plugin library") from error
+            if member["bytes"] > MAX_PLUGIN:
+                raise _changed(path, f"{PLUGIN_PLACE} is no plugin library")
+            data = os.pread(file.fileno(), member["bytes"], start)
+            if hashlib.sha256(data).hexdigest() != member["sha256"]:
+                raise _changed(path, f"{PLUGIN_PLACE} was changed")
+            try:
+                return parse_plugin(path / PLUGIN_PLACE, data)
+            except UnsupportedError as error:
+                raise _changed(path, f"{PLUGIN_PLACE} is no plugin library of dvdquant") from error
         start += _padded(member["bytes"])
     return None
 

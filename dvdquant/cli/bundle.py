@@ -9,23 +9,26 @@ from typing import TYPE_CHECKING
 import click
 
 from dvdquant import __version__
+from dvdquant.cli.bundle_page import build_line, bundle_page, sms_of
+from dvdquant.cli.bundle_wheels import download_line, lacking_wheels, required_packages
 from dvdquant.cli.common import ExamplesCommand, echo, setup_logging
 from dvdquant.cli.paths import EXPORT, PATH
 from dvdquant.errors import UnsupportedError
-from dvdquant.hardware.capabilities import JETSONS
+from dvdquant.hardware.capabilities import sm_number
+from dvdquant.hardware.gpus import MACHINES
+from dvdquant.hardware.make_lines import make_wheel
 from dvdquant.text import amount, shell_line
 
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Manifest
     from dvdquant.system.plugin_file import PluginFile
 
-_WHEEL = f"dvdquant-{__version__}-*.whl"
-# Of another processor than this machine's, or the builder of another target.
-_NOT_THERE = ("tensorrt-rtx", "nvidia-modelopt")
-
 EXAMPLES = """
 # graphs, weights and the plugin library that was built for the device
 dvdq-bundle out/orin -o orin.tar --plugin build/plugins-aarch64/libdvdquant_plugins.so
+
+# for a GH200, whose processor is ARM: an H100 of the same SM sits beside x86-64
+dvdq-bundle out/gh200 -o gh200.tar --machine aarch64
 
 # with wheels that were downloaded for it, so that nothing has to be fetched there
 dvdq-bundle out/orin -o orin.tar --plugin libdvdquant_plugins.so --wheels wheels/
@@ -37,9 +40,15 @@ dvdq-bundle out/orin -o orin.tar --plugin libdvdquant_plugins.so --wheels wheels
 @click.option("-o", "--output", "target", required=True, type=PATH, help="The tar to write.")
 @click.option("--plugin", type=PATH, help="TensorRT plugin library, built for the device.")
 @click.option("--wheels", type=PATH, help="Folder of wheels for the device, which are packed too.")
+@click.option(
+    "--machine",
+    type=click.Choice(MACHINES),
+    help="Processor of the device, where its GPU leaves that open (GH200 beside H100).  "
+    "[default: that of the plugin library, of the GPU, or x86_64]",
+)
 @click.option("-v", "--verbose", count=True)
 @click.version_option(__version__, prog_name="dvdq-bundle")
-def main(out: Path, target: Path, plugin: Path | None, wheels: Path | None, verbose: int) -> None:
+def main(out: Path, target: Path, plugin: Path | None, wheels: Path | None, machine: str | None, verbose: int) -> None:
     """Pack the export in OUT, without its engines, for dvdq-build on the device that they are for.
 
     The tar holds graphs, weights and configs as they are, the plugin library and wheels where they are given, the list of
@@ -50,7 +59,6 @@ def main(out: Path, target: Path, plugin: Path | None, wheels: Path | None, verb
     from dvdquant.artifact.layout import PLUGIN_PLACE
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.export.model_card import model_card
-    from dvdquant.system.plugin_file import read_plugin
     from dvdquant.system.progress import Progress
 
     manifest = load_manifest(out)
@@ -61,9 +69,11 @@ def main(out: Path, target: Path, plugin: Path | None, wheels: Path | None, verb
         )
     if target.is_dir():
         raise UnsupportedError(f"{target} is a folder", fix="name the file to write, such as bundle.tar")
-    sms = sorted({sm for entry in manifest.builds for sm in entry["sm"]}, key=float)
-    library = None if plugin is None else read_plugin(plugin)
-    machine = _machine(sms, library)
+    sms = sms_of(manifest)
+    library = None if plugin is None else _read_library(plugin, manifest, machine)
+    processor = _machine(sms, library, machine)
+    if library is not None:
+        _check_library(library, manifest, processor)
     # 1. The export without engines and report: they are of another machine.
     listed = {
         n: e
@@ -73,18 +83,18 @@ def main(out: Path, target: Path, plugin: Path | None, wheels: Path | None, verb
     others: dict[str, Path | bytes] = {}
     if plugin is not None:
         others[PLUGIN_PLACE] = plugin
-    required = _requirements(manifest)
+    required = required_packages(manifest)
     lacking = []
     if wheels is not None:
         files = sorted(wheels.glob("*.whl"))
-        lacking = _lacking(wheels, [file.name for file in files], required, machine)
+        lacking = lacking_wheels(wheels, [file.name for file in files], required, processor)
         others |= {f"wheels/{file.name}": file for file in files}
     others["requirements.txt"] = "".join(f"{line}\n" for line in required).encode()
     packed = replace(manifest, engines=(), files=listed)
     # 2. The page. The card of the export tells what it is, the first part what to do.
     own = any(name.startswith("wheels/dvdquant-") for name in others)
-    page = _page(packed, target, machine, library, wheels is not None, own) + model_card(packed).partition("---\n\n")[2]
-    others["README.md"] = page.encode()
+    page = bundle_page(packed, target, processor, library, wheels=wheels is not None, own=own)
+    others["README.md"] = (page + model_card(packed).partition("---\n\n")[2]).encode()
     total = sum(entry["bytes"] for entry in listed.values())
     with Progress("text").stage("bundle", total, "B") as stage:
         digest = write_bundle(
@@ -95,178 +105,144 @@ def main(out: Path, target: Path, plugin: Path | None, wheels: Path | None, verb
             progress=stage.update,
         )
     count = 1 + len(listed) + len(others)  # the manifest is a file, too
-    echo(f"{target} written: {count} files, {amount(target.stat().st_size)}, for SM {', '.join(sms)}")
+    echo(f"{target} written: {count} files, {amount(target.stat().st_size)}, for SM {', '.join(sms)} on {processor}")
     echo(f"SHA-256   {digest}")
-    echo(f"on the device: {_build_line(target, library)}")
-    if library is None and any(entry["backend"] == "tensorrt" for entry in manifest.builds):
-        echo("without a plugin library: TensorRT engines need one, which --plugin packs, or which is built there")
+    echo(f"on the device: {build_line(packed, target, library)}")
+    for line in _notes(packed, library, processor, machine is not None):
+        echo(line)
     if wheels is not None and not own:
-        echo(f"{wheels} has no wheel of dvdquant, which the device needs as well: {_make_wheel(machine)}")
+        echo(f"{wheels} has no wheel of dvdquant, which the device needs as well: `{make_wheel(processor)}`")
     if lacking:
         echo(
             f"{wheels} has no wheel of {', '.join(lacking)}: without internet the device must have these already; "
-            f"else {_download(machine)}"
+            f"else {download_line(processor)}"
         )
     if wheels is None:
         echo(
-            f"without internet there: tar -xf {target.name} requirements.txt && {_download(machine)}, and then --wheels wheels"
+            f"without internet there: tar -xf {shell_line([target.name])} requirements.txt && {download_line(processor)}, "
+            "and then --wheels wheels"
         )
 
 
-def _machine(sms: list[str], library: PluginFile | None) -> str:
-    """Return the processor of the device."""
-    if library is not None:
-        return library.machine
-    # Jetsons are ARM; other GPUs sit in machines of either kind, where x86-64 is the more usual.
-    return "aarch64" if any(sm in JETSONS for sm in sms) else "x86_64"
-
-
-def _download(machine: str) -> str:
-    """Return the command that fetches the wheels for a device, all but dvdquant's own."""
-    # Wheels for glibc 2.34 and older: pip does not count down by itself.
-    platforms = f"$(seq -f '--platform manylinux_2_%g_{machine}' 34 -1 17) --platform manylinux2014_{machine}"
-    return f"pip download -r requirements.txt --only-binary=:all: {platforms} --python-version 3.12 -d wheels"
-
-
-def _lacking(folder: Path, wheels: list[str], required: list[str], machine: str) -> list[str]:
-    """Return those of the required packages that no wheel is of.
+def _notes(manifest: Manifest, library: PluginFile | None, processor: str, asked: bool) -> list[str]:
+    """Return what the user may have overlooked.
 
     Args:
-        folder: The folder of the wheels, for the error.
-        wheels: The names of the files, ``name-version[-build]-python-abi-platform.whl`` (PEP 427).
-        required: The packages, ``name==version``; a version may be missing.
-        machine: The processor of the device.
-
-    Raises:
-        UnsupportedError: There is no wheel, or one is for another system or processor than the device's.
+        manifest: The manifest that the bundle holds.
+        library: The plugin library that it holds, or None.
+        processor: The processor of the device.
+        asked: Whether the user said so.
     """
-    if not wheels:
-        raise UnsupportedError(f"{folder} holds no wheel", fix=f"fill it: {_download(machine)}")
-    there = set()
-    for wheel in wheels:
-        parts = wheel.removesuffix(".whl").split("-")
-        if len(parts) not in (5, 6):
-            raise UnsupportedError(
-                f"{folder / wheel} has not the name of a wheel",
-                fix="take it out, or give the file the name that it was made with",
-            )
-        if not any(tag == "any" or ("linux" in tag and tag.endswith(f"_{machine}")) for tag in parts[-1].split(".")):
-            raise UnsupportedError(
-                f"{folder / wheel} is for {parts[-1]}, and the device is Linux on {machine}",
-                fix=f"empty the folder and fill it: {_download(machine)}",
-            )
-        there |= {_canonical(parts[0]), f"{_canonical(parts[0])}=={parts[1].partition('+')[0]}"}
-    lacking = []
-    for line in required:
-        name, pinned, version = line.partition("==")
-        name = _canonical(_name_of(name))
-        if (f"{name}=={version}" if pinned else name) not in there:
-            lacking.append(line)
-    return lacking
-
-
-def _name_of(requirement: str) -> str:
-    """Return the name that a requirement begins with, or "" where it has none."""
-    import re
-
-    found = re.match(r"[A-Za-z0-9._-]+", requirement)
-    return "" if found is None else found[0]
-
-
-def _canonical(name: str) -> str:
-    """Return the name of a package as indexes compare it (PEP 503)."""
-    import re
-
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _make_wheel(machine: str) -> str:
-    """Return the command that makes the wheel of dvdquant for a device."""
-    import platform
-
-    return "`make wheel`" if machine == platform.machine() else f"`make wheel HOST={machine}`"
-
-
-def _build_line(target: Path, library: PluginFile | None) -> str:
-    words = ["dvdq-build", target.name, "-o", target.name.removesuffix(".tar")]
-    return shell_line([*words, *(["--plugin", "bundled"] if library is not None else [])])
-
-
-def _requirements(manifest: Manifest) -> list[str]:
-    """Return the packages that dvdquant needs there, at the versions of this machine, which this export was made with.
-
-    dvdquant itself is in no index and is installed from its wheel, without what only its other targets need.
-    """
-    import importlib.metadata
+    from dvdquant.artifact.layout import PLUGIN_PLACE
+    from dvdquant.export.elsewhere import SCRIPT
+    from dvdquant.hardware.gpus import cards_with
+    from dvdquant.hardware.make_lines import make_plugin
 
     lines = []
-    for requirement in importlib.metadata.requires("dvdquant") or ():
-        name = _name_of(requirement)
-        if not name or "extra ==" in requirement:
-            continue
-        rtx = any(entry["backend"] == "tensorrt_rtx" for entry in manifest.builds)
-        if name in _NOT_THERE and not (rtx and name == "tensorrt-rtx"):
-            continue
-        try:
-            lines.append(f"{name}=={importlib.metadata.version(name).partition('+')[0]}")
-        except importlib.metadata.PackageNotFoundError:
-            lines.append(requirement.partition(";")[0].strip())
+    if library is None and (sms := sms_of(manifest, "tensorrt")):
+        lines += [
+            f"without a plugin library: TensorRT engines need one, dvdq-build there refuses them without --plugin, and {SCRIPT} "
+            f"looks for it at {PLUGIN_PLACE}; make it here and pack it with --plugin: {make_plugin(processor, sms)}; or make it "
+            "there, as the README.md of the bundle says"
+        ]
+    others = [card for sm in sms_of(manifest) for card in cards_with(sm, "aarch64")]
+    if library is None and not asked and processor == "x86_64" and others:
+        lines += [f"for a machine with x86_64; {', '.join(others)} sit in machines with aarch64: --machine aarch64"]
     return lines
 
 
-def _page(manifest: Manifest, target: Path, machine: str, library: PluginFile | None, wheels: bool, own: bool) -> str:
-    """Return what to do on the device, as Markdown; ``own`` where the wheels have that of dvdquant."""
-    from dvdquant.artifact.layout import PLUGIN_PLACE
-    from dvdquant.export.elsewhere import SCRIPT
+def _read_library(path: Path, manifest: Manifest, asked: str | None) -> PluginFile:
+    """Return what the plugin library is for.
 
-    sms = ", ".join(sorted({sm for entry in manifest.builds for sm in entry["sm"]}, key=float))
-    backends = {entry["backend"] for entry in manifest.builds}
-    folder = target.name.removesuffix(".tar")
-    source = "--no-index --find-links wheels" if wheels else "--find-links wheels"
-    wheel = f"wheels/{_WHEEL}" if own else _WHEEL
-    builder = max(entry["builder_bytes"] for entry in manifest.builds)
-    held = max(entry["held_bytes"] for entry in manifest.builds)
-    steps = [
-        f"1. Python 3.11 or newer, the GPU's driver{' and TensorRT with its Python module' if 'tensorrt' in backends else ''}"
-        + (f" {library.tensorrt_major}" if library is not None and library.tensorrt_major else "")
-        + ". JetPack brings the last two.",
-        f"2. The packages of `requirements.txt`, in a virtual environment that sees TensorRT: "
-        f"`tar -xf {shell_line([target.name])} requirements.txt{' wheels' if wheels else ''} && "
-        f"python3 -m venv --system-site-packages env && env/bin/pip install {source} -r requirements.txt`"
-        + ("." if wheels else f". Without internet: fetch them elsewhere by `{_download(machine)}`.")
-        + f" Then dvdquant by its wheel: `env/bin/pip install --no-deps {wheel}`"
-        + ("." if own else f", which {_make_wheel(machine)} makes."),
-        f"3. `{_build_line(target, library)}`. It refuses what does not fit before it works, and can be repeated with "
-        "`--resume`.",
-        f"4. `dvdq-run {folder}{f' --plugin {folder}/{PLUGIN_PLACE}' if library else ''} --prompt …`, "
-        "where the model's text encoder and VAE are at hand (`--pipeline FOLDER`).",
-    ]
-    lean = [
-        "",
-        "`dvdq-build --version-compatible` builds engines that TensorRT's lean runtime of the same release runs, too. They keep "
-        "running when TensorRT is updated or taken away, where the lean runtime of the release that built them stays: NVIDIA's "
-        "Debian package `python3-libnvinfer-lean`, or `pip install tensorrt-lean-cu13==RELEASE`. They may be slower, and none "
-        "has run yet.",
-    ]
-    return "\n".join(
-        [
-            f"# Bundle for SM {sms} ({machine})",
-            "",
-            f"Made by dvdquant {__version__}. A build takes up to {amount(builder)} of memory, the weights of one transformer "
-            f"then up to {amount(held)}.",
-            "",
-            *steps,
-            *(lean if "tensorrt" in backends else []),
-            "",
-            f"By hand, without Python: `{SCRIPT}` holds the lines of TensorRT's own builder."
-            if "tensorrt" in backends
-            else "",
-            "",
-            "A bundle holds machine code. Build only one that you trust, and compare its SHA-256 with what dvdq-bundle said.",
-            "",
-            "",
-        ]
-    )
+    Args:
+        path: The file.
+        manifest: The manifest of the export.
+        asked: What ``--machine`` says, or None.
+
+    Raises:
+        UnsupportedError: It is none, or no engine loads one; the error says what makes one for the device.
+    """
+    from dvdquant.hardware.make_lines import make_plugin
+    from dvdquant.system.plugin_file import read_plugin
+
+    if not (sms := sms_of(manifest, "tensorrt")):
+        raise UnsupportedError(
+            "--plugin is for TensorRT engines, and this export has TensorRT-RTX engines alone, which load none",
+            fix="leave --plugin out",
+        )
+    try:
+        return read_plugin(path)
+    except UnsupportedError as error:
+        wanted = _machine(sms_of(manifest), None, asked)
+        raise UnsupportedError(
+            f"{error.what}; wanted is one for SM {', '.join(sms)} on {wanted}",
+            fix=f"{error.fix}: {make_plugin(wanted, sms)}",
+        ) from error
+
+
+def _machine(sms: list[str], library: PluginFile | None, asked: str | None) -> str:
+    """Return the processor of the device.
+
+    Args:
+        sms: The compute capabilities of the engines.
+        library: The plugin library, or None.
+        asked: What ``--machine`` says, or None.
+
+    Raises:
+        UnsupportedError: The plugin library, ``--machine`` and what the GPUs are sold with do not agree.
+    """
+    from dvdquant.hardware.gpus import cards_with, machine_of
+    from dvdquant.hardware.make_lines import make_plugin
+
+    known = None
+    for sm in sms:
+        if (its := machine_of(sm)) is None:
+            continue
+        known = its
+        cards = f"GPUs of SM {sm} ({', '.join(cards_with(sm, its))}) sit in machines with {its}"
+        if asked not in (None, its):
+            raise UnsupportedError(
+                f"--machine is {asked}, and {cards}",
+                fix="leave --machine out, or export for GPUs of the other machine alone",
+            )
+        if library is not None and library.machine != its:
+            raise UnsupportedError(
+                f"{library.path} is for {library.machine}, and {cards}",
+                fix=f"build the library for it: {make_plugin(its, sms)}",
+            )
+    if library is not None and asked not in (None, library.machine):
+        raise UnsupportedError(
+            f"{library.path} is for {library.machine}, and --machine is {asked}",
+            fix=f"build the library for it: {make_plugin(str(asked), sms)}; or leave --machine out",
+        )
+    # GPUs that are cards sit in machines of either kind, where x86-64 is the more usual.
+    return asked or (None if library is None else library.machine) or known or "x86_64"
+
+
+def _check_library(library: PluginFile, manifest: Manifest, machine: str) -> None:
+    """Refuse a plugin library that is no use to the engines of the bundle.
+
+    Args:
+        library: The plugin library.
+        manifest: The manifest of the export.
+        machine: The processor of the device.
+
+    Raises:
+        UnsupportedError: It lacks kernels for one of them.
+    """
+    from dvdquant.hardware.make_lines import make_plugin
+    from dvdquant.ops.cuda.architectures import serves
+
+    sms = sms_of(manifest, "tensorrt")
+    lacking = [sm for sm in sms if not serves(library.architectures, sm_number(sm))]
+    if lacking:
+        raise UnsupportedError(
+            f"{library.path} has no kernels for SM {', '.join(lacking)}, which the engines are for",
+            available=f"kernels for {', '.join(library.architectures)}"
+            if library.architectures
+            else "no kernels: the library loads them from another file, which a bundle does not hold",
+            fix=f"build it with them: {make_plugin(machine, sms)}",
+        )
 
 
 if __name__ == "__main__":

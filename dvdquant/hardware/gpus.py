@@ -9,9 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["GPUS", "KINDS", "Gpu", "Kind"]
+__all__ = ["GPUS", "KINDS", "MACHINES", "Gpu", "Kind", "Machine", "cards_with", "machine_of"]
 
 Kind = Literal["desktop", "laptop", "workstation", "server", "jetson"]
+Machine = Literal["aarch64", "x86_64"]
+
+MACHINES: tuple[Machine, ...] = ("aarch64", "x86_64")
+"""The processors that dvdquant runs on, as ``uname -m`` says them."""
 
 KINDS: dict[Kind, str] = {
     "desktop": "GeForce RTX",
@@ -32,6 +36,7 @@ class Gpu:
         memory: The sizes of its memory in GB. Jetson and GB10 share it with the processor.
         kind: Where it is found.
         names: Other names of it.
+        machine: The processor that it is sold with, in one module; None for a card, which goes into machines of either kind.
     """
 
     name: str
@@ -39,11 +44,16 @@ class Gpu:
     memory: tuple[int, ...]
     kind: Kind
     names: tuple[str, ...] = ()
+    machine: Machine | None = None
 
 
-def _series(kind: Kind, sm: str, *cards: tuple[str, int | tuple[int, ...]]) -> tuple[Gpu, ...]:
+def _series(
+    kind: Kind, sm: str, *cards: tuple[str, int | tuple[int, ...]], machine: Machine | None = None
+) -> tuple[Gpu, ...]:
     """Return cards of one kind and one compute capability."""
-    return tuple(Gpu(name, sm, (memory,) if isinstance(memory, int) else memory, kind) for name, memory in cards)
+    return tuple(
+        Gpu(name, sm, (memory,) if isinstance(memory, int) else memory, kind, machine=machine) for name, memory in cards
+    )
 
 
 GPUS: tuple[Gpu, ...] = (
@@ -90,8 +100,9 @@ GPUS: tuple[Gpu, ...] = (
     # Hopper
     *_series(
         "server", "9.0",
-        ("H20", 96), ("H100", (80, 94)), ("H100 NVL", 94), ("H200", 141), ("H800", 80), ("GH200", (96, 144)),
+        ("H20", 96), ("H100", (80, 94)), ("H100 NVL", 94), ("H200", 141), ("H800", 80),
     ),
+    *_series("server", "9.0", ("GH200", (96, 144)), machine="aarch64"),
     # Blackwell
     *_series(
         "desktop", "12.0",
@@ -108,12 +119,34 @@ GPUS: tuple[Gpu, ...] = (
         ("RTX PRO 2000 Blackwell", 16), ("RTX PRO 4000 Blackwell", 24), ("RTX PRO 4500 Blackwell", 32),
         ("RTX PRO 5000 Blackwell", (48, 72)), ("RTX PRO 6000 Blackwell", 96),
     ),
-    *_series("server", "10.0", ("B200", 180), ("GB200", 186)),
-    *_series("server", "10.3", ("B300", 288), ("GB300", 288)),
+    *_series("server", "10.0", ("B200", 180)),
+    *_series("server", "10.0", ("GB200", 186), machine="aarch64"),
+    *_series("server", "10.3", ("B300", 288)),
+    *_series("server", "10.3", ("GB300", 288), machine="aarch64"),
     # With memory shared with the processor
-    *_series("jetson", "8.7", ("Orin Nano", (4, 8)), ("Orin NX", (8, 16))),
-    Gpu("AGX Orin", "8.7", (32, 64), "jetson", ("Orin",)),
-    *_series("jetson", "11.0", ("Thor T4000", 64)),
-    Gpu("Thor T5000", "11.0", (128,), "jetson", ("Thor", "AGX Thor")),
-    Gpu("GB10", "12.1", (128,), "jetson", ("DGX Spark",)),
+    *_series("jetson", "8.7", ("Orin Nano", (4, 8)), ("Orin NX", (8, 16)), machine="aarch64"),
+    Gpu("AGX Orin", "8.7", (32, 64), "jetson", ("Orin",), "aarch64"),
+    *_series("jetson", "11.0", ("Thor T4000", 64), machine="aarch64"),
+    Gpu("Thor T5000", "11.0", (128,), "jetson", ("Thor", "AGX Thor"), "aarch64"),
+    Gpu("GB10", "12.1", (128,), "jetson", ("DGX Spark",), "aarch64"),
 )  # fmt: skip
+
+
+def machine_of(sm: str) -> Machine | None:
+    """Return the processor that every GPU of a compute capability is sold with, or None where there are others.
+
+    Args:
+        sm: The compute capability, such as "8.7".
+    """
+    found = {gpu.machine for gpu in GPUS if gpu.sm == sm}
+    return found.pop() if len(found) == 1 else None
+
+
+def cards_with(sm: str, machine: Machine) -> list[str]:
+    """Return the names of the GPUs of a compute capability that are sold with a processor.
+
+    Args:
+        sm: The compute capability, such as "9.0".
+        machine: The processor.
+    """
+    return [gpu.name for gpu in GPUS if gpu.sm == sm and gpu.machine == machine]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import platform
 import re
@@ -12,9 +11,14 @@ from pathlib import Path
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.files import open_regular
 
-__all__ = ["PluginFile", "machine_name", "parse_plugin", "read_plugin"]
+__all__ = ["MAX_PLUGIN", "PluginFile", "machine_name", "parse_plugin", "read_plugin"]
 
-# e_machine of an ELF header.
+MAX_PLUGIN = 256 << 20
+"""The most bytes of a plugin library; with the kernels for all GPUs it has a tenth of them."""
+_FIX = "give libdvdquant_plugins.so as make plugin builds it"
+# The head of an ELF file: 64 bit, little-endian; then e_type, which is 3 for a shared library, and e_machine.
+_ELF = b"\x7fELF\x02\x01"
+_SHARED = 3
 _MACHINES = {62: "x86_64", 183: "aarch64"}
 _TENSORRT = re.compile(rb"@dvdquant-plugin tensorrt=(\d{1,2})\0")
 _KERNELS = re.compile(rb"@dvdquant-kernels=([0-9a-z_;]{1,200})\0")
@@ -27,14 +31,14 @@ class PluginFile:
     Args:
         path: The file.
         machine: The processor that it runs on, as ``uname -m`` says it.
-        tensorrt_major: The major version of TensorRT that it is built for; None if it does not say.
+        tensorrt_major: The major version of TensorRT that it is built for.
         architectures: The GPU architectures of the kernels inside, such as ``("87", "110")``; empty if it loads them
             from another file.
     """
 
     path: Path
     machine: str
-    tensorrt_major: int | None
+    tensorrt_major: int
     architectures: tuple[str, ...]
 
 
@@ -50,24 +54,24 @@ def read_plugin(path: Path) -> PluginFile:
         path: The file.
 
     Raises:
-        UnsupportedError: It cannot be read, or is no library of a processor that engines run on.
+        UnsupportedError: It cannot be read, or is no plugin library of dvdquant.
     """
     try:
         descriptor, size = open_regular(path)
         with os.fdopen(descriptor, "rb") as file:
             if not size:
                 raise ValueError("it is empty")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        with data:
-            return parse_plugin(path, data)
+            if size > MAX_PLUGIN:
+                raise ValueError(f"it has more than {MAX_PLUGIN >> 20} MiB")
+            # Read, not mapped: a mapped file that another program cuts off ends this process.
+            data = file.read(size)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UnsupportedError(
-            f"the plugin library {path} cannot be read: {reason}", fix="give another file"
-        ) from error
+        raise UnsupportedError(f"the plugin library {path} cannot be read: {reason}", fix=_FIX) from error
+    return parse_plugin(path, data)
 
 
-def parse_plugin(path: Path, data: bytes | mmap.mmap | memoryview) -> PluginFile:
+def parse_plugin(path: Path, data: bytes) -> PluginFile:
     """Return what a plugin library is for.
 
     Args:
@@ -75,18 +79,24 @@ def parse_plugin(path: Path, data: bytes | mmap.mmap | memoryview) -> PluginFile
         data: Its bytes.
 
     Raises:
-        UnsupportedError: It is no library of a processor that engines run on.
+        UnsupportedError: It is no plugin library of dvdquant for a processor that engines run on.
     """
-    head = bytes(data[:20])
-    if head[:5] != b"\x7fELF\x02" or int.from_bytes(head[18:20], "little") not in _MACHINES:
+    kind, machine = int.from_bytes(data[16:18], "little"), _MACHINES.get(int.from_bytes(data[18:20], "little"))
+    if data[: len(_ELF)] != _ELF or kind != _SHARED or machine is None:
         raise UnsupportedError(
             f"{path} is no plugin library for Linux on {' or '.join(_MACHINES.values())}",
-            fix="give libdvdquant_plugins.so as make plugin builds it",
+            fix=_FIX,
         )
     major, kernels = _TENSORRT.search(data), _KERNELS.search(data)
+    if major is None:
+        what = "holds dvdquant's kernels without the plugin" if kernels else "is another library or program"
+        raise UnsupportedError(
+            f"{path} is no plugin library of dvdquant: it {what}, for {machine}",
+            fix=f"{_FIX}; one of an older version has to be built again",
+        )
     return PluginFile(
         path,
-        _MACHINES[int.from_bytes(head[18:20], "little")],
-        None if major is None else int(major[1]),
+        machine,
+        int(major[1]),
         () if kernels is None else tuple(kernels[1].decode().split(";")),
     )

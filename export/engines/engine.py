@@ -24,7 +24,7 @@ import dvdquant
 from dvdquant import errors
 from dvdquant.backends import backend_name
 from dvdquant.errors import DvdquantError, EngineError, OutputError
-from dvdquant.export.engines.report import BUILD_MEMORY_FACTOR, MARK, BuildReport, BuildRequest, Shapes
+from dvdquant.export.engines.report import MARK, BuildReport, BuildRequest, Shapes, memory_advice
 from dvdquant.system.files import disk_error, strict_json
 from dvdquant.system.whole_file import atomic_path
 
@@ -383,7 +383,7 @@ def _outcome(request: BuildRequest, title: str, result: dict[str, Any], code: in
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     memory = code == -signal.SIGKILL or any(word in tail for word in _NO_MEMORY)
     fix = (
-        f"free memory: a build takes up to {BUILD_MEMORY_FACTOR} times the bytes of the weights"
+        memory_advice(request.backend)
         if memory
         else "run the same command with --resume, and report the log if it ends like this again"
     )

@@ -18,6 +18,7 @@ __all__ = [
     "attention_summary",
     "layer_summary",
     "materialized_scores",
+    "memory_advice",
 ]
 
 # Peak resident memory of a build over the bytes of its weights, measured on TensorRT-RTX 1.7.1 with the mapped weight
@@ -29,6 +30,16 @@ INT8_MEMORY_FACTOR = 2.2
 MARK = "@dvdq "
 
 Shapes = Mapping[str, tuple[tuple[int, ...], ...]]
+
+
+def memory_advice(backend: str) -> str:
+    """Return what to do where a builder has no memory left, with what is known of its need.
+
+    Args:
+        backend: ``tensorrt_rtx`` or ``tensorrt``.
+    """
+    words = f"free memory: a build takes up to {BUILD_MEMORY_FACTOR} times the bytes of the weights"
+    return words if backend == "tensorrt_rtx" else f"{words} with TensorRT-RTX; with TensorRT that is an estimate"
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from dvdquant.backends import TENSORRT, Backend, load_backend
 from dvdquant.errors import DvdquantError, EngineError, ResourceError
 from dvdquant.export.engines.network import WeightMaps, check_custom_ops, parse_network, read_model
 from dvdquant.export.engines.report import (
-    BUILD_MEMORY_FACTOR,
     MARK,
     BuildReport,
     BuildRequest,
     attention_summary,
     layer_summary,
     materialized_scores,
+    memory_advice,
 )
 from dvdquant.system.files import disk_error, read_limited
 from dvdquant.system.gpu import read_gpu
@@ -431,7 +431,7 @@ def _as_error(error: DvdquantError | MemoryError | OSError, request: BuildReques
     if isinstance(error, MemoryError):
         return ResourceError(
             f"the {request.backend} builder process has no memory left",
-            fix=f"free memory: a build takes up to {BUILD_MEMORY_FACTOR} times the bytes of the weights",
+            fix=memory_advice(request.backend),
         )
     return disk_error(error, error.filename or request.engine)
 

@@ -21,7 +21,7 @@ from dvdquant.artifact import bundle as bundles
 from dvdquant.artifact.bundle import open_bundle, unpack_bundle, write_bundle
 from dvdquant.artifact.manifest import Manifest, load_manifest
 from dvdquant.artifact.verify_files import verify_files
-from dvdquant.errors import DvdquantError, OutputError, ResourceError
+from dvdquant.errors import DvdquantError, OutputError, ResourceError, UnsupportedError
 from tests.support.changed_bytes import mutated
 from tests.support.costs import Costs
 from tests.support.helpers_checkpoint import manifest, memory_folder
@@ -228,6 +228,7 @@ def test_the_library_is_checked_when_a_bundle_is_opened(out: Path, tmp_path: Pat
         (LIBRARY.replace(b"=10", b"=11"), False, "was changed"),
         (LIBRARY.replace(b"=10", b"=11"), True, "tensorrt_major 10, and .* 11"),
         (LIBRARY.replace(b"\x7fELF", b"MZ.."), True, "is no plugin library"),
+        (LIBRARY.replace(b"@dvdquant", b"@anything"), True, "is no plugin library of dvdquant"),
         (b"", True, 'machine "aarch64", and .* null'),
     ):
         pack(out, path)
@@ -241,6 +242,13 @@ def test_the_library_is_checked_when_a_bundle_is_opened(out: Path, tmp_path: Pat
         rewrite(path, change)
         with pytest.raises(OutputError, match=words), open_bundle(path):
             raise AssertionError("it was opened")
+
+
+def test_a_file_without_the_mark_of_the_plugin_is_not_packed(out: Path, tmp_path: Path) -> None:
+    others = {**OTHERS, "plugins/libdvdquant_plugins.so": LIBRARY.replace(b"@dvdquant", b"@anything")}
+    with pytest.raises(UnsupportedError, match="is no plugin library of dvdquant"):
+        write_bundle(tmp_path / "a.tar", out, load_manifest(out), others)
+    assert not (tmp_path / "a.tar").exists()
 
 
 def test_a_bundle_from_before_builders_were_recorded_is_opened(out: Path, tmp_path: Path) -> None:

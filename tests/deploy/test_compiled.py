@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +31,7 @@ sys.path[:0] = [str(Path(__file__).parents[2] / "kernels" / folder) for folder i
 from check_cases import make_tokens, make_weight  # noqa: E402
 from host_library import HostLibrary  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 FAMILIES = ("wan", "hunyuan-video", "cogvideox", "ltx-video")
 
 
@@ -117,6 +120,35 @@ def test_compiled_code_outlives_the_process(monkeypatch: pytest.MonkeyPatch, tmp
     assert compiled.cache_folder() == tmp_path / "dvdquant" / "inductor"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
     assert compiled.cache_folder() == tmp_path / "own"
+
+
+# Runs a compiled session and says how many graphs were compiled and how many were taken from the cache.
+_RUN = """
+import sys
+from torch._dynamo.utils import counters
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.sessions.pytorch import PyTorchSession
+artifact = Artifact.open(sys.argv[1])
+with PyTorchSession(artifact, compile=True) as session:
+    session.run(artifact.family().sample(artifact.sizes, artifact.dtype), 8)
+print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+@pytest.mark.stress
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    """With inductor's C++; its key does not depend on what is compiled to."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # inductor's own processes would hold the output open
+    told = []
+    for _ in range(2):
+        command = [sys.executable, "-c", _RUN, str(made.weights_export("wan"))]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        told.append([int(word) for word in done.stdout.split()[-2:]])
+    (compiled_first, _), (compiled_again, taken) = told
+    assert compiled_first > 0
+    assert (compiled_again, taken) == (0, compiled_first)
 
 
 @pytest.mark.stress

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -24,7 +27,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A capture that repeats a step on the memory that it was made with, and writes where it wrote: as a CUDA graph does."""
     made_captures: list[Any] = []
 
-    def capture(step: replay.Step, inputs: dict[str, Tensor]) -> tuple[Tensor, Callable[[], Any]]:
+    def capture(step: replay.Step, inputs: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Callable[[], Any]]:
         output = step(inputs)
         made_captures.append(inputs)
         return output, lambda: output.copy_(step(inputs))
@@ -47,7 +50,7 @@ def given(value: float, size: int = 3) -> dict[str, Tensor]:
 
 def test_a_step_is_captured_when_it_comes_again(captured: list[Any]) -> None:
     """Outputs are those of a plain step, and stay as they are when the next one runs."""
-    graphs = GraphReplay(step_of([]), "transformer")
+    graphs = GraphReplay(step_of([]), "transformer", CUDA)
     outputs = [graphs(given(float(i)), 8) for i in range(4)]
     assert [float(output[0]) for output in outputs] == [1.0, 3.0, 5.0, 7.0]
     assert len(captured) == 1
@@ -55,7 +58,7 @@ def test_a_step_is_captured_when_it_comes_again(captured: list[Any]) -> None:
 
 
 def test_each_width_and_each_shape_has_its_own(captured: list[Any]) -> None:
-    graphs = GraphReplay(step_of([]), "transformer")
+    graphs = GraphReplay(step_of([]), "transformer", CUDA)
     for state in (8, 4, 8, 4):
         for size in (3, 5):
             assert torch.equal(graphs(given(2.0, size), state), torch.full((size,), 5.0))
@@ -74,13 +77,79 @@ def test_each_width_and_each_shape_has_its_own(captured: list[Any]) -> None:
 def test_what_cannot_be_captured_runs_as_usual(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(step: replay.Step, inputs: dict[str, Tensor]) -> Any:
+    def refuse(*_: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(replay, "capture_step", refuse)
-    graphs = GraphReplay(step_of([]), "transformer")
+    graphs = GraphReplay(step_of([]), "transformer", CUDA)
     assert [float(graphs(given(float(i)), 8)[0]) for i in range(4)] == [1.0, 3.0, 5.0, 7.0]
     assert caplog.text.count("not permitted when stream is capturing") == 1
+
+
+def test_a_capture_without_the_kernels_of_its_step_is_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where they run on another stream than the one that is captured: the first output would be that of all steps."""
+    monkeypatch.setattr(replay, "capture_step", lambda step, inputs, device: (step(inputs), lambda: None))
+    graphs = GraphReplay(step_of([]), "transformer", CUDA)
+    assert [float(graphs(given(float(i)), 8)[0]) for i in range(4)] == [1.0, 3.0, 5.0, 7.0]
+    assert caplog.text.count("gives something else when it is repeated") == 1
+    assert graphs.nbytes == 0
+
+
+class _Cuda:
+    """What a capture calls of ``torch.cuda``, each call with its device."""
+
+    CUDAGraph = type("CUDAGraph", (), {"replay": lambda self: None})
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.under_way = 0
+
+    def synchronize(self, device: torch.device) -> None:
+        self.calls.append(("synchronize", device))
+
+    def Stream(self, device: torch.device) -> Any:
+        return ("stream", device)
+
+    @contextlib.contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        self.calls.append(("device", device))
+        yield
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        self.under_way += 1
+        assert self.under_way == 1
+        self.calls.append((stream, capture_error_mode))
+        yield
+        self.under_way -= 1
+
+
+def test_a_capture_is_on_a_stream_of_its_device_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two sessions on two devices in two threads one captures at a time, and the other may allocate meanwhile."""
+    cuda = _Cuda()
+    monkeypatch.setattr(replay.torch, "cuda", cuda)
+    inside, go = threading.Event(), threading.Event()
+
+    def first(inputs: dict[str, Tensor]) -> Tensor:
+        inside.set()
+        assert go.wait(20)
+        return inputs["x"]
+
+    devices = [torch.device("cuda", index) for index in (1, 0)]
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(replay.capture_step, first, given(1.0), devices[0])
+        assert inside.wait(20)
+        two = pool.submit(replay.capture_step, step_of([]), given(2.0), devices[1])
+        with pytest.raises(TimeoutError):
+            two.result(timeout=0.2)
+        go.set()
+        assert float(one.result()[0][0]) == 1.0
+        assert float(two.result()[0][0]) == 5.0
+    streams = [call for call in cuda.calls if call[1] == "thread_local"]
+    assert streams == [(("stream", device), "thread_local") for device in devices]
+    assert [call[1] for call in cuda.calls if call[0] == "device"] == devices
 
 
 def test_where_it_is_off() -> None:

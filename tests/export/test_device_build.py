@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from dvdquant.artifact.bundle import open_bundle, unpack_bundle
+from dvdquant.artifact.bundle import open_bundle, unpack_bundle, write_bundle
+from dvdquant.artifact.layout import PLUGIN_PLACE
 from dvdquant.artifact.manifest import load_manifest
 from dvdquant.artifact.verify_files import verify_files
 from dvdquant.backends import Backend
@@ -34,8 +36,12 @@ from dvdquant.export import build_room, on_device
 from dvdquant.export.build_room import check_builds
 from dvdquant.export.elsewhere import COMPATIBLE, SCRIPT
 from dvdquant.export.engines import BuildReport, stage
+from dvdquant.export.engines.report import memory_advice
 from dvdquant.export.on_device import as_compatible, build_on_device, plan_on_device
 from dvdquant.export.options import ExportOptions
+from dvdquant.hardware.make_lines import make_plugin
+from dvdquant.model.families import Sizes, get_family
+from dvdquant.model.working_memory import step_bytes_at
 from dvdquant.recipe import get_recipe
 from dvdquant.system.gpu import Gpu
 from dvdquant.system.progress import Progress
@@ -115,8 +121,10 @@ def test_what_is_left_for_the_device(made: Path) -> None:
     verify_files(made, manifest)
     assert manifest.engines == ()
     assert [b["engine"] for b in manifest.builds] == [A4, A8]
+    sizes = Sizes.from_json(manifest.shapes)
     for entry in manifest.builds:
         assert entry["graph"] in manifest.files
+        assert entry["working_bytes"] == step_bytes_at(get_family(tiny.WAN_ONE), sizes, sizes.at("opt")) > 0
         graph = onnx.load(made / entry["graph"], load_external_data=False).graph
         assert all(node.domain != "dvdquant" or node.op_type == "QuantLinear" for node in graph.node)
         inputs = {value.name for value in graph.input}
@@ -135,6 +143,26 @@ def test_what_is_left_for_the_device(made: Path) -> None:
             shapes = {part.split(":")[0]: part.split(":")[1] for part in options[name].split(",")}
             assert shapes == {n: "x".join(map(str, three[which])) for n, three in (entry["profile"] or {}).items()}
         assert entry["command"] in (made / SCRIPT).read_text()
+
+
+def test_the_script_runs_its_lines_beside_the_plugin_and_says_where_that_is_missing(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "trtexec").write_text(
+        '#!/bin/sh\nfor word; do case $word in --saveEngine=*) echo > "${word#*=}";; esac; done\n'
+    )
+    (tmp_path / "trtexec").chmod(0o755)
+
+    def script() -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join((str(tmp_path), os.environ["PATH"]))
+        return subprocess.run(
+            ["sh", str(out / SCRIPT)], capture_output=True, text=True, env={**os.environ, "PATH": path}, timeout=60
+        )
+
+    refused(script(), f"{out}/{PLUGIN_PLACE} is missing: make plugin builds it")
+    assert not (out / "engines").exists()
+    plugin_library(out / PLUGIN_PLACE)
+    assert script().returncode == 0
+    assert (out / A4).is_file()
+    assert (out / A8).is_file()
 
 
 def test_the_same_export_again_is_up_to_date(model: Path, made: Path) -> None:
@@ -268,6 +296,7 @@ def test_what_does_not_fit_is_refused_before_work(out: Path, tmp_path: Path, ten
     arm, pc = (plugin_library(tmp_path / m / "libx.so", machine=m) for m in ("aarch64", "x86_64"))
     (tmp_path / "text.so").write_text("no library")
     other = [plugin_library(tmp_path / f"{m}.so", major=m) for m in (10,)]
+    kernels = plugin_library(tmp_path / "kernels.so", major=None)
     desktop = plugin_library(tmp_path / "desktop.so", kernels="80;90a;100;120")
     cases: list[tuple[str, dict[str, Any]]] = [
         (
@@ -280,6 +309,7 @@ def test_what_does_not_fit_is_refused_before_work(out: Path, tmp_path: Path, ten
         (r"is for \w+, and this machine is", {"plugins": [arm, pc]}),
         (r"are for 80, 90a, 100, 120, and this GPU has SM 8\.7", {"plugins": [desktop]}),
         (r"is no plugin library", {"plugins": [tmp_path / "text.so"]}),
+        (r"holds dvdquant's kernels without the plugin", {"plugins": [good, kernels]}),
         (r"to take .* of device memory(?s:.*) on Orin", {"gpu": dataclasses.replace(ORIN, memory_bytes=10**6)}),
         (r"no engine of 6 bits to build(?s:.*)4 bits, 8 bits", {"bits": [6]}),
     ]
@@ -389,7 +419,9 @@ def test_what_to_do_where_nothing_fits(made: Path, monkeypatch: Any) -> None:
     # 3. A smaller model: 5.4 of 8 GiB.
     layer = {**manifest.layers[0], "features_in": 4096}
     manifest = dataclasses.replace(manifest, layers=({**layer, "features_out": 4096}, {**layer, "features_out": 8192}))
-    assert "at most 34 million weights (this one has 50 million)" in fix({"held": 8})
+    said = fix({"held": 8, "work": 0.01})
+    assert "at most 34 million weights (this one has 50 million); dvdq-export" in said, "no clip is small enough"
+    assert "or for much smaller clips; dvdq-export" in fix({"held": 5.4, "work": 9})
     manifest = dataclasses.replace(manifest, layers=({**layer, "features_out": 2**20},) * 3)
     assert "at most 8.7 billion weights (this one has 12.9 billion)" in fix({"held": 8})
     # 4. The builder alone is too large.
@@ -414,6 +446,12 @@ def test_two_transformers_are_held_together(made: Path, monkeypatch: Any) -> Non
     error = memory_error(dataclasses.replace(manifest, builds=(*manifest.builds, *second)), SMALL_ORIN)
     assert "estimated to take 7.0 GiB of device memory, 6.0 GiB for weights and 1.0 GiB to work in" in error.what
     assert "fits: a8 (" in str(error.available)
+
+
+def test_the_need_of_tensorrts_builder_is_called_an_estimate() -> None:
+    """The factor was measured with TensorRT-RTX."""
+    assert "estimate" in memory_advice("tensorrt")
+    assert "estimate" not in memory_advice("tensorrt_rtx")
 
 
 def test_a_damaged_export_is_not_built(out: Path, tmp_path: Path, tensorrt: None) -> None:
@@ -464,15 +502,39 @@ def pack(out: Path, target: Path, *arguments: object) -> str:
     return result.output
 
 
+def not_packed(*arguments: object) -> str:
+    """What ``dvdq-bundle`` says where it refuses."""
+    result = CliRunner().invoke(bundle_main, [str(a) for a in arguments])
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def page_of(bundle: Path) -> str:
+    """The page that a bundle holds."""
+    with tarfile.open(bundle) as tar:
+        return tar.extractfile("README.md").read().decode()  # type: ignore[union-attr]
+
+
+def export_for(sm: str, made: Path, out: Path, backend: str = "tensorrt") -> Path:
+    """A copy of the export whose engines are for another GPU."""
+    shutil.copytree(made, out)
+    manifest = load_manifest(out)
+    builds = tuple({**entry, "sm": [sm], "backend": backend} for entry in manifest.builds)
+    (out / "manifest.json").write_text(dataclasses.replace(manifest, builds=builds).to_json())  # type: ignore[arg-type]
+    return out
+
+
 def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plugin = plugin_library(tmp_path / "libdvdquant_plugins.so")
+    plugin = plugin_library(tmp_path / "libdvdquant_plugins.so", machine="aarch64")
+    for place in ("dvdquant.system.plugin_file", "dvdquant.export.on_device"):  # the device, an Orin
+        monkeypatch.setattr(f"{place}.machine_name", lambda: "aarch64")
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / "some-1.0-py3-none-any.whl").write_bytes(b"a wheel")
     said = pack(made, tmp_path / "orin.tar", "--plugin", plugin, "--wheels", tmp_path / "wheels")
     assert "dvdq-build orin.tar -o orin --plugin bundled" in said
     assert "has no wheel of dvdquant" in said
-    with tarfile.open(tmp_path / "orin.tar") as tar:
-        assert b"python3-libnvinfer-lean" in tar.extractfile("README.md").read()  # type: ignore[union-attr]
+    assert "python3-libnvinfer-lean" in page_of(tmp_path / "orin.tar")
     assert "wheels has no wheel of accelerate==" in said
     # Refused before anything is unpacked.
     there = tmp_path / "device"
@@ -491,8 +553,8 @@ def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeyp
     # A bundle without a plugin library is for that SM just as well, and says what it lacks; one whose library has other kernels
     # is no use on this GPU.
     pack(made, tmp_path / "bare.tar")
-    others = plugin_library(tmp_path / "others.so", kernels="90;110")
-    pack(made, tmp_path / "others.tar", "--plugin", others)
+    others = plugin_library(tmp_path / "others.so", machine="aarch64", kernels="90;110")
+    write_bundle(tmp_path / "others.tar", made, load_manifest(made), {PLUGIN_PLACE: others})
     library = ("--plugin", "bundled")
     for gpu, bundle, options, text in (
         (thor, "bare.tar", (), "is for SM 8.7, and this GPU (Thor) has SM 11.0"),
@@ -554,15 +616,104 @@ def test_wheels_that_are_there_are_not_named_as_lacking(made: Path, tmp_path: Pa
     assert f"wheels has no wheel of {numba}: without internet" in said
 
 
-def test_what_cannot_be_packed(made: Path, tmp_path: Path) -> None:
-    def packed(*arguments: object) -> str:
-        result = CliRunner().invoke(bundle_main, [str(a) for a in arguments])
-        assert result.exit_code == 2, (result.output, result.exception)
-        assert "Traceback" not in result.output
-        return result.output
+def test_a_library_that_is_no_use_on_the_device_is_not_packed(made: Path, tmp_path: Path) -> None:
+    """Each refusal names what it is and what was wanted, and has the line that makes the right one."""
+    good = plugin_library(tmp_path / "good.so", machine="aarch64")
+    (tmp_path / "other.so").write_bytes(good.read_bytes().replace(b"@dvdquant", b"@anything"))
+    pc = plugin_library(tmp_path / "pc.so", machine="x86_64")
+    kernels = plugin_library(tmp_path / "kernels.so", None, "aarch64")
+    bare = plugin_library(tmp_path / "bare.so", machine="aarch64", kernels="")
+    thor = plugin_library(tmp_path / "thor.so", machine="aarch64", kernels="90a;110")
+    wanted = "wanted is one for SM 8.7 on aarch64"
+    for library, words in (
+        (tmp_path / "other.so", ("is another library or program, for aarch64", wanted)),
+        (kernels, ("holds dvdquant's kernels without the plugin, for aarch64", wanted)),
+        (tmp_path / "none.so", ("cannot be read: No such file", wanted)),
+        (pc, ("is for x86_64, and GPUs of SM 8.7 (Orin Nano, Orin NX, AGX Orin) sit in machines with aarch64",)),
+        (bare, ("has no kernels for SM 8.7", "loads them from another file, which a bundle does not hold")),
+        (thor, ("has no kernels for SM 8.7", "kernels for 90a, 110")),
+    ):
+        said = not_packed(made, "-o", tmp_path / "x.tar", "--plugin", library)
+        for text in (str(library), *words, make_plugin("aarch64", ["8.7"])):
+            assert text in said
+    assert "leave --machine out" in not_packed(made, "-o", tmp_path / "x.tar", "--plugin", good, "--machine", "x86_64")
+    rtx = export_for("12.1", made, tmp_path / "rtx", "tensorrt_rtx")
+    assert "has TensorRT-RTX engines alone, which load none" in not_packed(
+        rtx, "-o", tmp_path / "x.tar", "--plugin", good
+    )
+    assert not (tmp_path / "x.tar").exists()
 
+
+def test_the_processor_is_that_of_the_gpu_or_the_one_that_is_asked_for(made: Path, tmp_path: Path) -> None:
+    spark = export_for("12.1", made, tmp_path / "spark", "tensorrt_rtx")
+    hopper = export_for("9.0", made, tmp_path / "hopper")
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "torch-2.13.0-cp312-cp312-manylinux_2_28_aarch64.whl").touch()
+    wheels, target = ("--wheels", tmp_path / "wheels"), tmp_path / "a.tar"
+    said = pack(spark, target, *wheels)
+    assert "for SM 12.1 on aarch64" in said
+    assert "manylinux2014_aarch64" in said
+    assert "x86_64" not in said
+    assert "--machine is x86_64, and GPUs of SM 12.1 (GB10) sit in machines with aarch64" in not_packed(
+        spark, "-o", target, "--machine", "x86_64"
+    )
+    # An H100 sits beside x86-64, a GH200 of the same SM beside ARM.
+    assert "aarch64, and the device is Linux on x86_64" in not_packed(hopper, "-o", target, *wheels)
+    said = pack(hopper, target)
+    assert "for SM 9.0 on x86_64" in said
+    assert "GH200 sit in machines with aarch64: --machine aarch64" in said
+    said = pack(hopper, target, *wheels, "--machine", "aarch64")
+    assert "for SM 9.0 on aarch64" in said
+    assert "sit in machines" not in said
+    library = plugin_library(tmp_path / "arm.so", machine="aarch64", kernels="80;90a;compute_80")
+    assert "on aarch64" in pack(hopper, target, "--plugin", library)
+    assert f"{library} is for aarch64, and --machine is x86_64" in not_packed(
+        hopper, "-o", target, "--plugin", library, "--machine", "x86_64"
+    )
+
+
+def test_the_page_asks_for_what_the_engines_need(made: Path, tmp_path: Path) -> None:
+    target = tmp_path / "a.tar"
+    # 1. TensorRT without a plugin library: what is missing, what makes it, and lines that name it.
+    said, line = pack(made, target), "dvdq-build a.tar -o a --plugin libdvdquant_plugins.so"
+    assert line in said
+    assert "dvdq-build there refuses them without --plugin" in said
+    assert make_plugin("aarch64", ["8.7"]) in said
+    page = page_of(target)
+    for text in (
+        f"4. `{line}`",
+        "3. The plugin library, which TensorRT engines need and this bundle does not hold",
+        'make kernels SM="87" && make plugin`',
+        'make kernels HOST=aarch64 SM="87" && make plugin HOST=aarch64 TENSORRT_ROOT=FOLDER',
+        f"`{PLUGIN_PLACE}`, which is missing",
+        "JetPack brings the last two",
+        "By estimate, a build takes up to",
+        "TensorRT's own builder has not been measured",
+    ):
+        assert text in page, page
+    # 2. With one.
+    pack(made, target, "--plugin", plugin_library(tmp_path / "arm.so", machine="aarch64"))
+    page = page_of(target)
+    assert "3. `dvdq-build a.tar -o a --plugin bundled`" in page
+    assert "and TensorRT 11 with its Python module" in page
+    assert "missing" not in page
+    # 3. Of a server: no JetPack there.
+    pack(export_for("9.0", made, tmp_path / "hopper"), target)
+    page = page_of(target)
+    assert "JetPack" not in page
+    assert "build/plugins-aarch64" not in page
+    # 4. TensorRT-RTX, which pip installs, and which loads no plugin.
+    pack(export_for("12.1", made, tmp_path / "spark", "tensorrt_rtx"), target)
+    page = page_of(target).partition("# `")[0]
+    assert "1. Python 3.11 or newer and the GPU's driver." in page
+    assert "3. `dvdq-build a.tar -o a`" in page
+    for text in ("JetPack", "plugin", "system-site-packages", "the system's TensorRT", SCRIPT, "own builder"):
+        assert text not in page, page
+
+
+def test_what_cannot_be_packed(made: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "holds no wheel" in packed(made, "-o", tmp_path / "x.tar", "--wheels", tmp_path / "empty")
+    assert "holds no wheel" in not_packed(made, "-o", tmp_path / "x.tar", "--wheels", tmp_path / "empty")
     for wheel, words in (
         (
             "torch-2.13.0-cp312-cp312-manylinux_2_28_x86_64.whl",
@@ -572,13 +723,13 @@ def test_what_cannot_be_packed(made: Path, tmp_path: Path) -> None:
         ("torch.whl", "has not the name of a wheel"),
     ):
         (tmp_path / "empty" / wheel).touch()
-        assert words in packed(made, "-o", tmp_path / "x.tar", "--wheels", tmp_path / "empty")
+        assert words in not_packed(made, "-o", tmp_path / "x.tar", "--wheels", tmp_path / "empty")
         (tmp_path / "empty" / wheel).unlink()
-    assert "is a folder" in packed(made, "-o", tmp_path)
+    assert "is a folder" in not_packed(made, "-o", tmp_path)
     bare = Path(shutil.copytree(made, tmp_path / "bare"))
     manifest = dataclasses.replace(load_manifest(bare), builds=())
     (bare / "manifest.json").write_text(manifest.to_json())
-    assert "no engine that is left to be built" in packed(bare, "-o", tmp_path / "x.tar")
+    assert "no engine that is left to be built" in not_packed(bare, "-o", tmp_path / "x.tar")
     with pytest.raises(UnsupportedError, match="has no engine that was left to be built"):
         plan_on_device(bare, manifest, ORIN)
     assert not (tmp_path / "x.tar").exists()

@@ -12,9 +12,9 @@ import pytest
 from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.export.engines.precision import RTX_SMS, TENSORRT_SMS, choose_precision, what_executes
 from dvdquant.hardware.advice import QUALITY, choose, choose_recipe
-from dvdquant.hardware.capabilities import CAPABILITIES, parse_sm, sm_number
+from dvdquant.hardware.capabilities import CAPABILITIES, JETSONS, parse_sm, sm_number
 from dvdquant.hardware.find import find_gpu, installed_gpus
-from dvdquant.hardware.gpus import GPUS, KINDS
+from dvdquant.hardware.gpus import GPUS, KINDS, cards_with, machine_of
 from dvdquant.hardware.listing import HEADER, gpu_rows, runs_words
 from dvdquant.hardware.weights import slower_in_int8
 from dvdquant.recipe import RECIPES
@@ -91,6 +91,13 @@ def test_the_facts_are_those_of_the_exporter() -> None:
         if each.kernels:
             words = what_executes(choose_precision("tensorrt", sm, group), 4, sm)
             assert bool(each.kernels_a4) == ("no faster than A8" not in words), sm
+
+
+def test_which_processor_a_gpu_is_sold_with() -> None:
+    offered = [each.sm for each in CAPABILITIES.values() if not each.refused]
+    assert {sm for sm in offered if machine_of(sm) == "aarch64"} == {*JETSONS, "12.1"}
+    assert {machine_of(sm) for sm in offered if sm not in (*JETSONS, "12.1")} == {None}
+    assert [cards_with(sm, "aarch64") for sm in ("9.0", "10.0", "10.3", "8.9")] == [["GH200"], ["GB200"], ["GB300"], []]
 
 
 def test_the_quality_is_that_of_the_results() -> None:

@@ -11,11 +11,14 @@ import json
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 
+from benchmarks.held_weights import models, plan_of
 from dvdquant.errors import DvdquantError
+from dvdquant.model.held_weights import shape_of
 from dvdquant.ops.cuda.abi import ABI_VERSION
 from dvdquant.ops.cuda.architectures import serves
 from dvdquant.ops.cuda.library import KernelLibrary
@@ -51,7 +54,14 @@ def emulated(*command: object, **variables: str) -> subprocess.CompletedProcess[
     )
 
 
+def published_layers() -> list[LayerShape]:
+    """The layers of the published models whose held bytes docs/hardware.md lists, each form once."""
+    plans = [plan_of(name, "w4a4-g64") for name in models()]
+    return list(dict.fromkeys(shape_of(spec, plan, bits) for plan in plans for spec in plan.layers for bits in (4, 8)))
+
+
 def test_the_library_for_arm_plans_as_that_for_this_machine(tmp_path: Path) -> None:
+    """Also the layers of whole models: what they take on a Jetson is what is counted for it."""
     needs(COMPILER, EMULATOR, "g++")
     if not BUILT.is_file():
         pytest.skip('needs the library: make kernels HOST=aarch64 SM="87 110"')
@@ -62,8 +72,10 @@ def test_the_library_for_arm_plans_as_that_for_this_machine(tmp_path: Path) -> N
         timeout=120,
     )
     sms = (75, 80, 86, 87, 89, 90, 100, 110, 120)
+    layers = [*LAYERS, *published_layers()]
+    assert len(layers) > 40
     lines = [
-        " ".join(map(str, (sm, *(int(v) for v in dataclasses.astuple(layer)[:8])))) for sm in sms for layer in LAYERS
+        " ".join(map(str, (sm, *(int(v) for v in dataclasses.astuple(layer)[:8])))) for sm in sms for layer in layers
     ]
     done = emulated(program, BUILT, *[word for line in lines for word in line.split()])
     assert done.returncode == 0, done.stderr
@@ -78,7 +90,7 @@ def test_the_library_for_arm_plans_as_that_for_this_machine(tmp_path: Path) -> N
         sys.path.remove(str(KERNELS))
     wanted = []
     for sm in sms:
-        for layer in LAYERS:
+        for layer in layers:
             try:
                 plan = here.plan_layer(layer, sm)
                 spaces = [here.workspace_bytes(layer, sm, 1000), here.rows_bytes(layer, sm)]
@@ -106,9 +118,11 @@ def test_the_plugin_for_arm_passes_its_harness(plugin: Path) -> None:
     assert facts.machine == "aarch64"
     assert facts.tensorrt_major in (10, 11)
     device = folder / "host_device"
-    for sm, checks in ((87, "contract"), (110, "contract"), (87, "registration"), (87, "other-version")):
-        variables = {"LD_LIBRARY_PATH": str(device), "HOST_CUDA_SM": str(sm)}
-        variables |= {"DVDQUANT_KERNELS": str(device / "libhost_kernels.so")}
+    for sm, checks in product((87, 110), ("contract", "missing-kernels", "registration", "other-version")):
+        variables = {}
+        if checks != "missing-kernels":
+            variables = {"LD_LIBRARY_PATH": str(device), "HOST_CUDA_SM": str(sm)}
+            variables |= {"DVDQUANT_KERNELS": str(device / "libhost_kernels.so")}
         variables |= {"DVDQUANT_PLUGIN_REGISTER": "1"} if checks == "registration" else {}
         done = emulated(folder / "harness", library, checks, **variables)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -248,6 +248,10 @@ def raises(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None)
     raise RuntimeError("no kernel image is available")
 
 
+def large(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None = None) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB")
+
+
 def missing() -> object:
     return importlib.import_module("dvdquant.no_such_module")
 
@@ -260,6 +264,7 @@ PASSED_OVER = {
     "large heads": (library("x", lambda: means, max_head=32), "at most 32 channels, not 64"),
     "does not import": (library("x", missing), "ModuleNotFoundError"),
     "fails": (library("x", lambda: raises), "no kernel image"),
+    "needs too much memory": (library("x", lambda: large), "Tried to allocate 8.00 GiB"),
     "wrong": (library("x", lambda: wrong), "10 % from 16 bit"),
     "NaN": (library("x", lambda: nan), "nan % from 16 bit"),
     "slow": (library("x", lambda: slow), "times as long"),
@@ -301,6 +306,15 @@ def test_the_floor_is_16_bit(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.levelname for record in caplog.records if "of long sequences" in record.message] == ["WARNING"]
     chosen(*given)
     assert len(chosen.passed_over) == len(rungs)  # it is tried once
+
+
+def test_16_bit_that_does_not_fit_ends_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing against a library, and the next call asks again."""
+    monkeypatch.setattr("dvdquant.ops.attention.ladder.exact", large)
+    chosen = Attention("int8", (library("means", lambda: means),))
+    with pytest.raises(torch.OutOfMemoryError):
+        chosen(*heads_last())
+    assert (chosen.decided, chosen.passed_over) == (False, [])
 
 
 @pytest.mark.parametrize("kind", REFERENCE)
