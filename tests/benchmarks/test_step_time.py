@@ -174,7 +174,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels' double, and a capture of steps that repeats them on the CPU."""
     double = CudaKernels(HostLibrary(), 90)  # type: ignore[arg-type]
 
-    def capture(step: replay.Step, inputs: dict[str, Tensor]) -> tuple[Tensor, Callable[[], Any]]:
+    def capture(step: replay.Step, inputs: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Callable[[], Any]]:
         output = step(inputs)
         return output, lambda: output.copy_(step(inputs))
 
@@ -241,7 +241,7 @@ def test_a_flavour_that_would_run_as_another_one_does_is_refused(
 
 
 def test_a_capture_that_fails_is_a_row(tiny: None, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(step: replay.Step, inputs: dict[str, Tensor]) -> Any:
+    def fail(*_: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(replay, "capture_step", fail)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.sessions import open_session
+from dvdquant.deploy.sessions import open_session, replay
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.ops.attention import ladder
 from tests.support import session_exports as made
@@ -65,7 +65,8 @@ def test_a_captured_step_gives_what_a_plain_one_gives(compile: bool) -> None:
         assert isinstance(session, PyTorchSession)
         for i in (0, 0, 0, 1, 0):
             for bits in (8, 4):
-                assert torch.equal(session.run(drawn[i], bits), wanted[bits, i])
+                change = made.relative(session.run(drawn[i], bits).cpu(), wanted[bits, i].cpu())
+                assert change <= replay.MAX_CHANGE
         if DEVICE == "cuda":
             assert session._graphs is not None
             assert session._graphs.failed is None
