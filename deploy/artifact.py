@@ -380,6 +380,8 @@ def _recipe_options(data: dict[str, Any]) -> list[str]:
     base = RECIPES.get(recipe.name)
     if base is None:
         return words
+    if len(recipe.activations) < len(base.activations):
+        words += ["--activations", str(recipe.activations[0].bits)]
     if recipe.modulation != base.modulation:
         words += ["--modulation", recipe.modulation]
     if recipe.attention != base.attention:

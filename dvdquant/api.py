@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from dvdquant.deploy.switching.defaults import LAST_HIGH
 from dvdquant.errors import RecipeError, UnsupportedError
-from dvdquant.hardware.advice import choose
+from dvdquant.hardware.advice import AUTO, choose
 from dvdquant.recipe import RECIPES, Recipe, get_recipe
 from dvdquant.system.records import brief
 
@@ -112,11 +112,12 @@ def export_model(
     own = recipe if isinstance(recipe, Recipe) else None
     name = _recipe_name(recipe) if own is None else own.name
     cards, capabilities = _several("gpu", gpu), _several("sm", sm)
-    choice = choose(cards, capabilities, _several("target", target), name, options.get("also_write", ()))
+    layouts, precision = options.get("also_write", ()), str(options.get("precision", AUTO))
+    choice = choose(cards, capabilities, _several("target", target), name, layouts, precision=precision)
     arguments = ExportOptions(
         model=str(model),
         out=_path("out", out),
-        recipe=get_recipe(choice.recipe) if own is None else own,
+        recipe=get_recipe(choice.recipe).with_activations(choice.activations) if own is None else own,
         targets=choice.targets,
         sms=choice.sms,
         height=_size(height),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
@@ -173,6 +173,17 @@ class Recipe:
         if any(fnmatchcase(layer, glob) for glob in self.force):
             return False
         return any(fnmatchcase(layer, glob) for glob in (*family_keeps, *self.keep))
+
+    def with_activations(self, bits: Sequence[int]) -> Recipe:
+        """Return the same recipe with the activation grids of some bits alone.
+
+        Args:
+            bits: The bits; none of them means all of the recipe's.
+
+        Raises:
+            RecipeError: The recipe has no such activations.
+        """
+        return replace(self, activations=tuple(map(self.activation, bits)) or self.activations)
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as a plain dict for the manifest."""

@@ -50,13 +50,8 @@ def check_replacement(
     found += [differences(before, {**shapes, "lora_rank": lora_rank})]
     if not any(found):
         return
-    name = str(previous.recipe.get("name"))
-    same = (
-        name != recipe.name
-        and name in RECIPES
-        and not any([*_models(previous, source, components), *_recipes(previous, RECIPES[name])])
-    )
-    goes_on = f"--recipe {name} goes on with it; or " if same and not found[-1] else ""
+    options = "" if found[-1] or any(_models(previous, source, components)) else _options_of(previous, recipe)
+    goes_on = f"{options} goes on with it; or " if options else ""
     raise OutputError(
         f"{out} holds a finished export, made {previous.created}, and this is another one",
         available="; ".join(filter(None, found)),
@@ -76,6 +71,18 @@ def _models(previous: Manifest, source: Source, components: Sequence[str]) -> li
     if before["model"] != now["model"]:
         return [f"model: {shown(before['model'])} before, {shown(now['model'])} now"]
     return [f"model: {shown(now['model'])} has other weights or other LoRAs now"]
+
+
+def _options_of(previous: Manifest, recipe: Recipe) -> str:
+    """Return the options of another named recipe, or of other widths of it, that are those of an export, or ""."""
+    base = RECIPES.get(str(previous.recipe.get("name")))
+    if base is None:
+        return ""
+    for bits in ((), *((activation.bits,) for activation in base.activations)):
+        one = base.with_activations(bits)
+        if (one.name, one.activations) != (recipe.name, recipe.activations) and not _recipes(previous, one):
+            return f"--recipe {base.name}" + "".join(f" --activations {width}" for width in bits)
+    return ""
 
 
 def _recipes(previous: Manifest, recipe: Recipe) -> list[str]:

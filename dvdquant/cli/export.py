@@ -125,6 +125,11 @@ def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     help=f"What is quantized how: {', '.join(RECIPES)}. auto: what suits the cards.",
 )
 @click.option(
+    "--activations",
+    type=click.Choice(["4", "8"]),
+    help="Only the graph and the engine of these activation bits: one engine, not two.  [default: all of the recipe's]",
+)
+@click.option(
     "--modulation",
     type=click.Choice(["keep", "a8"]),
     help="The blocks' modulation linears: 16 bit, or 4-bit weights with 8-bit activations.  [default: the recipe's]",
@@ -296,8 +301,11 @@ def main(**arguments: Any) -> None:
     setup_logging(verbose, log_format)
     _check_revision(arguments["model"], arguments["revision"])
     gpus, sms, targets, named = (arguments.pop(name) for name in ("gpus", "sms", "targets", "recipe"))
-    choice = choose(gpus, sms, targets, named, arguments["also_write"])
+    only = None if (word := arguments.pop("activations")) is None else int(word)
+    layouts, precision = arguments["also_write"], arguments["precision"]
+    choice = choose(gpus, sms, targets, named, layouts, only=only, precision=precision)
     recipe = get_recipe(choice.recipe).with_globs(arguments.pop("keep"), arguments.pop("force"))
+    recipe = recipe.with_activations(choice.activations)
     if (modulation := arguments.pop("modulation")) is not None:
         recipe = replace(recipe, modulation=modulation)
     if (attention := arguments.pop("attention")) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from dvdquant.cli.engine_copies import copies_words, sum_by_width
 from dvdquant.hardware.advice import QUALITY
 from dvdquant.hardware.capabilities import capability, sm_number
 from dvdquant.hardware.find import find_gpu
@@ -34,6 +35,7 @@ def answers(plan: ExportPlan, choice: Choice) -> list[tuple[str, str]]:
     return [
         ("faster", _speed(choice)),
         ("GPU memory", _memory(plan, choice)),
+        *([("engines", copies)] if (copies := _copies(plan)) else []),
         ("disk", _disk(plan)),
         ("quality", _quality(plan)),
     ]
@@ -92,6 +94,15 @@ def _memory(plan: ExportPlan, choice: Choice) -> str:
         if needed > 0.9 * min(sizes) * GB:
             words += f"; too much for {name} with {min(sizes)} GB"
     return words
+
+
+def _copies(plan: ExportPlan) -> str:
+    """Return what engines of both widths hold beside 16 bit, or "" where there is one."""
+    from dvdquant.export.estimate import held_bytes
+
+    engines = [engine for engine in (*plan.engines, *plan.later) if engine.precision != "plugin"]
+    held = sum_by_width((e.sms, e.act_bits, sum(held_bytes(each, e) for each in plan.plans)) for e in engines)
+    return copies_words(held, sum(2 * each.all_weights for each in plan.plans), "the model")
 
 
 def _auto(held: Mapping[str, Sequence[HeldWeights]]) -> str:

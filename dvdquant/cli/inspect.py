@@ -10,6 +10,7 @@ import click
 from dvdquant import __version__
 from dvdquant.clashes import Clash, refuse_clashes
 from dvdquant.cli.common import ExamplesCommand, echo, loading, paragraphs, setup_logging, table
+from dvdquant.cli.engine_copies import copies_words, sum_by_width
 from dvdquant.cli.paths import EXPORT, PATH, WORD
 from dvdquant.errors import OutputError
 from dvdquant.text import amount, json_text, shown
@@ -268,6 +269,7 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         lines += [
             paragraphs([(f"a{e['act_bits']} on SM {', '.join(e['sm'])}", e["executes"]) for e in manifest.engines])
         ]
+        lines += [words] if (words := _copies(manifest)) else []
     fused = sorted({n for e in (*manifest.engines, *manifest.builds) if (n := e.get("fused_layers"))})
     if fused:
         counts = " or ".join(map(str, fused))
@@ -278,6 +280,14 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
         f"{len(manifest.kept)} linear layers in 16 bit: {', '.join(manifest.kept[:6])}{' …' * (len(manifest.kept) > 6)}"
     ]
     return "\n".join(lines)
+
+
+def _copies(manifest: Manifest) -> str:
+    """Return what engines of both widths take beside the layers in 16 bit, or "" where there is one."""
+    engines = [engine for engine in manifest.engines if engine["precision"] != "plugin"]
+    held = sum_by_width((e["sm"], e["act_bits"], manifest.files[e["path"]]["bytes"]) for e in engines)
+    sixteen = sum(2 * entry["features_in"] * entry["features_out"] for entry in manifest.layers)
+    return copies_words(held, sixteen, "the quantized layers")
 
 
 def _needs(engine: EngineEntry) -> str:

@@ -19,7 +19,7 @@ from dvdquant.quantize.checkpoint import quantize_checkpoint
 from dvdquant.recipe import get_recipe
 from dvdquant.system.progress import Progress
 from tests.support import tiny_models as tiny
-from tests.support.commands import SIZES, in_process, poke, with_four_bits_alone
+from tests.support.commands import SIZES, in_process, poke
 
 # A weight and a norm that hold what is no number: both stages must see it, the second after the first replaced it.
 SPOILED = ("blocks.0.attn1.to_q.weight", "blocks.0.norm2.weight")
@@ -94,12 +94,11 @@ def test_an_export_with_an_engine_made_from_the_original_weights(
 ) -> None:
     """NVFP4 needs the weights a third time; with --verify they are read once more, from the disk on purpose."""
     source = tiny.write_checkpoint(tmp_path / "model", tiny.WAN_ONE)
-    with_four_bits_alone(monkeypatch)  # the engine that is in NVFP4
     monkeypatch.setattr(estimate, "memory_limit", lambda: 1 << 40)
     dropped: list[int] = []
     forget = ReadOnce.forget
     monkeypatch.setattr(ReadOnce, "forget", lambda self: (dropped.append(self.held_bytes), forget(self))[1])
-    in_process(source, "-o", tmp_path / "out", "--target", "rtx", "--sm", "12.0", "--recipe", "w4a4", *SIZES)
+    in_process(source, "-o", tmp_path / "out", "--target", "rtx", "--sm", "12.0", "--activations", "4", *SIZES)
     assert [e["precision"] for e in load_manifest(tmp_path / "out").engines] == ["nvfp4"]
     assert set(reads) == set(open_checkpoint(source).tensors)
     assert set(reads.values()) == {1}

@@ -100,7 +100,8 @@ def test_rebuild_command_is_one_the_exporter_takes(artifact: Artifact) -> None:
 def test_rebuild_command_keeps_what_the_export_was(artifact: Artifact) -> None:
     """Globs, modulation, batch, accepted NaNs and a single transformer of a pipeline come back as options."""
     chosen = {"keep": ["blocks.0.*"], "force": ["proj out"], "modulation": "a8", "attention": "int8"}
-    recipe = {**artifact.manifest.recipe, **chosen}
+    eight = [each for each in artifact.manifest.recipe["activations"] if each["bits"] == 8]
+    recipe = {**artifact.manifest.recipe, **chosen, "activations": eight}
     manifest = dataclasses.replace(
         artifact.manifest,
         recipe=recipe,
@@ -114,6 +115,7 @@ def test_rebuild_command_keeps_what_the_export_was(artifact: Artifact) -> None:
     options = options_of(Artifact(artifact.root, manifest, artifact.configs).rebuild_command())
     assert (options["keep"], options["force"], options["modulation"]) == (("blocks.0.*",), ("proj out",), "a8")
     assert options["attention"] == "int8"
+    assert options["activations"] == "8"
     assert options["allow_low_bits"]
     assert (options["batch"], options["subfolder"], options["allow_nonfinite"]) == (2, "transformer_2", True)
     assert options["targets"] == ("onnx",)

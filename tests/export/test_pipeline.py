@@ -11,16 +11,21 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from dvdquant.artifact.manifest import Manifest, load_manifest
 from dvdquant.artifact.verify_files import verify_files
+from dvdquant.cli.inspect import main as inspect
 from dvdquant.recipe import RECIPES, Recipe
+from dvdquant.text import amount
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, change, in_process, logged, refused, rehash, run
 from tests.support.exporting import state_of
 from tests.support.session_exports import family_export
 from tests.support.traces import without_graphs
+
+BOTH = ("--recipe", "w4a4", "--target", "rtx", "--target", "onnx", "--sm", "8.9", *SIZES)
 
 
 def stamps(out: Path) -> dict[str, tuple[int, int]]:
@@ -50,8 +55,7 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wan22(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     out = tmp_path_factory.mktemp("out") / "wan22"
-    lines = logged(pipeline_folder, "-o", out, "--target", "rtx", "--target", "onnx", "--sm", "8.9", "--verify", *SIZES)
-    return out, lines
+    return out, logged(pipeline_folder, "-o", out, *BOTH, "--verify")
 
 
 def test_two_transformers(wan22: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -129,8 +133,7 @@ def test_verify_holds_both_transformers_against_their_checkpoints(
     layer, path = "blocks.0.ffn.net.2", again / "onnx/transformer_2.safetensors"
     change(path, f"{layer}.weight", lambda codes: codes ^ -1)
     rehash(again, "onnx/transformer_2.safetensors")
-    options = ["--target", "rtx", "--target", "onnx", "--sm", "8.9", "--verify", *SIZES]
-    refused(run(pipeline_folder, "-o", again, *options), f"{layer} of transformer_2")
+    refused(run(pipeline_folder, "-o", again, *BOTH, "--verify"), f"{layer} of transformer_2")
 
 
 def test_verify_covers_every_graph(wan22: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -154,13 +157,13 @@ def test_verify_covers_every_graph(wan22: tuple[Path, list[dict[str, Any]]]) -> 
 def test_second_run_changes_nothing(wan22: tuple[Path, list[dict[str, Any]]], pipeline_folder: Path) -> None:
     out, _ = wan22
     before, inodes = state_of(out), stamps(out)
-    lines = logged(pipeline_folder, "-o", out, "--target", "rtx", "--target", "onnx", "--sm", "8.9", *SIZES)
+    lines = logged(pipeline_folder, "-o", out, *BOTH)
     assert lines[-1]["up_to_date"] is True
     assert {line["stage"] for line in lines if "stage" in line} == {"check"}
     assert state_of(out) == before
     now = stamps(out)
     assert {n: s for n, s in now.items() if n != "."} == inodes
-    text = in_process(pipeline_folder, "-o", out, "--target", "rtx", "--target", "onnx", "--sm", "8.9", *SIZES)
+    text = in_process(pipeline_folder, "-o", out, *BOTH)
     assert "up to date" in text
 
 
@@ -241,7 +244,8 @@ def test_nonfinite_weights_are_recorded_when_allowed(model: Path, tmp_path: Path
 
 def test_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
     before = state_of(tmp_path)
-    text = in_process(model, "-o", tmp_path / "out", "--dry-run", "--sm", "8.9", "--sm", "12.0", *SIZES)
+    sms = ("--sm", "8.9", "--sm", "12.0", "--recipe", "w4a4")
+    text = in_process(model, "-o", tmp_path / "out", "--dry-run", *sms, *SIZES)
     for part in (
         "recipe w4a4",
         "7 layers",
@@ -267,15 +271,12 @@ def test_dry_run_as_json_and_its_estimates(wan22: tuple[Path, list[dict[str, Any
     """Loose factors only: the estimates are measured in benchmarks."""
     out, _ = wan22
     before = stamps(out)
-    text = in_process(
-        pipeline_folder, "-o", out, "--target", "rtx", "--target", "onnx", "--sm", "8.9", *SIZES, "--dry-run",
-        "--log-format", "json",
-    )  # fmt: skip
-    plan = json.loads(text)
+    plan = json.loads(in_process(pipeline_folder, "-o", out, *BOTH, "--dry-run", "--log-format", "json"))
     assert stamps(out) == before
     assert plan["components"] == ["transformer", "transformer_2"]
     assert len(plan["layers"]) == len(load_manifest(out).layers)
     assert [e["act_bits"] for e in plan["engines"]] == [4, 8]
+    assert "a copy of the weights of its own" in plan["answers"]["engines"]
     estimate = plan["estimate"]
     weights = sum(p.stat().st_size for p in (out / "onnx").glob("*.safetensors"))
     assert 0.8 * weights <= estimate["weight_file_bytes"] <= 1.2 * weights
@@ -283,6 +284,49 @@ def test_dry_run_as_json_and_its_estimates(wan22: tuple[Path, list[dict[str, Any
         sum(p.stat().st_size for p in pipeline_folder.rglob("*.safetensors")), rel=0.1
     )
     assert set(estimate["seconds"]) == {"inputs", "quantize", "trace", "engines"}
+
+
+# Cards and options -> recipe, the SMs, bits and precision of each engine, and a part of the reason.
+INT8, NVFP4 = "INT8 tensor cores", "FP4 tensor cores"
+ENGINES: list[tuple[str, str, list[tuple[list[str], int, str]], str]] = [
+    ("--gpu 4090", "w4a8", [(["8.9"], 8, INT8)], "takes the time and the memory of a8"),
+    ("--gpu 5090", "w4a8", [(["12.0"], 8, INT8)], "both hold 1.56 bytes a weight"),
+    ("--gpu 4090 --gpu 5090", "w4a8", [(["8.9", "12.0"], 8, INT8)], "one engine, of a8"),
+    ("--gpu 4090 --target rtx --target graphs", "w4a8", [(["8.9"], 8, INT8)], "the other targets get the same width"),
+    ("--gpu 4090 --target rtx --target onnx", "w4a8", [(["8.9"], 8, INT8)], "the other targets get the same width"),
+    ("--gpu 4090 --also-write comfy", "convrot", [(["8.9"], 8, INT8)], "a8 alone"),
+    ("--gpu 5090 --activations 4", "w4a4-g64", [(["12.0"], 4, NVFP4)], "a4 alone, as asked for"),
+    ("--gpu 5090 --precision nvfp4", "w4a4-g64", [(["12.0"], 4, NVFP4)], "a4 alone, as asked for"),
+    ("--gpu 4090 --recipe w4a4 --activations 8", "w4a4", [(["8.9"], 8, INT8)], ""),
+    ("--gpu 4090 --recipe w4a4", "w4a4", [(["8.9"], 4, INT8), (["8.9"], 8, INT8)], ""),
+    (
+        "--gpu 4090 --gpu 5090 --recipe w4a4", "w4a4",
+        [(["8.9"], 4, INT8), (["12.0"], 4, NVFP4), (["8.9", "12.0"], 8, INT8)], "",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "recipe", "engines", "reason"), ENGINES, ids=[each[0] for each in ENGINES])
+def test_one_engine_unless_a_recipe_was_named(
+    options: str, recipe: str, engines: list[tuple[list[str], int, str]], reason: str, model: Path, tmp_path: Path
+) -> None:
+    """Engines of TensorRT-RTX share no weights: two are larger than the original, and are made where they were asked for."""
+    words = [model, "-o", tmp_path / "out", *options.split(), *SIZES, "--dry-run", "--log-format", "json"]
+    plan = json.loads(in_process(*words))
+    assert plan["recipe"]["name"] == recipe
+    assert [(e["sm"], e["act_bits"], e["executes"].partition(";")[0]) for e in plan["engines"]] == engines
+    assert [each["bits"] for each in plan["recipe"]["activations"]] == sorted({bits for _, bits, _ in engines})
+    assert any(reason in note for note in plan["notes"])
+    assert ("engines" in plan["answers"]) == (len(engines) > 1)
+
+
+def test_an_export_of_two_engines_says_what_they_take(wan22: tuple[Path, list[dict[str, Any]]]) -> None:
+    out, _ = wan22
+    result = CliRunner().invoke(inspect, [str(out)])
+    total = sum(p.stat().st_size for p in out.rglob("*.engine"))
+    (line,) = [line for line in result.stdout.splitlines() if "a copy of the weights of its own" in line]
+    assert f"a4 and a8 on SM 8.9 take {amount(total)} together" in line
+    assert "One alone: --activations 8" in line
 
 
 def test_a_relative_model_is_recorded_for_use_from_anywhere(

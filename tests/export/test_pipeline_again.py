@@ -19,7 +19,7 @@ from dvdquant.export.plan import plan_export
 from dvdquant.recipe import get_recipe
 from dvdquant.system.progress import Progress
 from tests.support import tiny_models as tiny
-from tests.support.commands import SIZES, digests, in_process, logged, with_four_bits_alone
+from tests.support.commands import SIZES, digests, in_process, logged
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +127,11 @@ def test_ranges_build_one_engine_with_a_profile(model: Path, tmp_path: Path) -> 
         ("auto", "12.0", "nvfp4", "FLOAT4E2M1"),
     ],
 )
-def test_realize(
-    precision: str, sm: str, chosen: str, stored: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_realize(precision: str, sm: str, chosen: str, stored: str, model: Path, tmp_path: Path) -> None:
     """The override, or the choice, reaches the manifest and the types of the weights in the graph that was built."""
     out = tmp_path / "out"
-    with_four_bits_alone(monkeypatch)
-    in_process(model, "-o", out, "--sm", sm, "--precision", precision, "--keep-graphs", "--recipe", "w4a4", *SIZES)
+    recipe = ("--recipe", "w4a4", "--activations", "4")  # engines with 8 show nothing
+    in_process(model, "-o", out, "--sm", sm, "--precision", precision, "--keep-graphs", *recipe, *SIZES)
     manifest = load_manifest(out)
     assert [(e["act_bits"], e["precision"]) for e in manifest.engines] == [(4, chosen)]
     kept = list((out / "onnx").glob(f"*_rtx_{chosen}.onnx"))

@@ -72,6 +72,18 @@ def test_another_export_is_refused_and_nothing_is_touched(name: str, out: Path, 
     assert state_of(out) == before
 
 
+def test_another_width_of_the_recipe_names_the_options_that_go_on(out: Path, model: Path) -> None:
+    refused(
+        run(model, "-o", out, *GRAPHS, "--activations", "8"),
+        "recipe rtn: other activations",
+        "--recipe rtn goes on with it",
+    )
+    recorded = json.loads((out / "manifest.json").read_text())
+    recorded["recipe"]["activations"] = recorded["recipe"]["activations"][1:]
+    (out / "manifest.json").write_text(json.dumps(recorded))
+    refused(run(model, "-o", out, *GRAPHS), "--recipe rtn --activations 8 goes on with it")
+
+
 def test_another_model_is_refused(out: Path, other_model: Path) -> None:
     before = state_of(out)
     refused(run(other_model, "-o", out, *GRAPHS), "model: ", str(other_model))

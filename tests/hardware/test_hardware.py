@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from dvdquant.errors import DvdquantError, UnsupportedError
-from dvdquant.export.engines.precision import RTX_SMS, TENSORRT_SMS, choose_precision, what_executes
-from dvdquant.hardware.advice import QUALITY, choose, choose_recipe
+from dvdquant.export.engines.precision import RTX_SMS, TENSORRT_SMS, choose_precision, plan_engines, what_executes
+from dvdquant.export.estimate import BYTES_PER_WEIGHT
+from dvdquant.hardware.advice import BOTH_BYTES, QUALITY, choose, choose_recipe
 from dvdquant.hardware.capabilities import CAPABILITIES, JETSONS, parse_sm, sm_number
 from dvdquant.hardware.find import find_gpu, installed_gpus
 from dvdquant.hardware.gpus import GPUS, KINDS, cards_with, machine_of
@@ -118,8 +119,8 @@ def test_no_graph_of_the_chosen_recipe_multiplies_in_16_bit() -> None:
 
 CHOICES = [
     (("RTX 4090",), (), ("8.9",), "rtx", "w4a8"),
-    (("RTX 5090",), (), ("12.0",), "rtx", "w4a4-g64"),
-    (("RTX 5090", "DGX Spark"), (), ("12.0", "12.1"), "rtx", "w4a4-g64"),
+    (("RTX 5090",), (), ("12.0",), "rtx", "w4a8"),
+    (("RTX 5090", "DGX Spark"), (), ("12.0", "12.1"), "rtx", "w4a8"),
     (("H100",), (), ("9.0",), "graphs", "w4a8"),
     (("B200",), ("tensorrt",), ("10.0",), "tensorrt", "w4a8"),
     (("A100",), (), ("8.0",), "graphs", "w4a4-g64"),
@@ -129,13 +130,18 @@ CHOICES = [
     (("Orin",), (), ("8.7",), "tensorrt", "w4a4-g64"),
     (("Orin",), ("graphs",), ("8.7",), "graphs", "w4a4-g64"),
     (("Thor",), (), ("11.0",), "tensorrt", "w4a8"),
-    (("RTX 4090", "RTX 5090"), (), ("8.9", "12.0"), "rtx", "w4a4"),
+    (("RTX 4090", "RTX 5090"), (), ("8.9", "12.0"), "rtx", "w4a8"),
+    (("RTX 3090", "RTX 4090", "RTX 5090", "DGX Spark"), (), ("8.6", "8.9", "12.0", "12.1"), "rtx", "w4a8"),
+    (("Orin", "Thor"), (), ("8.7", "11.0"), "tensorrt", "w4a4-g64"),
+    (("H100", "B200"), (), ("9.0", "10.0"), "graphs", "w4a8"),
     (("RTX 4090",), ("onnx",), ("8.9",), "onnx", "w4a4"),
 ]
 SEVERAL_TARGETS = [
-    ("8.9", ("rtx", "graphs"), "w4a4"),
-    ("8.6", ("rtx", "tensorrt"), "w4a4"),
-    ("12.0", ("rtx", "graphs"), "w4a4-g64"),
+    ("8.9", ("rtx", "graphs"), "w4a8"),
+    ("8.6", ("rtx", "tensorrt"), "w4a8"),
+    ("12.0", ("rtx", "graphs"), "w4a8"),
+    ("8.9", ("rtx", "onnx"), "w4a8"),
+    ("8.9", ("graphs", "onnx"), "w4a4"),
 ]
 
 
@@ -213,7 +219,60 @@ def test_eight_bits_where_four_gain_nothing() -> None:
     for sm, each in CAPABILITIES.items():
         for target in each.targets:
             bits = {a.bits for a in RECIPES[choose_recipe([sm], [target]).recipe].activations}
-            assert (4 in bits) == bool(each.gain(target)), (sm, target)
+            assert (4 in bits) == (target != "rtx" and bool(each.gain(target))), (sm, target)
+
+
+MIXTURES = [("8.9", "12.0"), ("8.0", "8.6", "8.9", "12.0", "12.1"), ("12.0", "12.1")]
+
+
+@pytest.mark.parametrize("sms", [*((sm,) for sm in RTX_SMS), *MIXTURES], ids="+".join)
+@pytest.mark.parametrize("others", [(), ("graphs",), ("onnx",)], ids=["rtx", "graphs", "onnx"])
+@pytest.mark.parametrize("layouts", [(), ("comfy",)], ids=["", "comfy"])
+def test_engines_that_share_no_weights_are_one(
+    sms: tuple[str, ...], others: tuple[str, ...], layouts: tuple[str, ...]
+) -> None:
+    """All SMs share an engine of one width, and each target runs that width."""
+    choice = choose((), sms, ("rtx", *others), layouts=layouts)
+    recipe = RECIPES[choice.recipe].with_activations(choice.activations)
+    (engine,) = plan_engines("tensorrt_rtx", sms, recipe.activations)
+    assert (engine.sms, engine.act_bits, engine.precision) == (sms, 8, "int8")
+
+
+def test_the_bytes_of_both_engines_are_those_of_the_estimate() -> None:
+    assert BYTES_PER_WEIGHT["int8"] + BYTES_PER_WEIGHT["nvfp4"] == BOTH_BYTES
+    assert BOTH_BYTES + 0.5 > 2, "with the packed weights they are larger than bf16"
+
+
+ALONE = [
+    (("8.9",), ("rtx",), 4, "w4a4"),
+    (("8.9", "12.0"), ("rtx",), 4, "w4a4"),
+    (("12.0",), ("rtx",), 4, "w4a4-g64"),
+    (("8.0",), ("graphs",), 4, "w4a4-g64"),
+    (("8.9",), ("onnx",), 4, "w4a4"),
+    (("8.0",), ("graphs",), 8, "w4a8"),
+    (("12.0",), ("rtx",), 8, "w4a8"),
+]
+
+
+@pytest.mark.parametrize(("sms", "targets", "bits", "recipe"), ALONE)
+def test_a_width_that_was_asked_for_is_made_alone(
+    sms: tuple[str, ...], targets: tuple[str, ...], bits: int, recipe: str
+) -> None:
+    choice = choose((), sms, targets, only=bits)
+    assert (choice.recipe, choice.activations) == (recipe, (bits,))
+    made = RECIPES[recipe].with_activations(choice.activations)
+    assert [activation.bits for activation in made.activations] == [bits]
+    precisions = {engine.precision for engine in plan_engines("tensorrt_rtx", sms, made.activations)}
+    assert "rtx" not in targets or "int4-weight-only" not in precisions
+    assert choose((), sms, targets, "paper", only=bits).activations == (bits,)
+    assert choose((), sms, targets, "paper").activations == ()
+
+
+def test_where_four_bits_gain_on_one_card_alone_the_other_is_named() -> None:
+    note = choose(("A100", "H100"), (), ()).notes[-1]
+    assert "tensor cores of SM 8.0" in note
+    assert "on SM 9.0 a4 takes the time and the memory of a8" in note
+    assert "takes the time" not in choose(("A100",), (), ()).notes[-1]
 
 
 def test_a_target_that_makes_nothing_names_the_one_that_does() -> None:
@@ -239,7 +298,7 @@ def put_nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -
 def test_auto_asks_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_nvidia_smi(tmp_path, 'print("NVIDIA GeForce RTX 5090, 12.0, 32607, 580.65")', monkeypatch)
     choice = choose(("auto",), (), ())
-    assert (choice.sms, choice.gpus, choice.recipe) == (("12.0",), ("NVIDIA GeForce RTX 5090",), "w4a4-g64")
+    assert (choice.sms, choice.gpus, choice.recipe) == (("12.0",), ("NVIDIA GeForce RTX 5090",), "w4a8")
 
 
 @pytest.mark.parametrize(

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from dvdquant.cli.export import main as export_main
-from dvdquant.recipe import RECIPES
 from dvdquant.system.files import hash_file
 from dvdquant.system.safetensors_reader import read_header, read_tensor
 from tests.support.exporting import REPOSITORY
-
-if TYPE_CHECKING:
-    import pytest
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 SIZES = ["--latent", "2x8x8", "--text-tokens", "4"]
@@ -66,13 +61,6 @@ def environment() -> dict[str, str]:
     """That finds this checkout, with as many threads as this process: what an export writes depends on their number."""
     threads = str(torch.get_num_threads())
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-
-
-def with_four_bits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let recipe w4a4 have of its two grids of activations the one with 4 bits, where engines with 8 show nothing."""
-    recipe = RECIPES["w4a4"]
-    of_four = dataclasses.replace(recipe, activations=recipe.activations[:1])
-    monkeypatch.setattr("dvdquant.recipe.RECIPES", {**RECIPES, "w4a4": of_four})
 
 
 def digests(out: Path, *below: str) -> dict[str, str]:
