@@ -210,7 +210,7 @@ def test_a_wrong_library_of_attention_fails() -> None:
         return out
 
     wrong_ones = {
-        "from exact": (lambda out: 1.1 * out, lambda out: out / 0, lambda out: out.flip(2), ragged),
+        " % from exact, ": (lambda out: 1.1 * out, lambda out: out / 0, lambda out: out.flip(2), ragged),
         "it gives": (lambda out: out.float(), lambda out: out[:, :-1]),
         "OSError: undefined symbol": (missing,),
     }
