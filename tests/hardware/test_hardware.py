@@ -268,6 +268,18 @@ def test_a_width_that_was_asked_for_is_made_alone(
     assert choose((), sms, targets, "paper").activations == ()
 
 
+@pytest.mark.parametrize(
+    ("gpus", "jetson", "recipe"), [(("Orin", "RTX 4090"), "8.7", "w4a4-g64"), (("RTX 5090", "Thor"), "11.0", "w4a8")]
+)
+def test_a_jetson_and_a_card_share_graphs_alone(gpus: tuple[str, ...], jetson: str, recipe: str) -> None:
+    """They run different engines; what both run are the weights, in sessions."""
+    with pytest.raises(UnsupportedError, match=f"builds no engines for SM {jetson}") as raised:
+        choose(gpus, (), ())
+    assert f"--sm {jetson} --target graphs" in (raised.value.fix or "")
+    choice = choose(gpus, (), ("graphs",))
+    assert (choice.recipe, choice.activations) == (recipe, ())
+
+
 def test_where_four_bits_gain_on_one_card_alone_the_other_is_named() -> None:
     note = choose(("A100", "H100"), (), ()).notes[-1]
     assert "tensor cores of SM 8.0" in note
