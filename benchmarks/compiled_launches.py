@@ -7,6 +7,7 @@ Nothing is compiled to machine code and nothing runs.
     python benchmarks/compiled_launches.py                       # Wan 14B, 480p
     python benchmarks/compiled_launches.py --width 1536 --ffn 8960 --heads 12
     python benchmarks/compiled_launches.py --fuse                # with norms and GELU in the layers' kernels
+    python benchmarks/compiled_launches.py --fuse --rope         # and with norm and rope of q and k in 8-bit attention's
     python benchmarks/compiled_launches.py --save block.py       # the code itself
 
 Needs triton (``pip install triton``), which PyTorch for CUDA brings along.
@@ -32,8 +33,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dvdquant.deploy.sessions.fusion import fuse_graph  # noqa: E402
+from dvdquant.deploy.sessions.rope_fusion import fuse_attention  # noqa: E402
 from dvdquant.model.layers import TENSORS, QuantLinear  # noqa: E402
 from dvdquant.model.plan import plan_model, quantized_skeleton  # noqa: E402
+from dvdquant.ops.attention import operation  # noqa: E402
 from dvdquant.ops.prepared_linear import prepared_linear  # noqa: E402
 from dvdquant.recipe import get_recipe  # noqa: E402
 
@@ -121,7 +124,7 @@ def wan_block(width: int, ffn: int, heads: int, bits: int) -> nn.Module:
 
 
 def trace(
-    block: nn.Module, width: int, heads: int, tokens: int, text: int, fuse: bool = False
+    block: nn.Module, width: int, heads: int, tokens: int, text: int, fuse: bool = False, rope: bool = False
 ) -> tuple[torch.fx.GraphModule, list[Tensor]]:
     """Return the block's graph and its inputs, on a CUDA device that is not there.
 
@@ -132,6 +135,7 @@ def trace(
         tokens: The number of video tokens.
         text: The number of text tokens.
         fuse: Take what comes before the layers into their kernels first, as sessions do.
+        rope: Take norm and rope of q and k into a kernel, too, as before 8-bit attention.
     """
     import diffusers.models.transformers.transformer_wan as wan
     from torch._inductor.compile_fx import _recursive_post_grad_passes
@@ -170,6 +174,8 @@ def trace(
 
         def keep(graph: torch.fx.GraphModule, values: Sequence[Any]) -> Callable[..., Any]:
             """Keep the graph in place of compiling it."""
+            if rope:
+                fuse_attention(graph, number=1)
             fuse_graph(graph)
             held.extend((graph, values))
             return lambda *_: (values[0],)
@@ -182,7 +188,11 @@ def trace(
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
         """Stand for diffusers' attention."""
-        y: Tensor = attention(q, k, v)
+        y: Tensor
+        if rope and q.shape == k.shape:
+            y = operation.attention(q, k, v, None, q.shape[-1] ** -0.5, 1)
+        else:
+            y = attention(q, k, v)
         return y
 
     whole: Callable[..., Tensor] = call
@@ -286,10 +296,13 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=512)
     parser.add_argument("--bits", type=int, default=8, choices=(4, 8))
     parser.add_argument("--fuse", action="store_true", help="take norms, residuals and GELU into the layers' kernels")
+    parser.add_argument("--rope", action="store_true", help="with --fuse: also norm and rope of q and k into a kernel")
     parser.add_argument("--save", type=Path, help="write inductor's code there")
     given = parser.parse_args()
+    if given.rope and not given.fuse:
+        parser.error("--rope goes with --fuse")
     block = wan_block(given.width, given.ffn, given.heads, given.bits)
-    graph, inputs = trace(block, given.width, given.heads, given.tokens, given.text, given.fuse)
+    graph, inputs = trace(block, given.width, given.heads, given.tokens, given.text, given.fuse, given.rope)
     with pretended_gpu():
         code, moved = triton_code(graph, inputs)
     if given.save is not None:

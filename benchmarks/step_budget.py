@@ -97,6 +97,9 @@ COMPILED_WAN = (40.6, 4.0)
 FUSED_WAN = (12.0, 4.0)
 # Of these 8 bytes at the gated sums, which fused kernels move and so count as quantizing.
 FUSED_SUMS = 8.0
+# Bytes a token and channel that a compiled block does not move any more when norm and rope of q and k are in the kernel before
+# 8-bit attention (compiled_launches.py --fuse --rope), and what this kernel moves: it reads and writes both in 16 bits.
+FUSED_ROPE = (10.2, 8.0)
 
 
 @dataclass
@@ -258,6 +261,10 @@ def predict(case: Case, flavour: Flavour, rates: Rates, work: Work) -> dict[str,
         sums = flavour.fused * FUSED_SUMS * tokens * width
         pointwise = tokens * (a * width + b * config["ffn_dim"]) - sums
         quantizing += sums
+        if flavour.fused and flavour.attention != "16":
+            less, more = FUSED_ROPE
+            pointwise -= less * tokens * width
+            quantizing += more * tokens * width
     attention = rates.attention[flavour.attention]
     if flavour.weights == "packed":
         quantizing += expanded_bytes(case, flavour.bits, rates.sm)

@@ -160,4 +160,5 @@ def build(plan: ModelPlan, flavour: Flavour, device: torch.device, inputs: dict[
     if flavour.compiled or flavour.fused:
         compile_blocks(model, dynamic=False, fuse=flavour.fused, compile=flavour.compiled)
     wrapper = GraphWrapper(model, plan.family)
-    return StepModel(wrapper, attention, state, GraphReplay(wrapper, flavour.name) if flavour.graphs else None)
+    graphs = GraphReplay(wrapper, flavour.name, device) if flavour.graphs else None
+    return StepModel(wrapper, attention, state, graphs)

@@ -29,6 +29,7 @@ for folder in (REPOSITORY, Path(__file__).resolve().parent, REPOSITORY / "kernel
         sys.path.insert(0, str(folder))
 
 import torch  # noqa: E402
+from check_attention import check_attention  # noqa: E402
 from check_cases import FEATURES  # noqa: E402
 from check_fused import check_fused  # noqa: E402
 from check_kernels import (  # noqa: E402
@@ -169,6 +170,7 @@ def every_check(bench: Bench, options: argparse.Namespace, started: float) -> It
                 check_shapes(bench),
                 check_large(bench, 118800, 21504, 21504),
                 check_quantizer(bench),
+                check_attention(bench),
                 check_model(bench),
             ]
         )

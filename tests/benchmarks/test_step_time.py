@@ -132,6 +132,18 @@ def test_fused_kernels_quantize_what_they_take_over() -> None:
     assert added * rates.bandwidth * 1e9 == pytest.approx(8 * tokens * width)
     saved = sum(plain.values()) - sum(fused.values())
     assert saved * rates.bandwidth * 1e9 == pytest.approx(tokens * (12 * width + 4 * ffn))
+    # With 8-bit attention norm and rope of q and k are in a kernel, too.
+    rope = budget.predict(case, Flavour(8, compiled=True, fused=True, attention="fp8"), rates, work)
+    assert rope is not None
+    assert (rope[budget.QUANTIZING] - fused[budget.QUANTIZING]) * rates.bandwidth * 1e9 == pytest.approx(
+        8 * tokens * width
+    )
+    # What inductor counts there, in GB (compiled_launches.py --fuse --rope), for both widths.
+    for name, moved in (("wan2.1-14b", 1.69), ("wan2.1-1.3b", 0.51)):
+        (case,) = select_cases([f"{name} 21x60x104"])
+        rope = budget.predict(case, Flavour(8, compiled=True, fused=True, attention="fp8"), rates, work)
+        assert rope is not None
+        assert rope[budget.POINTWISE] * rates.bandwidth == pytest.approx(moved, rel=0.04)
 
 
 def test_what_has_no_model_is_not_predicted() -> None:
@@ -162,7 +174,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels' double, and a capture of steps that repeats them on the CPU."""
     double = CudaKernels(HostLibrary(), 90)  # type: ignore[arg-type]
 
-    def capture(step: replay.Step, inputs: dict[str, Tensor]) -> tuple[Tensor, Callable[[], Any]]:
+    def capture(step: replay.Step, inputs: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Callable[[], Any]]:
         output = step(inputs)
         return output, lambda: output.copy_(step(inputs))
 
@@ -229,7 +241,7 @@ def test_a_flavour_that_would_run_as_another_one_does_is_refused(
 
 
 def test_a_capture_that_fails_is_a_row(tiny: None, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(step: replay.Step, inputs: dict[str, Tensor]) -> Any:
+    def fail(*_: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(replay, "capture_step", fail)

@@ -7,9 +7,11 @@ a mistake kernels make: tails, rounding, saturation, indices, races, stale cache
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,12 @@ import pytest
 import torch
 
 from dvdquant.ops import prepared_cache
+from dvdquant.ops.attention.libraries import LIBRARIES, REFERENCE
 
 CHECK = Path(__file__).parents[2] / "kernels" / "check"
 sys.path[:0] = [str(CHECK), str(CHECK.parent / "bench")]
 
+import check_attention  # noqa: E402
 import check_cases  # noqa: E402
 import check_fused  # noqa: E402
 import check_kernels  # noqa: E402
@@ -168,6 +172,53 @@ def test_a_late_or_raising_check_is_a_failed_row() -> None:
     rows = list(check_kernels.run_all([shapes(bench(Raises())), check_kernels.check_dispatch(bench(Raises()))]))
     assert "illegal memory access" in rows[0].note
     assert [r.passed for r in rows] == [False, True]
+
+
+# ----------------------------------------------------------------------------------------------- libraries of attention
+
+
+def attention_rows(form: str = "fp8", spoil: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+    """Rows of the definition as a library, or of a library that does something else with its output."""
+    library = REFERENCE[form]
+    if spoil is not None:
+        kernel = library.load()
+        library = replace(library, load=lambda: lambda *operands: spoil(kernel(*operands)))
+    libraries = {"ours": library, "fa3-fwd": LIBRARIES["fa3-fwd"]}
+    # SM 8.0, which has no kernels in that library.
+    rows = check_attention.check_attention(bench(HostLibrary(), 80), (1, 200, 2, 64), libraries)
+    return {row.name: row for row in check_kernels.run_all([rows])}
+
+
+def test_a_right_library_of_attention_passes_and_a_missing_one_says_why() -> None:
+    rows = attention_rows()
+    assert list(rows) == ["attention: fa3-fwd", "attention: ours", "attention: ours, of codes"]
+    assert rows.pop("attention: fa3-fwd").note == "not run: it has no kernels for SM 8.0"
+    for row in rows.values():
+        assert (row.passed, row.cases) == (True, 1)
+        assert 0.01 < row.worst < 1
+        assert re.fullmatch(r"[\d.]+ % from exact, \S+ TOPS, [\d.]+ times as fast as 16 bit", row.note)
+    assert list(attention_rows("int8")) == ["attention: fa3-fwd", "attention: ours"]
+
+
+def test_a_wrong_library_of_attention_fails() -> None:
+    def missing(out: Any) -> Any:
+        raise OSError("undefined symbol")
+
+    def ragged(out: Any) -> Any:
+        """A tail of the last tile that nobody wrote."""
+        out[:, 192:] = 0
+        return out
+
+    wrong_ones = {
+        " % from exact, ": (lambda out: 1.1 * out, lambda out: out / 0, lambda out: out.flip(2), ragged),
+        "it gives": (lambda out: out.float(), lambda out: out[:, :-1]),
+        "OSError: undefined symbol": (missing,),
+    }
+    for note, spoils in wrong_ones.items():
+        for spoil in spoils:
+            row = attention_rows("int8", spoil)["attention: ours"]
+            assert not row.passed
+            assert note in row.note
 
 
 # --------------------------------------------------------------------------------------------------- models and reports
