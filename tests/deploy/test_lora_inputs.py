@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -17,7 +18,9 @@ from torch import Tensor
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy import DvdqTransformer
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation import needs
 from dvdquant.deploy.generation.generate import open_generator
+from dvdquant.deploy.generation.memory_plan import Loaded
 from dvdquant.deploy.generation.original import load_original
 from dvdquant.deploy.sessions import engine_choice, open_session
 from dvdquant.deploy.sessions.base import EngineSession
@@ -268,6 +271,11 @@ def test_engines_read_a_lora_where_the_session_writes_it(
     monkeypatch.setattr(engine_choice, "load_backend", lambda name: library.backend)
     with TensorRTSession(artifact, device=torch.device("cpu")) as session:
         given = inputs(session)
+        # Reserved inputs and what stays in 16 bit lie beside the engines, once for both.
+        there = session.resident_bytes()
+        request: Any = SimpleNamespace(mode="a8")
+        counted = needs._transformers(artifact, [request], "tensorrt_rtx", False, None, "auto", {})
+        assert counted[Loaded("engines", (4, 8))] == there["weights"] + there["engines"]
 
         def seen(bits: int = 8) -> dict[str, Tensor]:
             session.run(given, bits)
