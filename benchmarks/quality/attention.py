@@ -214,7 +214,9 @@ def main() -> int:
         "--formats", nargs="+", choices=KINDS, default=list(DRAWN), help="those that clips are drawn with"
     )
     parser.add_argument("--seconds", type=float, help="stop after so long; started again, it goes on")
-    parser.add_argument("--page", type=Path, default=PAGE, help="whose block 'attention' is written anew")
+    parser.add_argument(
+        "--page", type=Path, default=PAGE, help="whose block 'attention', or 'attention-MODEL', is written anew"
+    )
     options = parser.parse_args()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
@@ -255,8 +257,10 @@ def main() -> int:
     )
     text = table_of(rows)
     print(text)
+    name = options.model.resolve().name
+    block = "attention" if name == MODEL.name else f"attention-{name}"
     page = options.page.read_text(encoding="utf-8")
-    options.page.write_text(replace_blocks(page, {"attention": f"{text}\n\n{words}"}), encoding="utf-8")
+    options.page.write_text(replace_blocks(page, {block: f"{text}\n\n{words}"}), encoding="utf-8")
     return 0
 
 
