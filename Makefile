@@ -70,7 +70,7 @@ demo: $(INSTALLED)
 
 demo-steps:
 	@mkdir -p $(dir $(OUT))
-	$(BIN)/dvdq export examples/tiny-wan -o $(OUT) --latent 8x24x24 --text-tokens 5 \
+	$(BIN)/dvdq export examples/tiny-wan -o $(OUT) --recipe w4a4 --latent 8x24x24 --text-tokens 5 \
 		--sm 8.0 --sm 8.6 --sm 8.9 --sm 12.0 --target rtx --target onnx --verify --report | tee $(OUT).log
 	$(BIN)/dvdq inspect $(OUT) --check | tee -a $(OUT).log
 	@$(BIN)/python examples/list_engines.py $(OUT)
