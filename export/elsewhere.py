@@ -8,11 +8,12 @@ from dvdquant.artifact.entries import BuildEntry
 from dvdquant.artifact.layout import PLUGIN_PLACE, graph_path
 from dvdquant.export.engines.precision import EnginePlan
 from dvdquant.export.engines.report import Shapes
-from dvdquant.export.engines.stage import is_compatible, kept_bytes
+from dvdquant.export.engines.stage import is_compatible
 from dvdquant.export.estimate import builder_bytes, held_bytes
 from dvdquant.export.graph.trace import profile_shapes
 from dvdquant.export.options import ExportOptions
 from dvdquant.model.families import Sizes
+from dvdquant.model.kept_inputs import kept_inputs_bytes
 from dvdquant.model.plan import ModelPlan
 from dvdquant.model.working_memory import step_bytes_at
 from dvdquant.text import shell_line
@@ -65,7 +66,7 @@ def build_entry(
         fp8_attentions=fp8_attentions,
         fused_layers=fused_layers,
         version_compatible=is_compatible(engine.backend, options.version_compatible),
-        kept_inputs=kept_bytes(plan, engine),
+        kept_inputs=kept_inputs_bytes(plan, engine.precision == "plugin"),
         builder_bytes=builder_bytes(plan, engine),
         held_bytes=held_bytes(plan, engine),
         working_bytes=step_bytes_at(plan.family, sizes, sizes.at("opt")),

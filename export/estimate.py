@@ -15,7 +15,7 @@ from dvdquant.export.engines.report import BUILD_MEMORY_FACTOR, INT8_MEMORY_FACT
 from dvdquant.export.options import ExportOptions
 from dvdquant.hardware.capabilities import sm_number
 from dvdquant.model.held_weights import held_weights
-from dvdquant.model.kept_inputs import kept_inputs
+from dvdquant.model.kept_inputs import kept_inputs_bytes
 from dvdquant.model.lora_inputs import reserved_bytes
 from dvdquant.model.plan import ModelPlan
 from dvdquant.quantize.hessian import hessian_bytes
@@ -145,13 +145,8 @@ def engine_weight_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
         plan: The plan of the model.
         engine: The engine to build.
     """
-    kept = _kept_bytes(plan) - _shared_bytes(plan, engine)
+    kept = _kept_bytes(plan) - kept_inputs_bytes(plan, engine.precision == "plugin")
     return int(plan.quantized_weights * BYTES_PER_WEIGHT[engine.precision]) + kept
-
-
-def _shared_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
-    """Return the size of the tensors in 16 bit that are inputs of an engine."""
-    return sum(kept_inputs(plan, engine.precision == "plugin").values())
 
 
 def lowered_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
@@ -186,7 +181,7 @@ def held_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
         engine: The engine.
     """
     if engine.precision != "plugin":
-        weights = engine_weight_bytes(plan, engine) + _shared_bytes(plan, engine)
+        weights = engine_weight_bytes(plan, engine) + kept_inputs_bytes(plan, plugin=False)
         return ENGINE_BYTES + weights + reserved_bytes(plan, plan.lora_rank)
     held = held_weights(plan, sm_number(engine.sms[0]), [engine.act_bits])
     return ENGINE_BYTES + held.plugin_bytes("packed") + reserved_bytes(plan, plan.lora_rank)

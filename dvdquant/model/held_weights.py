@@ -19,7 +19,7 @@ import torch
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.hardware.weights import OPERATIONS_PER_BYTE, RATES, WeightForm
 from dvdquant.model.families import Sizes
-from dvdquant.model.kept_inputs import kept_inputs
+from dvdquant.model.kept_inputs import kept_inputs_bytes
 from dvdquant.model.layers import LayerSpec
 from dvdquant.model.plan import ModelPlan
 from dvdquant.ops.packed_layer import DTYPE_NAMES
@@ -184,7 +184,7 @@ def held_weights(
     choose_path(LayerShape(8, 256), sm)
     kept = sum(tensor.nbytes for tensor in largest_kept(plan, None))
     if shared is None:
-        shared = [sum(kept_inputs(plan, plugin=True).values())] * len(bits)
+        shared = [kept_inputs_bytes(plan, plugin=True)] * len(bits)
     inside = kept + _rotation_bytes(plan) + sum(_pre_quant_bytes(spec) for spec in plan.layers)
     constants = sum(inside - size for size in shared)
     layers, products = [], dict.fromkeys(bits, 0.0)

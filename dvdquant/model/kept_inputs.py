@@ -6,7 +6,7 @@ import torch
 
 from dvdquant.model.plan import ModelPlan
 
-__all__ = ["LARGE", "kept_inputs"]
+__all__ = ["LARGE", "kept_inputs", "kept_inputs_bytes"]
 
 # In every published model the matrices of embedders, modulation and the last projection are at least this large. Norms, biases
 # and tables of modulation are smaller: they are 0.2 % of the weights or less, and builders fold them into what is next to them.
@@ -34,3 +34,13 @@ def kept_inputs(plan: ModelPlan, plugin: bool) -> dict[str, int]:
     biases = {f"{name.removesuffix('.weight')}.bias" for name in kernels}
     sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in plan.kept.items()}
     return {name: size for name, size in sizes.items() if size >= least and name not in kernels | biases}
+
+
+def kept_inputs_bytes(plan: ModelPlan, plugin: bool) -> int:
+    """Return the bytes of :func:`kept_inputs` together.
+
+    Args:
+        plan: The plan of the model.
+        plugin: Whether the engines have the TensorRT plugin.
+    """
+    return sum(kept_inputs(plan, plugin).values())

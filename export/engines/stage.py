@@ -32,7 +32,7 @@ from dvdquant.export.passes.lowering.qdq_int4 import lower_qdq_int4
 from dvdquant.export.passes.lowering.store import TensorStore
 from dvdquant.export.passes.plugin_inputs import plugin_inputs
 from dvdquant.model.families import Sizes
-from dvdquant.model.kept_inputs import kept_inputs
+from dvdquant.model.kept_inputs import kept_inputs, kept_inputs_bytes
 from dvdquant.model.plan import ModelPlan
 from dvdquant.system.files import hash_file
 from dvdquant.system.progress import Progress
@@ -45,7 +45,6 @@ __all__ = [
     "find_current",
     "fuses",
     "is_compatible",
-    "kept_bytes",
     "run_builder",
 ]
 
@@ -220,7 +219,7 @@ class EngineStage:
             attention=dict(report.attention),
             fused_layers=self.fused,
             version_compatible=is_compatible(engine.backend, self.options.version_compatible),
-            kept_inputs=kept_bytes(self.plan, engine),
+            kept_inputs=kept_inputs_bytes(self.plan, engine.precision == "plugin"),
         )
 
 
@@ -407,18 +406,8 @@ def build_settings(
         tuple(hash_file(plugin)["sha256"] for plugin in plugins),
         fuses(engine, options),
         is_compatible(engine.backend, options.version_compatible),
-        kept_bytes(plan, engine),
+        kept_inputs_bytes(plan, engine.precision == "plugin"),
     )
-
-
-def kept_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
-    """Return the bytes of an engine's inputs that are not quantized.
-
-    Args:
-        plan: The plan of the model.
-        engine: The engine.
-    """
-    return sum(kept_inputs(plan, engine.precision == "plugin").values())
 
 
 def fuse_layers(model: ir.Model) -> int:

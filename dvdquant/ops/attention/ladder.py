@@ -124,20 +124,15 @@ class Attention:
         exact_seconds = 0.0
         for library in self.rungs:
             reason = library.refused(self.sm, q.shape[-1])
-            kernel: Kernel | None = None
             if reason is None:
-                try:
-                    kernel = library.load()
-                except Exception as error:  # noqa: BLE001 - a library that fails is not taken, whatever it raises
-                    reason = _failure(error)
-            if kernel is not None:
                 if exact_output is None:  # where this does not fit, no step does
                     exact_output = exact(q, k, v, scale)
                     exact_seconds = seconds(lambda: exact(q, k, v, scale), q.device)
                 try:
+                    kernel = library.load()
                     reason = self._tested(library, kernel, (q, k, v, scale, bounds), exact_output, exact_seconds)
-                except Exception as error:  # noqa: BLE001
-                    reason = _failure(error)
+                except Exception as error:  # noqa: BLE001 - a library that fails is not taken, whatever it raises
+                    reason = f"it fails: {type(error).__name__}: {str(error).strip():.200}"
             if reason is None:
                 break
             self.passed_over.append((library.name, reason))
@@ -172,10 +167,6 @@ class Attention:
             return f"it takes {1 / max(speedup, 1e-9):.2f} times as long as 16 bit on the first layer"
         self.error, self.speedup, self.taken, self._kernel = error, speedup, library, kernel
         return None
-
-
-def _failure(error: Exception) -> str:
-    return f"it fails: {type(error).__name__}: {str(error).strip():.200}"
 
 
 def rungs_for(wanted: str, sm: int | None, backend: str | None) -> tuple[Library, ...]:
