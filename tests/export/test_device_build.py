@@ -9,11 +9,8 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shlex
-import shutil
 import subprocess
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,13 +20,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from dvdquant.artifact.bundle import open_bundle, unpack_bundle, write_bundle
 from dvdquant.artifact.layout import PLUGIN_PLACE
 from dvdquant.artifact.manifest import load_manifest
 from dvdquant.artifact.verify_files import verify_files
-from dvdquant.backends import Backend
-from dvdquant.cli.build import main as build_main
-from dvdquant.cli.bundle import main as bundle_main
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation import needs
@@ -37,13 +30,10 @@ from dvdquant.deploy.generation.memory_plan import Loaded
 from dvdquant.deploy.sessions.engines import TensorRTSession
 from dvdquant.errors import EngineError, OutputError, ResourceError, UnsupportedError
 from dvdquant.export import build_room, on_device
-from dvdquant.export.build_room import check_builds
 from dvdquant.export.elsewhere import COMPATIBLE, SCRIPT
 from dvdquant.export.engines import BuildReport, stage
-from dvdquant.export.engines.report import memory_advice
 from dvdquant.export.on_device import as_compatible, build_on_device, plan_on_device
 from dvdquant.export.options import ExportOptions
-from dvdquant.hardware.make_lines import make_plugin
 from dvdquant.model.families import Sizes, get_family
 from dvdquant.model.held_weights import held_weights
 from dvdquant.model.kept_inputs import LARGE
@@ -57,28 +47,12 @@ from dvdquant.text import amount
 from tests.deploy.test_lean_runtime import Machine
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, in_process, run
-from tests.support.device_build import ORIN, build, build_here, plugin_library
+from tests.support.device_build import A4, A8, ORIN, build, build_here, engine_of, pack, plugin_library
+from tests.support.device_build import made as made
+from tests.support.device_build import model as model
+from tests.support.device_build import out as out
+from tests.support.device_build import tensorrt as tensorrt
 from tests.support.session_exports import RANGES
-
-A4, A8 = (f"engines/tensorrt-sm87/transformer_a{bits}.engine" for bits in (4, 8))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "wan", tiny.WAN_ONE)
-
-
-@pytest.fixture(scope="module")
-def made(model: Path) -> Path:
-    """An export for an Orin, made where there is neither TensorRT nor a GPU."""
-    out = model.parent / "orin"
-    in_process(model, "-o", out, "--recipe", "rtn", "--target", "tensorrt", "--sm", "8.7", *RANGES)
-    return out
-
-
-@pytest.fixture
-def out(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "out"))
 
 
 def refused(done: object, *texts: str) -> None:
@@ -86,11 +60,6 @@ def refused(done: object, *texts: str) -> None:
     for text in texts:
         assert text in done.stderr, done.stderr  # type: ignore[attr-defined]
     assert "Traceback" not in done.stderr  # type: ignore[attr-defined]
-
-
-def engine_of(out: Path, path: str) -> dict[str, object]:
-    """What the double wrote."""
-    return dict(json.loads((out / path).read_text()))
 
 
 # ------------------------------------------------------------------------------------------------------------ the export
@@ -274,9 +243,9 @@ def test_the_engines_of_both_widths_share_what_is_not_quantized(
     assert [entry["kept_inputs"] for entry in load_manifest(out).builds] == [kept, kept]
 
 
-def test_the_same_export_again_is_up_to_date(model: Path, made: Path) -> None:
+def test_the_same_export_again_is_up_to_date(model: Path, out: Path) -> None:
     arguments = ["--recipe", "rtn", "--target", "tensorrt", "--sm", "8.7", *RANGES]
-    assert "is up to date" in in_process(model, "-o", made, *arguments)
+    assert "is up to date" in in_process(model, "-o", out, *arguments)
 
 
 def test_another_sm_is_added_to_what_is_there(model: Path, out: Path) -> None:
@@ -392,12 +361,6 @@ def test_tensorrt_rtx_builds_no_version_compatible_engines(made: Path, tmp_path:
     assert as_compatible([asked], "OUT") == [asked], "the line has each option once"
 
 
-@pytest.fixture
-def tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A TensorRT by its version alone, for what is decided before it is used."""
-    monkeypatch.setattr(on_device, "load_backend", lambda name: Backend(name, None, "11.4.0.1"))
-
-
 def test_what_does_not_fit_is_refused_before_work(out: Path, tmp_path: Path, tensorrt: None) -> None:
     good = plugin_library(tmp_path / "libdvdquant_plugins.so")
     manifest = load_manifest(out)
@@ -426,141 +389,6 @@ def test_what_does_not_fit_is_refused_before_work(out: Path, tmp_path: Path, ten
         gpu = changes.pop("gpu", ORIN)
         with pytest.raises((UnsupportedError, ResourceError), match=text):
             plan_on_device(out, manifest, gpu, **{"plugins": [good], **changes})
-
-
-GIB = 1 << 30
-SMALL_ORIN = dataclasses.replace(ORIN, memory_bytes=int(7.4 * GIB))
-CARD = Gpu("RTX", "8.7", int(7.4 * GIB), False)
-
-
-def sized(manifest: Any, a4: dict[str, float], a8: dict[str, float], **changes: Any) -> Any:
-    """The manifest with other sizes of its two engines, in GiB: ``build``, ``held`` and ``work``."""
-    names = {"build": "builder_bytes", "held": "held_bytes", "work": "working_bytes"}
-    builds = tuple(
-        {**entry, "working_bytes": 0, **{names[key]: int(GIB * size) for key, size in sizes.items()}, **changes}
-        for entry, sizes in zip(manifest.builds, (a4, a8))
-    )
-    return dataclasses.replace(manifest, builds=builds)
-
-
-def memory_error(manifest: Any, gpu: Gpu | None) -> ResourceError:
-    with pytest.raises(ResourceError) as caught:
-        check_builds(manifest.builds, manifest, gpu)
-    return caught.value
-
-
-def test_too_little_memory_to_build_says_what_fits(out: Path, tmp_path: Path, tensorrt: None, monkeypatch: Any) -> None:
-    good = plugin_library(tmp_path / "libdvdquant_plugins.so")
-    uneven = sized(load_manifest(out), {"build": 0.5}, {"build": 8})
-    monkeypatch.setattr(build_room, "memory_limit", lambda: 4 * GIB)
-    with pytest.raises(ResourceError, match=r"estimated to take 9\.0 GiB of memory, 1\.0 GiB of it for CUDA") as caught:
-        plan_on_device(out, uneven, ORIN, plugins=[good])
-    assert re.fullmatch(r"4\.0 GiB; fits: a4 \(1\.5 GiB to build, [\d.]+ MiB to use\)", str(caught.value.available))
-    assert caught.value.fix == "build what fits: dvdq-build … --bits 4"
-    assert len(plan_on_device(out, uneven, ORIN, plugins=[good], bits=[4]).builds) == 1
-
-
-def test_what_fits_the_builder_alone_does_not_fit(out: Path, monkeypatch: Any) -> None:
-    """Two engines that an 8 GB Orin could build and never hold: neither is offered."""
-    manifest = load_manifest(out)
-    monkeypatch.setattr(build_room, "memory_limit", lambda: 6 * GIB)
-    error = memory_error(sized(manifest, {"build": 2, "held": 8}, {"build": 2, "held": 8}), SMALL_ORIN)
-    assert "estimated to take 8.0 GiB of device memory, 8.0 GiB for weights" in error.what
-    assert error.available == (
-        "5.4 GiB on Orin, where 2.0 GiB of 7.4 GiB are kept back for CUDA and the system; nothing of this export fits"
-    )
-    # One can be held and not built, the other built and not held.
-    error = memory_error(sized(manifest, {"build": 5.5, "held": 1}, {"build": 1, "held": 8}), SMALL_ORIN)
-    assert str(error.available).endswith("nothing of this export fits")
-    # One fits both.
-    error = memory_error(sized(manifest, {"build": 1, "held": 1, "work": 2}, {"build": 1, "held": 8}), SMALL_ORIN)
-    assert str(error.available).endswith("fits: a4 (2.0 GiB to build, 3.0 GiB to use)")
-    assert error.fix == "build what fits: dvdq-build … --bits 4"
-
-
-@pytest.mark.parametrize(
-    ("gpu", "a4", "fits"),
-    [
-        (SMALL_ORIN, {"held": 7.3}, False),
-        (SMALL_ORIN, {"held": 5.3}, True),
-        (SMALL_ORIN, {"held": 5.3, "work": 0.2}, False),
-        (CARD, {"held": 6.3}, True),
-        (CARD, {"held": 6.3, "work": 0.2}, False),
-        # The builder and CUDA share the memory of an Orin; a card has its own.
-        (SMALL_ORIN, {"build": 5.5}, False),
-        (CARD, {"build": 5.5}, True),
-        (CARD, {"build": 6.5}, False),
-        (None, {"build": 5.5, "held": 99}, True),
-    ],
-)
-def test_what_a_device_has_room_for(
-    gpu: Gpu | None, a4: dict[str, float], fits: bool, made: Path, monkeypatch: Any
-) -> None:
-    """Weights, what a call works in and what CUDA and the system keep are counted together."""
-    manifest = sized(load_manifest(made), a4, {})
-    monkeypatch.setattr(build_room, "memory_limit", lambda: 6 * GIB)
-    if fits:
-        check_builds(manifest.builds, manifest, gpu)
-    else:
-        assert "fits: a8 (" in str(memory_error(manifest, gpu).available)
-
-
-def test_what_to_do_where_nothing_fits(made: Path, monkeypatch: Any) -> None:
-    """Every way out is computed from the export, and would fit."""
-    manifest = load_manifest(made)
-    monkeypatch.setattr(build_room, "memory_limit", lambda: 6 * GIB)
-
-    def fix(each: dict[str, float], gpu: Gpu = SMALL_ORIN, **changes: Any) -> str:
-        return str(memory_error(sized(manifest, each, each, **changes), gpu).fix)
-
-    packed = sum(file["bytes"] for name, file in manifest.files.items() if name == "onnx/transformer.safetensors")
-    # 1. The same weights, packed, in a session that needs no engine.
-    assert fix({"held": 8}) == (
-        f"draw without engines: dvdq-run … --backend pytorch holds the weights packed, {amount(packed)}"
-    )
-    # 2. Smaller clips: 5.4 GiB less the weights are 40.4 % of what a call works in.
-    few = {**manifest.files, "onnx/transformer.safetensors": {"bytes": 8 * GIB, "sha256": "0" * 64}}
-    manifest = dataclasses.replace(manifest, files=few)
-    latents = " × ".join(str(manifest.shapes[axis][1]) for axis in ("frames", "height", "width"))
-    said = fix({"held": 1.4, "work": 9.9})
-    assert f"at most 40 % of the {latents} latents" in said
-    assert "--target tensorrt --sm 8.7 --dry-run" in said
-    # 3. A smaller model: 5.4 of 8 GiB.
-    layer = {**manifest.layers[0], "features_in": 4096}
-    manifest = dataclasses.replace(manifest, layers=({**layer, "features_out": 4096}, {**layer, "features_out": 8192}))
-    said = fix({"held": 8, "work": 0.01})
-    assert "at most 34 million weights (this one has 50 million); dvdq-export" in said, "no clip is small enough"
-    assert "or for much smaller clips; dvdq-export" in fix({"held": 5.4, "work": 9})
-    manifest = dataclasses.replace(manifest, layers=({**layer, "features_out": 2**20},) * 3)
-    assert "at most 8.7 billion weights (this one has 12.9 billion)" in fix({"held": 8})
-    # 4. The builder alone is too large.
-    small = {**few, "onnx/transformer.safetensors": {"bytes": GIB, "sha256": "0" * 64}}
-    manifest = dataclasses.replace(manifest, files=small)
-    assert fix({"build": 9}) == (
-        "end other programs, or draw without engines: dvdq-run … --backend pytorch holds 1.0 GiB of weights"
-    )
-    assert "needs no GPU to build" in fix({"build": 9}, backend="tensorrt_rtx")
-    # An engine of TensorRT-RTX for another card is no matter of this GPU's memory.
-    elsewhere = sized(manifest, {"held": 99}, {"held": 99}, backend="tensorrt_rtx", sm=["12.0"])
-    check_builds(elsewhere.builds, elsewhere, SMALL_ORIN)
-
-
-def test_two_transformers_are_held_together(made: Path, monkeypatch: Any) -> None:
-    manifest = sized(load_manifest(made), {"held": 3, "work": 1}, {"held": 1})
-    second = tuple(
-        {**entry, "component": "transformer_2", "engine": f"{entry['engine']}2"} for entry in manifest.builds
-    )
-    monkeypatch.setattr(build_room, "memory_limit", lambda: 6 * GIB)
-    check_builds(manifest.builds, manifest, SMALL_ORIN)
-    error = memory_error(dataclasses.replace(manifest, builds=(*manifest.builds, *second)), SMALL_ORIN)
-    assert "estimated to take 7.0 GiB of device memory, 6.0 GiB for weights and 1.0 GiB to work in" in error.what
-    assert "fits: a8 (" in str(error.available)
-
-
-def test_the_need_of_tensorrts_builder_is_called_an_estimate() -> None:
-    """The factor was measured with TensorRT-RTX."""
-    assert "estimate" in memory_advice("tensorrt")
-    assert "estimate" not in memory_advice("tensorrt_rtx")
 
 
 def test_a_damaged_export_is_not_built(out: Path, tmp_path: Path, tensorrt: None) -> None:
@@ -600,248 +428,6 @@ def test_an_engine_that_fails_its_check(
     assert caught.value.fix == advice
     assert (out / "manifest.json").read_bytes() == before
     assert (hashed.count(plugin), len(limits)) == (1, 1)
-
-
-# ----------------------------------------------------------------------------------------------------------- the bundle
-
-
-def pack(out: Path, target: Path, *arguments: object) -> str:
-    result = CliRunner().invoke(bundle_main, [str(a) for a in (out, "-o", target, *arguments)])
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.output
-
-
-def not_packed(*arguments: object) -> str:
-    """What ``dvdq-bundle`` says where it refuses."""
-    result = CliRunner().invoke(bundle_main, [str(a) for a in arguments])
-    assert result.exit_code == 2, (result.output, result.exception)
-    assert "Traceback" not in result.output
-    return result.output
-
-
-def page_of(bundle: Path) -> str:
-    """The page that a bundle holds."""
-    with tarfile.open(bundle) as tar:
-        return tar.extractfile("README.md").read().decode()  # type: ignore[union-attr]
-
-
-def export_for(sm: str, made: Path, out: Path, backend: str = "tensorrt") -> Path:
-    """A copy of the export whose engines are for another GPU."""
-    shutil.copytree(made, out)
-    manifest = load_manifest(out)
-    builds = tuple({**entry, "sm": [sm], "backend": backend} for entry in manifest.builds)
-    (out / "manifest.json").write_text(dataclasses.replace(manifest, builds=builds).to_json())  # type: ignore[arg-type]
-    return out
-
-
-def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plugin = plugin_library(tmp_path / "libdvdquant_plugins.so", machine="aarch64")
-    for place in ("dvdquant.system.plugin_file", "dvdquant.export.on_device"):  # the device, an Orin
-        monkeypatch.setattr(f"{place}.machine_name", lambda: "aarch64")
-    (tmp_path / "wheels").mkdir()
-    (tmp_path / "wheels" / "some-1.0-py3-none-any.whl").write_bytes(b"a wheel")
-    said = pack(made, tmp_path / "orin.tar", "--plugin", plugin, "--wheels", tmp_path / "wheels")
-    assert "dvdq-build orin.tar -o orin --plugin bundled" in said
-    assert "has no wheel of dvdquant" in said
-    assert "python3-libnvinfer-lean" in page_of(tmp_path / "orin.tar")
-    assert "wheels has no wheel of accelerate==" in said
-    # Refused before anything is unpacked.
-    there = tmp_path / "device"
-    thor = dataclasses.replace(ORIN, name="Thor", sm="11.0")
-    for gpu, version, text in (
-        (thor, "11.4.0.1", "is for SM 8.7, and this GPU (Thor) has SM 11.0"),
-        (None, "11.4.0.1", "the driver of this machine names none"),
-        (ORIN, "10.3.0", "is for TensorRT 11, and this machine has 10.3.0"),
-        (dataclasses.replace(ORIN, memory_bytes=10**6), "11.4.0.1", "of device memory"),
-    ):
-        monkeypatch.setattr("dvdquant.system.gpu.read_gpu", lambda gpu=gpu: gpu)
-        monkeypatch.setattr("dvdquant.backends.load_backend", lambda name, v=version: Backend(name, None, v))
-        result = CliRunner().invoke(build_main, [str(tmp_path / "orin.tar"), "-o", str(there), "--plugin", "bundled"])
-        assert result.exit_code == 2
-        assert text in result.output
-    # A bundle without a plugin library is for that SM just as well, and says what it lacks; one whose library has other kernels
-    # is no use on this GPU.
-    pack(made, tmp_path / "bare.tar")
-    others = plugin_library(tmp_path / "others.so", machine="aarch64", kernels="90;110")
-    write_bundle(tmp_path / "others.tar", made, load_manifest(made), {PLUGIN_PLACE: others})
-    library = ("--plugin", "bundled")
-    for gpu, bundle, options, text in (
-        (thor, "bare.tar", (), "is for SM 8.7, and this GPU (Thor) has SM 11.0"),
-        (thor, "bare.tar", ("--dry-run",), "--plugin FILE, for it holds no plugin library"),
-        (ORIN, "bare.tar", (), "holds none"),
-        (ORIN, "bare.tar", library, "holds none"),
-        (ORIN, "orin.tar", (), "--plugin bundled takes that of the bundle"),
-        (
-            ORIN,
-            "others.tar",
-            library,
-            "others.tar/plugins/libdvdquant_plugins.so are for 90, 110, and this GPU has SM 8.7",
-        ),
-        (ORIN, "others.tar", ("--dry-run",), "are for 90, 110, and this GPU has SM 8.7"),
-        (ORIN, "orin.tar", ("--plugin", str(others)), "others.so are for 90, 110"),
-        (ORIN, "orin.tar", (*library, "--bits", "6"), "has no engine of 6 bits to build"),
-    ):
-        monkeypatch.setattr("dvdquant.system.gpu.read_gpu", lambda gpu=gpu: gpu)
-        monkeypatch.setattr("dvdquant.backends.load_backend", lambda name: Backend(name, None, "11.4.0.1"))
-        result = CliRunner().invoke(build_main, [str(tmp_path / bundle), "-o", str(there), *options])
-        assert result.exit_code == 2
-        assert text in result.output
-    assert not there.exists()
-    whole = (tmp_path / "orin.tar").read_bytes()
-    (tmp_path / "changed.tar").write_bytes(whole[: len(whole) // 2] + b"?" + whole[len(whole) // 2 + 1 :])
-    with (
-        open_bundle(tmp_path / "changed.tar") as changed,
-        pytest.raises(OutputError, match="is not as dvdq-bundle wrote"),
-    ):
-        unpack_bundle(changed, there)
-    assert not there.exists()
-    # Unpacked, built, and the second time neither.
-    done = build_here(monkeypatch, tmp_path / "orin.tar", "-o", there, "--plugin", "bundled")
-    assert done.returncode == 0, done.stderr
-    manifest = load_manifest(there)
-    verify_files(there, manifest)
-    assert [e["path"] for e in manifest.engines] == [A4, A8]
-    assert {
-        "requirements.txt",
-        "plugins/libdvdquant_plugins.so",
-        "wheels/some-1.0-py3-none-any.whl",
-    } <= manifest.files.keys()
-    assert engine_of(there, A4)["libraries"] == [str(there / "plugins" / "libdvdquant_plugins.so")]
-
-
-def test_wheels_that_are_there_are_not_named_as_lacking(made: Path, tmp_path: Path) -> None:
-    pack(made, tmp_path / "a.tar")
-    with tarfile.open(tmp_path / "a.tar") as tar:
-        required = tar.extractfile("requirements.txt").read().decode().split()  # type: ignore[union-attr]
-    (tmp_path / "wheels").mkdir()
-    for line in required:
-        name, _, version = line.partition("==")
-        platform = "any" if name == "click" else "manylinux2014_aarch64.manylinux_2_17_aarch64"
-        if name != "numba":
-            (tmp_path / "wheels" / f"{name.replace('-', '_')}-{version}-py3-none-{platform}.whl").touch()
-    (tmp_path / "wheels" / "numba-0.1-py3-none-any.whl").touch()
-    said = pack(made, tmp_path / "a.tar", "--wheels", tmp_path / "wheels")
-    (numba,) = (line for line in required if line.startswith("numba=="))
-    assert f"wheels has no wheel of {numba}: without internet" in said
-
-
-def test_a_library_that_is_no_use_on_the_device_is_not_packed(made: Path, tmp_path: Path) -> None:
-    """Each refusal names what it is and what was wanted, and has the line that makes the right one."""
-    good = plugin_library(tmp_path / "good.so", machine="aarch64")
-    (tmp_path / "other.so").write_bytes(good.read_bytes().replace(b"@dvdquant", b"@anything"))
-    pc = plugin_library(tmp_path / "pc.so", machine="x86_64")
-    kernels = plugin_library(tmp_path / "kernels.so", None, "aarch64")
-    bare = plugin_library(tmp_path / "bare.so", machine="aarch64", kernels="")
-    thor = plugin_library(tmp_path / "thor.so", machine="aarch64", kernels="90a;110")
-    wanted = "wanted is one for SM 8.7 on aarch64"
-    for library, words in (
-        (tmp_path / "other.so", ("is another library or program, for aarch64", wanted)),
-        (kernels, ("holds dvdquant's kernels without the plugin, for aarch64", wanted)),
-        (tmp_path / "none.so", ("cannot be read: No such file", wanted)),
-        (pc, ("is for x86_64, and GPUs of SM 8.7 (Orin Nano, Orin NX, AGX Orin) sit in machines with aarch64",)),
-        (bare, ("has no kernels for SM 8.7", "loads them from another file, which a bundle does not hold")),
-        (thor, ("has no kernels for SM 8.7", "kernels for 90a, 110")),
-    ):
-        said = not_packed(made, "-o", tmp_path / "x.tar", "--plugin", library)
-        for text in (str(library), *words, make_plugin("aarch64", ["8.7"])):
-            assert text in said
-    assert "leave --machine out" in not_packed(made, "-o", tmp_path / "x.tar", "--plugin", good, "--machine", "x86_64")
-    rtx = export_for("12.1", made, tmp_path / "rtx", "tensorrt_rtx")
-    assert "has TensorRT-RTX engines alone, which load none" in not_packed(
-        rtx, "-o", tmp_path / "x.tar", "--plugin", good
-    )
-    assert not (tmp_path / "x.tar").exists()
-
-
-def test_the_processor_is_that_of_the_gpu_or_the_one_that_is_asked_for(made: Path, tmp_path: Path) -> None:
-    spark = export_for("12.1", made, tmp_path / "spark", "tensorrt_rtx")
-    hopper = export_for("9.0", made, tmp_path / "hopper")
-    (tmp_path / "wheels").mkdir()
-    (tmp_path / "wheels" / "torch-2.13.0-cp312-cp312-manylinux_2_28_aarch64.whl").touch()
-    wheels, target = ("--wheels", tmp_path / "wheels"), tmp_path / "a.tar"
-    said = pack(spark, target, *wheels)
-    assert "for SM 12.1 on aarch64" in said
-    assert "manylinux2014_aarch64" in said
-    assert "x86_64" not in said
-    assert "--machine is x86_64, and GPUs of SM 12.1 (GB10) sit in machines with aarch64" in not_packed(
-        spark, "-o", target, "--machine", "x86_64"
-    )
-    # An H100 sits beside x86-64, a GH200 of the same SM beside ARM.
-    assert "aarch64, and the device is Linux on x86_64" in not_packed(hopper, "-o", target, *wheels)
-    said = pack(hopper, target)
-    assert "for SM 9.0 on x86_64" in said
-    assert "GH200 sit in machines with aarch64: --machine aarch64" in said
-    said = pack(hopper, target, *wheels, "--machine", "aarch64")
-    assert "for SM 9.0 on aarch64" in said
-    assert "sit in machines" not in said
-    library = plugin_library(tmp_path / "arm.so", machine="aarch64", kernels="80;90a;compute_80")
-    assert "on aarch64" in pack(hopper, target, "--plugin", library)
-    assert f"{library} is for aarch64, and --machine is x86_64" in not_packed(
-        hopper, "-o", target, "--plugin", library, "--machine", "x86_64"
-    )
-
-
-def test_the_page_asks_for_what_the_engines_need(made: Path, tmp_path: Path) -> None:
-    target = tmp_path / "a.tar"
-    # 1. TensorRT without a plugin library: what is missing, what makes it, and lines that name it.
-    said, line = pack(made, target), "dvdq-build a.tar -o a --plugin libdvdquant_plugins.so"
-    assert line in said
-    assert "dvdq-build there refuses them without --plugin" in said
-    assert make_plugin("aarch64", ["8.7"]) in said
-    page = page_of(target)
-    for text in (
-        f"4. `{line}`",
-        "3. The plugin library, which TensorRT engines need and this bundle does not hold",
-        'make kernels SM="87" && make plugin`',
-        'make kernels HOST=aarch64 SM="87" && make plugin HOST=aarch64 TENSORRT_ROOT=FOLDER',
-        f"`{PLUGIN_PLACE}`, which is missing",
-        "JetPack brings the last two",
-        "By estimate, a build takes up to",
-        "TensorRT's own builder has not been measured",
-    ):
-        assert text in page, page
-    # 2. With one.
-    pack(made, target, "--plugin", plugin_library(tmp_path / "arm.so", machine="aarch64"))
-    page = page_of(target)
-    assert "3. `dvdq-build a.tar -o a --plugin bundled`" in page
-    assert "and TensorRT 11 with its Python module" in page
-    assert "missing" not in page
-    # 3. Of a server: no JetPack there.
-    pack(export_for("9.0", made, tmp_path / "hopper"), target)
-    page = page_of(target)
-    assert "JetPack" not in page
-    assert "build/plugins-aarch64" not in page
-    # 4. TensorRT-RTX, which pip installs, and which loads no plugin.
-    pack(export_for("12.1", made, tmp_path / "spark", "tensorrt_rtx"), target)
-    page = page_of(target).partition("# `")[0]
-    assert "1. Python 3.11 or newer and the GPU's driver." in page
-    assert "3. `dvdq-build a.tar -o a`" in page
-    for text in ("JetPack", "plugin", "system-site-packages", "the system's TensorRT", SCRIPT, "own builder"):
-        assert text not in page, page
-
-
-def test_what_cannot_be_packed(made: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    assert "holds no wheel" in not_packed(made, "-o", tmp_path / "x.tar", "--wheels", tmp_path / "empty")
-    for wheel, words in (
-        (
-            "torch-2.13.0-cp312-cp312-manylinux_2_28_x86_64.whl",
-            "is for manylinux_2_28_x86_64, and the device is Linux on aarch64",
-        ),
-        ("torch-2.13.0-cp312-cp312-win_arm64.whl", "is for win_arm64"),
-        ("torch.whl", "has not the name of a wheel"),
-    ):
-        (tmp_path / "empty" / wheel).touch()
-        assert words in not_packed(made, "-o", tmp_path / "x.tar", "--wheels", tmp_path / "empty")
-        (tmp_path / "empty" / wheel).unlink()
-    assert "is a folder" in not_packed(made, "-o", tmp_path)
-    bare = Path(shutil.copytree(made, tmp_path / "bare"))
-    manifest = dataclasses.replace(load_manifest(bare), builds=())
-    (bare / "manifest.json").write_text(manifest.to_json())
-    assert "no engine that is left to be built" in not_packed(bare, "-o", tmp_path / "x.tar")
-    with pytest.raises(UnsupportedError, match="has no engine that was left to be built"):
-        plan_on_device(bare, manifest, ORIN)
-    assert not (tmp_path / "x.tar").exists()
 
 
 # ------------------------------------------------------------------------------------------- TensorRT-RTX, the real one

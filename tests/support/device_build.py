@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -14,14 +15,54 @@ from click.testing import CliRunner
 
 from dvdquant.backends import Backend
 from dvdquant.cli.build import main as build_main
+from dvdquant.cli.bundle import main as bundle_main
+from dvdquant.export import on_device
 from dvdquant.system.gpu import Gpu
 from dvdquant.system.plugin_file import machine_name
+from tests.support import tiny_models as tiny
+from tests.support.commands import in_process
 from tests.support.exporting import REPOSITORY
-from tests.support.folders import process_folder
+from tests.support.folders import process_folder, shared_folder
+from tests.support.session_exports import RANGES
 
 DOUBLE = REPOSITORY / "tests" / "support" / "tensorrt_double"
 ORIN = Gpu("Orin", "8.7", 16 << 30, True)
 _MACHINES = {"x86_64": 62, "aarch64": 183}
+A4, A8 = (f"engines/tensorrt-sm87/transformer_a{bits}.engine" for bits in (4, 8))
+
+
+def _make(folder: Path) -> None:
+    model = tiny.write_checkpoint(folder / "wan", tiny.WAN_ONE)
+    in_process(model, "-o", folder / "orin", "--recipe", "rtn", "--target", "tensorrt", "--sm", "8.7", *RANGES)
+
+
+@pytest.fixture(scope="module")
+def made() -> Path:
+    """An export for an Orin, made where there is neither TensorRT nor a GPU. Nobody writes into it."""
+    return shared_folder("device-build", _make) / "orin"
+
+
+@pytest.fixture(scope="module")
+def model(made: Path) -> Path:
+    """The model of that export."""
+    return made.parent / "wan"
+
+
+@pytest.fixture
+def out(made: Path, tmp_path: Path) -> Path:
+    """A copy of the export."""
+    return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+@pytest.fixture
+def tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TensorRT by its version alone, for what is decided before it is used."""
+    monkeypatch.setattr(on_device, "load_backend", lambda name: Backend(name, None, "11.4.0.1"))
+
+
+def engine_of(out: Path, path: str) -> dict[str, object]:
+    """What the double wrote."""
+    return dict(json.loads((out / path).read_text()))
 
 
 @functools.cache
@@ -81,3 +122,10 @@ def plugin_library(path: Path, major: int | None = 11, machine: str | None = Non
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(head + marks + bytes(100))
     return path
+
+
+def pack(out: Path, target: Path, *arguments: object) -> str:
+    """Pack a bundle; what ``dvdq-bundle`` says."""
+    result = CliRunner().invoke(bundle_main, [str(a) for a in (out, "-o", target, *arguments)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
