@@ -17,7 +17,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # A torch that is there (a CUDA build, a container's own) is kept; only a new environment gets the pinned one.
 PIN = $$($(BIN)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "-c constraints.txt")')
 
-.PHONY: edge-check wheel wheel-check walks triton-check dynamo-check help venv demo demo-steps test stress campaign variants lint ruff types warm forked-tests lengths format docs clean plugin gpu-check kernels kernels-check
+.PHONY: edge-check wheel wheel-check walks triton-check dynamo-check attention-check help venv demo demo-steps test stress campaign variants lint ruff types warm forked-tests lengths format docs clean plugin gpu-check kernels kernels-check
 
 help:
 	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; inspect it; make a clip"
@@ -35,6 +35,7 @@ help:
 	@echo "make venv    only the environment: $(VENV) with dvdq-export and dvdq-inspect"
 	@echo "make dynamo-check  a worker behind NVIDIA Dynamo's own frontend, out of its wheels (90 MB)"
 	@echo "make triton-check  the model repository in a real tritonserver, out of nvidia-pytriton's wheel (55 MB)"
+	@echo "make attention-check  our calls of the libraries of 8-bit attention, in their own wheels (107 MB), without a GPU"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  rewrite the sources in the house style"
 	@echo "make docs    the documentation as a site, build/site/index.html"
@@ -117,6 +118,17 @@ $(DYNAMO)/.unpacked:
 
 dynamo-check: $(INSTALLED_TEST) $(DYNAMO)/.unpacked
 	DVDQ_DYNAMO=$(DYNAMO) $(BIN)/python -m pytest -q tests/deploy/test_serve_dynamo.py $(PYTEST_ARGS)
+
+# The releases that dvdquant/ops/attention/libraries.py was written for; newer ones are tried by their numbers here.
+ATTENTION := build/attention
+$(ATTENTION)/.unpacked:
+	@mkdir -p $(ATTENTION)
+	$(BIN)/python -m pip install -q --no-deps --target $(ATTENTION) comfy-kitchen==0.2.40 fa3-fwd==0.0.3 \
+	    nvidia-cudnn-frontend==1.32.0 sageattention==1.0.6
+	@touch $@
+
+attention-check: $(INSTALLED_TEST) $(ATTENTION)/.unpacked
+	DVDQ_ATTENTION=$(ATTENTION) $(BIN)/python -m pytest -q tests/ops/test_attention_packages.py $(PYTEST_ARGS)
 
 lint: $(INSTALLED_TEST) ruff
 	$(BIN)/mypy

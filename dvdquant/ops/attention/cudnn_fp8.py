@@ -57,9 +57,26 @@ class CudnnAttention:
     def _build(
         self, codes: tuple[Tensor, ...], scale: float, out_dtype: torch.dtype | None
     ) -> tuple[Any, dict[str, Any]]:
-        """Return a graph for operands [B, S, H, d] and its tensors by name."""
+        """Return a graph for operands [B, S, H, d], with its plans, and its tensors by name."""
+        graph, tensors = self.describe(codes, scale, out_dtype, self._handle(codes[0].device))
+        graph.build_operation_graph()
+        graph.create_execution_plans([self._cudnn.heur_mode.A, self._cudnn.heur_mode.FALLBACK])
+        graph.check_support()
+        graph.build_plans()
+        return graph, tensors
+
+    def describe(
+        self, codes: tuple[Tensor, ...], scale: float, out_dtype: torch.dtype | None, handle: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return the graph as it is written down, found valid, and its tensors by name. It needs no GPU.
+
+        Args:
+            codes: e4m3 codes of q [B, S, H, d], and of k and v [B, T, H, d], contiguous.
+            scale: What scores are multiplied by.
+            out_dtype: The dtype of the result, or None for e4m3 codes.
+            handle: cuDNN's, of the device, or None.
+        """
         types = self._cudnn.data_type
-        handle = self._handle(codes[0].device)
         graph = self._cudnn.pygraph(
             io_data_type=types.FP8_E4M3,
             intermediate_data_type=types.FLOAT,
@@ -80,10 +97,6 @@ class CudnnAttention:
         for unused in (p_amax, out_amax):
             unused.set_output(False).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1]).set_data_type(types.FLOAT)
         graph.validate()
-        graph.build_operation_graph()
-        graph.create_execution_plans([self._cudnn.heur_mode.A, self._cudnn.heur_mode.FALLBACK])
-        graph.check_support()
-        graph.build_plans()
         return graph, {**tensors, "o": out}
 
 
