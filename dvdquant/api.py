@@ -33,6 +33,7 @@ def export_model(
     out: str | Path,
     *,
     recipe: str | Recipe = "auto",
+    activations: Literal[4, 8] | None = None,
     gpu: str | Sequence[str] | None = None,
     target: str | Sequence[str] | None = None,
     sm: str | Sequence[str] | None = None,
@@ -58,6 +59,7 @@ def export_model(
         model: Hub id, pipeline folder or transformer folder in diffusers format.
         out: Folder of the export. It holds the whole new export afterwards, or after an error what it held before.
         recipe: Name of a recipe, or a recipe of your own. ``auto`` takes what suits the cards, and SM 8.9 where none is named.
+        activations: Bits of the activations that are made alone, 4 or 8: one engine, not two. None makes all of the recipe's.
         gpu: Names of the cards it is for, such as "RTX 4090"; ``auto`` is that of this machine.
         target: ``rtx``, ``tensorrt``, ``onnx`` or ``graphs``, or several of them. None given lets the cards decide.
         sm: Compute capabilities instead of cards, such as "8.9", the default where no card is named.
@@ -109,15 +111,22 @@ def export_model(
     for several in ("plugins", "also_write"):
         if several in options:
             options[several] = _several(several, options[several])
+    if activations not in (None, 4, 8) or isinstance(activations, bool):
+        raise UnsupportedError(f"activations have no {brief(activations)} bits", available=[4, 8, None])
     own = recipe if isinstance(recipe, Recipe) else None
     name = _recipe_name(recipe) if own is None else own.name
     cards, capabilities = _several("gpu", gpu), _several("sm", sm)
     layouts, precision = options.get("also_write", ()), str(options.get("precision", AUTO))
-    choice = choose(cards, capabilities, _several("target", target), name, layouts, precision=precision)
+    choice = choose(
+        cards, capabilities, _several("target", target), name, layouts, only=activations, precision=precision
+    )
+    made = get_recipe(choice.recipe).with_activations(choice.activations) if own is None else own
+    if own is not None and activations is not None:
+        made = own.with_activations((activations,))
     arguments = ExportOptions(
         model=str(model),
         out=_path("out", out),
-        recipe=get_recipe(choice.recipe).with_activations(choice.activations) if own is None else own,
+        recipe=made,
         targets=choice.targets,
         sms=choice.sms,
         height=_size(height),

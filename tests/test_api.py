@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import DvdquantError, ShapeError
+from dvdquant.recipe import get_recipe
 from tests.support.exporting import TINY_WAN
 from tests.support.running import short_wan_export
 
@@ -111,6 +113,9 @@ WRONG_EXPORTS: list[tuple[dict[str, Any], str]] = [
     ({"plugins": None}, "plugins"),
     ({"sms": ["8.9"]}, "sms"),
     ({"heigth": 480}, "heigth"),
+    ({"activations": 6}, "6 bits"),
+    ({"activations": "8"}, "8' bits"),
+    ({"activations": 8, "recipe": get_recipe("w4a4").with_activations((4,))}, "no 8-bit activations"),
 ]
 
 
@@ -122,19 +127,36 @@ def test_export_model_refuses(options: dict[str, Any], text: str, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_number_stands_for_its_compute_capability(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from dvdquant.export import plan
+class Planned(Exception):
+    """An export came as far as its plan."""
 
-    class Planned(Exception):
-        pass
+
+@pytest.fixture
+def options_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """What ``export_model`` asks the exporter for, which is not called."""
+    from dvdquant.export import plan
 
     def stop(options: Any) -> None:
         raise Planned(options)
 
+    def asked(**arguments: Any) -> Any:
+        with pytest.raises(Planned) as caught:
+            dvdquant.export_model(TINY_WAN, tmp_path / "out", **arguments)
+        return caught.value.args[0]
+
     monkeypatch.setattr(plan, "plan_export", stop)
-    with pytest.raises(Planned) as caught:
-        dvdquant.export_model(TINY_WAN, tmp_path / "out", target=("rtx", "onnx"), sm=[8.9, 12.0], timing_cache="cache")
-    options = caught.value.args[0]
+    return asked
+
+
+@pytest.mark.parametrize("recipe", ["auto", "w4a4", get_recipe("w4a4")], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_width_of_activations_alone(options_of: Callable[..., Any], recipe: Any, bits: int) -> None:
+    made = options_of(recipe=recipe, activations=bits, target="graphs").recipe
+    assert [activation.bits for activation in made.activations] == [bits]
+
+
+def test_a_number_stands_for_its_compute_capability(options_of: Callable[..., Any]) -> None:
+    options = options_of(target=("rtx", "onnx"), sm=[8.9, 12.0], timing_cache="cache")
     assert (options.targets, options.sms, options.timing_cache) == (("rtx", "onnx"), ("8.9", "12.0"), Path("cache"))
 
 
