@@ -17,11 +17,12 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # A torch that is there (a CUDA build, a container's own) is kept; only a new environment gets the pinned one.
 PIN = $$($(BIN)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "-c constraints.txt")')
 
-.PHONY: edge-check wheel wheel-check walks triton-check dynamo-check attention-check help venv demo demo-steps test stress campaign variants lint ruff types warm forked-tests lengths format docs clean plugin gpu-check kernels kernels-check
+.PHONY: edge-check wheel wheel-check walks triton-check dynamo-check attention-check help venv demo demo-steps test slow stress campaign variants lint ruff types warm forked-tests lengths format docs clean plugin gpu-check kernels kernels-check
 
 help:
 	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; inspect it; make a clip"
-	@echo "make test    ruff, mypy and the test suite"
+	@echo "make test    ruff, mypy and the tests but the slow ones"
+	@echo "make slow    the tests that take longest: a server in a browser, the notebook, kills, whole graphs of every family"
 	@echo "make gpu-check  the CUDA kernels on this machine's GPU: right and how fast, one table (GPU_PYTHON=, GPU_OUT=)"
 	@echo "make stress  the fault tests at their full counts: 500 kills, 200 races, 100 000 mutations"
 	@echo "make campaign  more than 400 000 mutations over the parsers, command lines, 200 kills, as a table (CAMPAIGN= names some parts)"
@@ -144,6 +145,7 @@ warm: $(INSTALLED_TEST)
 # kept, whatever the environment says: else every run rewrites the assertions of all test files once a process.
 BY_FILE := --dist loadfile --no-loadscope-reorder
 KEEPING := env -u PYTHONDONTWRITEBYTECODE
+FORKED = $(KEEPING) $(BIN)/python -m pytest -n $(JOBS) --forked-workers $(BY_FILE) --cpu-seconds 15
 
 # mypy takes what the tests leave of the cores while they wait; what it said comes at the end.
 TYPES := build/types.log
@@ -156,7 +158,10 @@ types:
 	@nice -n 10 $(BIN)/mypy >$(TYPES) 2>&1
 
 forked-tests:
-	$(KEEPING) $(BIN)/python -m pytest -n $(JOBS) --forked-workers $(BY_FILE) -m "not stress" --cpu-seconds 15 $(PYTEST_ARGS)
+	$(FORKED) -m "not slow and not stress" $(PYTEST_ARGS)
+
+slow: $(INSTALLED_TEST)
+	$(FORKED) -m "slow and not stress" $(PYTEST_ARGS)
 
 stress: $(INSTALLED_TEST) warm
 	$(KEEPING) $(BIN)/python -m pytest -n $(JOBS) $(BY_FILE) -m stress --timeout 3600 $(PYTEST_ARGS)

@@ -1,6 +1,6 @@
 """What every test run shares: thread counts, markers that skip with a reason, a closing list of what did not run.
 
-@pytest.mark.slow               more than about ten seconds
+@pytest.mark.slow               more than about five seconds of a processor, or the second proof of a thing: `make slow`
 @pytest.mark.gpu                needs a CUDA device
 @pytest.mark.tensorrt           needs TensorRT itself, not TensorRT-RTX
 @pytest.mark.tensorrt_lean      needs TensorRT's lean runtime

@@ -111,6 +111,7 @@ def test_pages_fit_a_phone_and_show_no_fault(
         page.close()
 
 
+@pytest.mark.slow
 def test_a_reader_clicks_from_page_to_page(browser: Any, address: str) -> None:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     try:

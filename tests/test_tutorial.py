@@ -32,6 +32,7 @@ def _run(notebooks: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, *
     return text
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(notebooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On an export that is there, so that it is not made again; every other cell does its work."""
     shutil.copytree(short_wan_export(), tmp_path / "out")

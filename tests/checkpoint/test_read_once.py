@@ -88,7 +88,6 @@ def test_what_is_held_stays_what_is_in_the_file(model: Path, tmp_path: Path) -> 
     assert checkpoint.held_bytes == 0
 
 
-@pytest.mark.slow
 def test_an_export_with_an_engine_made_from_the_original_weights(
     tmp_path: Path, reads: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,7 +37,7 @@ PYTORCH = ("wan-i2v-21", "wan-ti2v-5b", "ltx-i2v", "ltx-condition", "cogvideox-i
 CASES = [
     *(pytest.param(kind, BOTH, id=kind) for kind in WITH_GRAPHS),
     *(pytest.param(kind, ("pytorch",), id=kind) for kind in PYTORCH),
-    pytest.param("wan-flf2v", ("pytorch",), id="wan-flf2v", marks=pytest.mark.slow),
+    pytest.param("wan-flf2v", ("pytorch",), id="wan-flf2v"),
     pytest.param("hunyuan-token", ("pytorch",), id="hunyuan-token", marks=pytest.mark.stress),
     *(pytest.param(kind, ("onnxruntime",), id=f"{kind}-graphs", marks=pytest.mark.stress) for kind in PYTORCH),
 ]

@@ -26,8 +26,7 @@ FAST = ("wan", "hunyuan-video", "cogvideox", "ltx-video")
 STRESS = [pytest.param(kind, 4, marks=pytest.mark.stress) for kind in FAST[2:]]
 OTHERS = ("wan-ti2v", "wan-i2v", "cogvideox-2b", "cogvideox-1.5")
 SLOW = [
-    pytest.param(kind, 8, marks=pytest.mark.slow if kind in ("wan-ti2v", "wan-i2v") else pytest.mark.stress)
-    for kind in OTHERS
+    (kind, 8) if kind in ("wan-ti2v", "wan-i2v") else pytest.param(kind, 8, marks=pytest.mark.stress) for kind in OTHERS
 ]
 
 Export = Callable[..., Exported]
@@ -70,7 +69,7 @@ def test_every_step_is_as_exact_as_pytorch(export: Export, kind: str, bits: int)
     ]
 
 
-@pytest.mark.parametrize("kind", [*FAST, pytest.param("wan-i2v", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [*FAST, "wan-i2v"])
 def test_frames_equal_those_of_pytorch(export: Export, kind: str) -> None:
     """From the prompt to the decoded frames, with negative prompt, on the PyTorch backend."""
     made = export(kind)
@@ -164,7 +163,6 @@ def test_a_larger_batch_is_split(export: Export, kind: str) -> None:
         assert relative(call.sample, exact) <= FACTOR * relative(same_dtype, exact) + ATOL
 
 
-@pytest.mark.slow
 def test_a_batch_that_does_not_fill_the_engine(export: Export) -> None:
     """Three videos through an export of batch 2: the last call repeats its sample and gives one back."""
     two, one = export("wan", batch=2, graphs=False), export("wan")

@@ -35,8 +35,6 @@ from tests.support.commands import in_process, refused, run
 from tests.support.exporting import TINY_WAN
 from tests.support.report_pages import STEPS, Page, full_report, planned, report_export, report_source
 
-pytestmark = pytest.mark.slow  # one export with everything in it
-
 
 @pytest.fixture(scope="module")
 def source() -> Path:

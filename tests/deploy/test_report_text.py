@@ -16,8 +16,6 @@ from dvdquant.deploy.report.text import shown
 from tests.support.report_pages import PIXEL, Page, full_report, report_export
 from tests.support.secret_texts import SECRETS
 
-pytestmark = pytest.mark.slow  # the export that both files of report tests look at
-
 # ------------------------------------------------------------------------------------------------------ untrusted text
 
 HOSTILE = (

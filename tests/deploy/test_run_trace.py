@@ -14,8 +14,6 @@ from dvdquant.cli.inspect import main as inspect
 from tests.support.report_pages import Page
 from tests.support.running import PROMPT, call, drawn, short_wan_export
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def out() -> Path:

@@ -33,7 +33,6 @@ from tests.support.forked_processes import forked_workers
 from tests.support.postgres import postgres
 from tests.support.running import short_wan_export
 
-pytestmark = pytest.mark.slow
 STUB = {"STUB_SECONDS": "0.02"}
 BAD_PROMPT = "ring red right large"
 
@@ -317,6 +316,7 @@ def _clips(client: httpx.Client, videos: list[str], known: dict[str, bytes]) -> 
     return {video: answer.content for video, answer in answers.items() if answer.status_code == 200}
 
 
+@pytest.mark.slow
 def test_a_stop_drains_and_the_queue_waits_for_the_next_start(tmp_path: Path) -> None:
     options = ("--no-spare", "--api-key-file", tmp_path / "keys")
     (tmp_path / "keys").write_text("# two\n0123456789abcdef\nfedcba9876543210\n")
@@ -424,6 +424,7 @@ def _until_draining(client: httpx.Client) -> httpx.Response:
     raise AssertionError("the server does not drain")
 
 
+@pytest.mark.slow
 def test_two_servers_share_a_queue_in_postgres(tmp_path: Path) -> None:
     """What one of them is asked for the other may draw, and goes on drawing when the first is killed."""
     with postgres() as url:
@@ -510,6 +511,7 @@ def _load(server: ServerProcess, clients: int, jobs: int) -> None:
 # ------------------------------------------------------------------------------------ requests that nobody would send
 
 
+@pytest.mark.slow
 def test_requests_made_up_from_the_description(stub: ServerProcess) -> None:
     _made_up(stub, 75)
 
@@ -570,6 +572,7 @@ def browser() -> Iterator[Any]:
     yield from headless_chromium()
 
 
+@pytest.mark.slow
 def test_the_live_page_draws_a_clip(browser: Any, tmp_path: Path) -> None:
     hold = tmp_path / "hold"
     stub = {"STUB_SECONDS": "0", "STUB_HOLD": str(hold), **forked_workers()}

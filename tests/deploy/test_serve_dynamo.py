@@ -18,7 +18,7 @@ from dvdquant.deploy.serve.dynamo_request import fields_of
 from dvdquant.errors import DvdquantError
 from tests.support.dynamo import dynamo
 from tests.support.exporting import TINY_WAN
-from tests.support.running import PROMPT, tiny_wan_export
+from tests.support.running import PROMPT, short_wan_export
 
 
 def test_a_request_of_dynamo_in_our_names() -> None:
@@ -56,7 +56,7 @@ def test_requests_that_are_refused(more: dict[str, Any], said: str) -> None:
 
 @pytest.mark.slow
 def test_dynamos_frontend_draws_with_a_worker(tmp_path: Path) -> None:
-    out = tiny_wan_export()
+    out = short_wan_export()
     asked = {"prompt": PROMPT, "model": "tiny", "response_format": "b64_json"}
     arguments = [f"tiny={out}", "--pipeline", TINY_WAN, "--device", "cpu", "--backend", "onnxruntime"]
     with dynamo(arguments, "tiny", tmp_path) as url, httpx.Client(base_url=url, timeout=300) as client:

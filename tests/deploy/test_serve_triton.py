@@ -23,7 +23,7 @@ from dvdquant.deploy.serve.settings import SessionSettings
 from dvdquant.deploy.sessions import open_session
 from dvdquant.errors import Cancelled, ShapeError
 from tests.support.exporting import TINY_WAN
-from tests.support.running import PROMPT, tiny_wan_export
+from tests.support.running import PROMPT, short_wan_export
 from tests.support.triton_server import tritonserver
 
 
@@ -33,7 +33,7 @@ def _write(folder: Path, *more: str) -> str:
 
     from dvdquant.cli.serve import main
 
-    words = [tiny_wan_export(), "--triton-repository", folder, "--pipeline", TINY_WAN, "--device", "cpu"]
+    words = [short_wan_export(), "--triton-repository", folder, "--pipeline", TINY_WAN, "--device", "cpu"]
     done = CliRunner().invoke(main, [str(word) for word in [*words, *(more or ("--backend", "onnxruntime"))]])
     assert done.exit_code == 0, done.output
     return done.output
@@ -141,7 +141,7 @@ def _step(server: Any, inputs: dict[str, torch.Tensor], bits: int) -> np.ndarray
 
 @pytest.mark.slow
 def test_a_step_is_that_of_our_runtime(server: Any) -> None:
-    with open_session(Artifact.open(tiny_wan_export()), backend="onnxruntime", device="cpu") as session:
+    with open_session(Artifact.open(short_wan_export()), backend="onnxruntime", device="cpu") as session:
         for seed, bits in ((0, 8), (1, 4), (2, 8)):
             inputs = session.family.sample(session.sizes, torch.float32, seed)
             assert np.array_equal(_step(server, inputs, bits), session.run(inputs, bits).float().numpy())
@@ -185,7 +185,7 @@ def test_a_clip_with_progress_cancel_and_errors(server: Any) -> None:
     assert seen == [25, 50, 75, 99, 100]
     from dvdquant.deploy.generation.encoder import count_frames
 
-    path = tiny_wan_export().parent / "triton.mp4"
+    path = short_wan_export().parent / "triton.mp4"
     path.write_bytes(clip)
     assert count_frames(path) > 0
     client.stop_stream()
@@ -200,7 +200,7 @@ def test_a_clip_with_progress_cancel_and_errors(server: Any) -> None:
         client.stop_stream()
         assert said in str(error)
         assert "INVALID_ARGUMENT" in str(error.status())
-        assert str(tiny_wan_export()) not in str(error)
+        assert str(short_wan_export()) not in str(error)
     # A long one is cancelled after its first step: the next one is drawn at once.
     begin_stream()
     ask(PROMPT, num_inference_steps=100, guidance_scale=1)

@@ -171,7 +171,6 @@ def assert_as_good(errors: dict[str, float], reference: dict[str, float], single
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "single", "mean"), CLOSENESS)
 def test_export_on_a_gpu(tmp_path: Path, recipe: str, single: float, mean: float) -> None:
     """A whole export quantized on the GPU is as good as on the CPU."""

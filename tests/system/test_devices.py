@@ -100,8 +100,7 @@ def test_the_index_of_a_gpu_reaches_the_weights_of_the_original(
     """What PyTorch is asked to move them to, in mode 16."""
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.original import load_original
-    from tests.support.exporting import TINY_WAN
-    from tests.support.running import tiny_wan_export
+    from tests.support.running import short_wan, short_wan_export
 
     moved: list[Any] = []
 
@@ -109,10 +108,10 @@ def test_the_index_of_a_gpu_reaches_the_weights_of_the_original(
         moved.append(args[0] if args else kwargs)
         return module
 
-    artifact = Artifact.open(tiny_wan_export())
+    artifact = Artifact.open(short_wan_export())
     request.getfixturevalue("gpus")
     monkeypatch.setattr(torch.nn.Module, "to", to)  # there is no such GPU to move anything to
-    load_original(artifact, TINY_WAN, "transformer", resolve_device("cuda:1"), torch.bfloat16)
+    load_original(artifact, short_wan(), "transformer", resolve_device("cuda:1"), torch.bfloat16)
     assert torch.device("cuda", 1) in moved
     assert torch.device("cuda", 0) not in moved
 
