@@ -112,7 +112,10 @@ def export_model(
         if several in options:
             options[several] = _several(several, options[several])
     if activations not in (None, 4, 8) or isinstance(activations, bool):
-        raise UnsupportedError(f"activations have no {brief(activations)} bits", available=[4, 8, None])
+        raise UnsupportedError(
+            f"activations have no {brief(activations)} bits",
+            available=["4", "8", "None, which makes all of the recipe's"],
+        )
     own = recipe if isinstance(recipe, Recipe) else None
     name = _recipe_name(recipe) if own is None else own.name
     cards, capabilities = _several("gpu", gpu), _several("sm", sm)
