@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dvdquant.checkpoint.lora.spec import parse_loras
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import Generator, open_generator
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
@@ -28,6 +29,7 @@ from dvdquant.deploy.switching.gbs import (
 )
 from dvdquant.deploy.switching.schedule import Schedule, average_bits
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.system.plugin_file import plugin_paths
 from dvdquant.system.progress import Progress
 from dvdquant.system.records import brief
 
@@ -147,13 +149,16 @@ def plan(
 
     Raises:
         ShapeError: There is no prompt or no seed, or one is of another kind.
-        UnsupportedError: The export has one bit-width only, or no δ reaches the goal (saying the range).
+        UnsupportedError: A LoRA is out of form, a plugin library is not there, the export has one bit-width only, or no δ
+            reaches the goal (saying the range).
         DvdquantError: Whatever a generation raises.
     """
     if unknown := sorted(options.keys() - {*CLIP, *OPENING}):
         raise UnsupportedError(f"plan has no option {unknown[0]}", available=[*CLIP, *OPENING])
     clip = {name: value for name, value in options.items() if name in CLIP}
     opening = {name: value for name, value in options.items() if name in OPENING}
+    opening["lora"] = parse_loras(opening.get("lora", ()))
+    opening["plugins"] = plugin_paths(opening.get("plugins", ()))
     prompts, seeds = _prompts(prompts, may_be_none=opening.get("text_embeds") is not None), _seeds(seeds)
     low, high = _two_engines(artifact)
     progress = progress or Progress()

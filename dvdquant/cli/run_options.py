@@ -57,7 +57,7 @@ class RunOptions:
     backend: str
     device: str
     weights: WeightPolicy
-    plugin: tuple[Path, ...]
+    plugins: tuple[Path, ...]
     compile: bool
     fuse: bool | None
     cuda_graphs: bool
