@@ -40,7 +40,13 @@ _FONT = 15
 
 @dataclass(frozen=True)
 class Row:
-    """One clip of a strip: ``title`` and ``note`` stand left of its frames [F, H, W, 3] uint8."""
+    """One clip of a strip; title and note stand left of its frames.
+
+    Args:
+        frames: uint8 [F, H, W, 3].
+        title: The title.
+        note: A line below it, or an empty text.
+    """
 
     frames: Clip
     title: str

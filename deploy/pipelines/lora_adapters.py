@@ -17,7 +17,12 @@ __all__ = ["Adapters", "LoraAdapters"]
 
 @dataclasses.dataclass
 class Adapters:
-    """LoRAs beside the weights of a session, by name, and whether they run; all transformers on the session share them."""
+    """The LoRAs beside the weights of a session, which all transformers on the session share.
+
+    Args:
+        specs: The LoRAs by name.
+        on: Whether they run.
+    """
 
     specs: dict[str, LoraSpec] = dataclasses.field(default_factory=dict)
     on: bool = True
