@@ -85,8 +85,8 @@ def judge_output(entry: EngineEntry, output: Tensor, exact: Tensor | None) -> fl
 
     Args:
         entry: The entry of the engine.
-        output: Its output.
-        exact: The output of the PyTorch session, or None.
+        output: Its output, any shape and floating dtype.
+        exact: The output of the PyTorch session in the same shape, or None.
 
     Raises:
         EngineError: The output is not finite, is constant, or is another one.

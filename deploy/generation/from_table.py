@@ -104,7 +104,7 @@ class TableGenerator(Generator):
 
         Args:
             request: The request of a clip.
-            latents: The latents of the clip.
+            latents: The latents of the clip, fp32 [1, 3, F, H, W] from −1 to 1.
             cancel: An event that ends the work soon after it is set, or None.
         """
         del request

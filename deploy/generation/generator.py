@@ -230,7 +230,7 @@ class Generator(ABC):
 
         Args:
             request: The request, as :meth:`check` returned it.
-            latents: The latents of :meth:`denoise`, on any device.
+            latents: The latents of :meth:`denoise`, fp32 in the model's own layout, on any device.
             cancel: An event, or None.
 
         Raises:

@@ -150,7 +150,7 @@ class Request:
 
         Args:
             branch: The name of the branch, or None.
-            text: The text embedding, or None.
+            text: The text embedding [B, T, D], or None.
         """
         return text is not None and any(known() is text for known in self.texts.get(branch, ()))
 
@@ -159,7 +159,7 @@ class Request:
 
         Args:
             branch: The name of the branch, or None.
-            text: The text embedding, or None.
+            text: The text embedding [B, T, D], or None.
         """
         known = [known() for known in self.texts.get(branch, ())]
         return text is not None and any(one is not None for one in known) and all(one is not text for one in known)
@@ -169,7 +169,7 @@ class Request:
 
         Args:
             branch: The name of the branch, or None.
-            text: The text embedding, or None.
+            text: The text embedding [B, T, D], or None.
         """
         if text is not None and not self.knows(branch, text):
             alive = [known for known in self.texts.get(branch, ()) if known() is not None]

@@ -213,8 +213,9 @@ def keep(
     """Return what to keep of a computed step.
 
     Args:
-        output: The output of the step. It is kept itself unless the residual is ``latent``, so nobody may change it.
-        latent: The latent that the step was given. It may have more channels than the output.
+        output: The output of the step, any shape and floating dtype. It is kept itself unless the residual is ``latent``, so
+            nobody may change it.
+        latent: The latent that the step was given, with the axes of the output. It may have more channels.
         residual: See :class:`StepCachePolicy`.
         timestep: The timestep of the step.
         bits: The activation bits that it ran on.
@@ -246,7 +247,7 @@ def reuse(kept: Kept, latent: Tensor, timestep: float) -> Tensor:
 
     Args:
         kept: The result of :func:`keep` for the last computed step.
-        latent: The latent of the skipped step.
+        latent: The latent of the skipped step, as in :func:`keep`.
         timestep: τ, the timestep of the skipped step.
     """
     if kept.residual == "latent":
@@ -263,8 +264,8 @@ def residual_norm(output: Tensor, latent: Tensor) -> Tensor:
     """Compute ‖output − latent‖₁ without reading it back.
 
     Args:
-        output: The output of a step.
-        latent: The latent that the step was given. It may have more channels than the output.
+        output: The output of a step, any shape and floating dtype.
+        latent: The latent that the step was given, as in :func:`keep`.
 
     Returns:
         A float64 scalar on the device of ``output``.

@@ -37,8 +37,8 @@ def longest_row(channels: int, weight: Tensor | None, bias: Tensor | None) -> fl
 
     Args:
         channels: n, the number of channels that the norm is over.
-        weight: Its weight, or None for ones.
-        bias: Its bias, or None.
+        weight: Its weight [n], any floating dtype, or None for ones.
+        bias: Its bias [n], or None.
     """
     largest = 1.0 if weight is None else float(weight.float().abs().amax())
     return float(channels**0.5 * largest + (0.0 if bias is None else float(bias.float().norm())))
