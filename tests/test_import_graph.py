@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -231,6 +232,43 @@ def test_an_import_from_the_checkout_would_be_found(code: str) -> None:
 
 def test_the_package_imports_nothing_of_the_checkout() -> None:
     assert {name: found for name, path in _modules().items() if (found := _from_checkout(_tree(path)))} == {}
+
+
+def _of_test_files(path: str, tree: ast.Module) -> set[str]:
+    """What a test or a helper of tests imports from a test file: helpers have a place of their own, tests/support."""
+    package = path.rpartition("/")[0].replace("/", ".")
+    names = {each for node in ast.walk(tree) for each in _imported_names(node, package)}
+    return {name for name in names if re.match(r"tests\.(?!support\b)", name)}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from tests.deploy.test_gbs import CHANGES",
+        "def f():\n    import tests.deploy.test_gbs",
+        "from tests.deploy import test_gbs",
+        "from tests import test_readme",
+        "from .test_gbs import CHANGES",
+        "import_module('tests.deploy.test_gbs')",
+    ],
+)
+def test_an_import_from_a_test_file_would_be_found(code: str) -> None:
+    assert _of_test_files("tests/deploy/test_controller.py", ast.parse(code))
+    assert not _of_test_files("tests/deploy/test_controller.py", ast.parse("from tests.support import costs"))
+
+
+def test_no_test_imports_from_another() -> None:
+    files = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "tests").rglob("*.py")}
+    assert len(files) > 200
+    assert {name: found for name, path in files.items() if (found := _of_test_files(name, _tree(path)))} == {}
+
+
+def test_tests_stand_in_rooms_of_the_house() -> None:
+    """A folder of tests has the name of a folder of the package, or of one beside it."""
+    rooms = {path.name for folder in (ROOT, ROOT / "dvdquant") for path in folder.iterdir() if path.is_dir()}
+    found = {path.parent.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/test_*.py")}
+    assert found
+    assert found - rooms == set()
 
 
 def _run_at_import(tree: ast.AST) -> Iterator[ast.AST]:
