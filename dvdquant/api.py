@@ -114,7 +114,8 @@ def export_model(
     if activations not in (None, 4, 8) or isinstance(activations, bool):
         raise UnsupportedError(
             f"activations have no {brief(activations)} bits",
-            available=["4", "8", "None, which makes all of the recipe's"],
+            available=["4", "8"],
+            fix="leave it out, which makes all widths of the recipe",
         )
     own = recipe if isinstance(recipe, Recipe) else None
     name = _recipe_name(recipe) if own is None else own.name
