@@ -191,7 +191,7 @@ CORE, RUN = "dvdquant.recipe", "dvdquant.deploy.sessions"
         (f"from {RUN} import open_session\nfrom {RUN}.base import EngineSession", RUN),
         (f"from {RUN} import base, open_session", RUN),
         (f"from {RUN} import base", f"{RUN}.base"),
-        ("from .deploy.sessions import open_session", RUN),
+        ("def f():\n    from .deploy.sessions import open_session", RUN),
         (f"importlib.import_module('{RUN}.onnxruntime')", f"{RUN}.onnxruntime"),
         (f"COMMAND = (sys.executable, '-m', '{RUN}.engine_process')", f"{RUN}.engine_process"),
     ],
@@ -222,7 +222,7 @@ def _from_checkout(tree: ast.Module) -> set[str]:
     [
         "from tests.support import costs",
         "import benchmarks.quality",
-        "from deploy import sessions",
+        "def f():\n    from deploy import sessions",
         "import check_cases",
     ],
 )
@@ -248,7 +248,7 @@ def _of_test_files(path: str, tree: ast.Module) -> set[str]:
         "def f():\n    import tests.deploy.test_gbs",
         "from tests.deploy import test_gbs",
         "from tests import test_readme",
-        "from .test_gbs import CHANGES",
+        "def f():\n    from .test_gbs import CHANGES",
         "import_module('tests.deploy.test_gbs')",
     ],
 )
