@@ -17,7 +17,7 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.sessions.engine_choice import device_sm
 from dvdquant.errors import EngineError
-from dvdquant.system.out_of_memory import causes, is_out_of_memory
+from dvdquant.system.out_of_memory import ran_out_of_memory
 
 __all__ = ["check_engine", "judge_output", "measure"]
 
@@ -52,7 +52,7 @@ def check_engine(tree: Path, entry: EngineEntry, component: str, plugins: Sequen
         with open_session(artifact, component, backend="pytorch", device="cuda", bits=[bits]) as session:
             exact = session.run(inputs, bits).cpu()
     except (EngineError, torch.OutOfMemoryError) as error:
-        if not any(is_out_of_memory(cause) for cause in causes(error)):
+        if not ran_out_of_memory(error):
             raise
     _free()
     return Measured(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import inspect
 import re
 import shlex
@@ -262,3 +263,44 @@ def test_the_public_face_is_lazy_and_complete() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
     listed = subprocess.run([sys.executable, "-m", "dvdquant"], capture_output=True, text=True, check=True, cwd=ROOT)
     assert all(name in listed.stdout for name in PROJECT["scripts"])
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@functools.cache
+def _nodes() -> list[ast.AST]:
+    """The syntax of the whole product."""
+    paths = [path for room in ("dvdquant", "export", "deploy") for path in (ROOT / room).rglob("*.py")]
+    return [node for path in paths if path.parent.name != "tests" for node in ast.walk(ast.parse(path.read_text()))]
+
+
+def _said() -> set[str]:
+    """Every text of the product's source, with … where it is filled in."""
+    found = set()
+    for node in _nodes():
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            found.add("".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values))
+    return {" ".join(text.split()) for text in found}
+
+
+def test_every_error_that_a_class_of_its_own_raises_is_listed() -> None:
+    """A narrower class of error is named in the script of the page, with the class that it is."""
+    page = _script("errors")
+    classes = [node for node in _nodes() if isinstance(node, ast.ClassDef) and node.bases]
+    bases = {node.name: ast.unparse(node.bases[0]) for node in classes}
+    assert {name for name, base in bases.items() if base == "DvdquantError"} <= set(page.CLASSES)
+    assert {name: base for name, base in bases.items() if base in page.CLASSES} == page.NARROWER
+
+
+def test_what_troubleshooting_quotes_is_said_by_the_code() -> None:
+    strings = _said()
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    quotes = [q for bold in re.findall(r"\*\*(.+?)\*\*", page, re.DOTALL) for q in re.findall(r'"([^"]+)"', bold)]
+    assert len(quotes) > 8
+    for quote in quotes:
+        parts = [re.escape(" ".join(part.split())) for part in quote.split("…") if part.strip()]
+        pattern = re.compile(".*?".join(parts))
+        assert any(pattern.search(text) for text in strings), quote

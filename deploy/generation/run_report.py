@@ -120,7 +120,7 @@ def clip_json(result: GenerateResult, outputs: dict[str, str], psnr: float | Non
 
 
 def write_trace(path: Path, artifact: Artifact, clips: Sequence[dict[str, Any]]) -> None:
-    """Return the trace of a run as JSON: the export, versions, machine, and what :func:`clip_json` made of every clip.
+    """Write the trace of a run as JSON: the export, versions, machine, and what :func:`clip_json` made of every clip.
 
     Args:
         path: The path of the file.

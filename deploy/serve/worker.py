@@ -26,7 +26,7 @@ from dvdquant.deploy.serve.pictures import PICTURES
 from dvdquant.deploy.serve.settings import ModelSource, WorkerSettings
 from dvdquant.deploy.serve.wording import failure_of
 from dvdquant.errors import Cancelled, OutputError, ResourceError
-from dvdquant.system.out_of_memory import causes, is_out_of_memory
+from dvdquant.system.out_of_memory import causes, ran_out_of_memory
 
 if TYPE_CHECKING:
     from dvdquant.deploy.generation.generator import Generator
@@ -215,7 +215,7 @@ class Worker:
                     changed.append(name)
                     self._warm_up(self.generators[name])
             except Exception as error:  # noqa: BLE001  whatever a new export does, the old one or a new process serves
-                room = any(isinstance(e, ResourceError) or is_out_of_memory(e) for e in causes(error))
+                room = ran_out_of_memory(error) or any(isinstance(e, ResourceError) for e in causes(error))
                 log_event(log, "reload_failed", level=logging.ERROR, text="reload failed", error=error, model=name)
                 self.tell("reload_failed", model=name, restarts=room)
                 if room or fault_of(error) == "process":

@@ -58,7 +58,7 @@ def open_session(
         plugins: TensorRT plugin libraries to load before the engines that need them.
         compile: Run in PyTorch with the transformer's blocks compiled (:class:`.pytorch.PyTorchSession`).
         attention: ``16``, ``int8`` or ``fp8`` for self-attention of long sequences in PyTorch sessions. The default is the
-            recipe's. Engines and graphs have 16 bit.
+            recipe's. ONNX Runtime computes in 16 bit, and engines have what they were built with.
         attention_backend: The library that computes it, or ``reference``. It makes the session one of PyTorch.
         weights: ``packed`` holds the quantized weights once, with 4 bits; ``expanded`` holds what is multiplied, which
             takes more memory and less time; ``auto`` decides by the count of :mod:`dvdquant.model.held_weights`, and takes

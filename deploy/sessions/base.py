@@ -17,11 +17,14 @@ from dvdquant.deploy.sessions.inputs import check_inputs, graph_dtype
 from dvdquant.deploy.sessions.lora_inputs import LoraInputs, refuse_without_inputs
 from dvdquant.errors import DvdquantError, EngineError
 from dvdquant.model.families import Family, Sizes
+from dvdquant.system.out_of_memory import ran_out_of_memory
 
 if TYPE_CHECKING:
     from dvdquant.ops.attention.ladder import Attention
 
 __all__ = ["EngineSession", "WrappedSession"]
+
+_MORE_MEMORY = "close other sessions and programs, or use a smaller size (dvdq-run --dry-run says what a run needs)"
 
 
 class EngineSession(ABC):
@@ -88,14 +91,19 @@ class EngineSession(ABC):
             ready = {s.name: inputs[s.name].to(self.device, graph_dtype(s, self.dtype)).contiguous() for s in specs}
             try:
                 return self._run(ready, bits)
+            except EngineError as error:
+                if not ran_out_of_memory(error):
+                    raise
+                # The binding says what to do about an engine that fails, which is no help against too little memory.
+                raise EngineError(error.what, available=error.available, fix=_MORE_MEMORY) from error
             except DvdquantError:
                 raise
-            except torch.OutOfMemoryError as error:
-                raise EngineError(
-                    f"{self.backend} ran out of device memory in {self.component} a{bits}: {error}",
-                    fix="close other sessions, or export for a smaller size",
-                ) from error
             except Exception as error:  # each backend has its own exceptions, and they share no base class
+                if ran_out_of_memory(error):
+                    kind = "device memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+                    raise EngineError(
+                        f"{self.backend} ran out of {kind} in {self.component} a{bits}: {error}", fix=_MORE_MEMORY
+                    ) from error
                 raise EngineError(
                     f"{self.backend} failed in {self.component} a{bits}: {error}",
                     fix="free memory of the device (dvdq-run --dry-run says what a run needs), or take another --backend",

@@ -209,6 +209,7 @@ class TensorRTSession(EngineSession):
 
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         engine = self._engines[bits]
+        self._log.lines.clear()  # an error quotes the log, which must not hold the reason of an earlier one
         with current_device(self.device), self._lane.stream() as stream:
             # TensorRT-RTX captures CUDA graphs by itself. For TensorRT this session captures them.
             if self._cuda_graphs and self._library.takes_plugins:

@@ -20,6 +20,7 @@ from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.deploy.switching.schedule import average_bits
 from dvdquant.deploy.switching.step_cache import Kept, Residual, keep, residual_norm, reuse
 from dvdquant.errors import DvdquantError, EngineError, UnsupportedError
+from dvdquant.system.out_of_memory import ran_out_of_memory
 
 if TYPE_CHECKING:
     from dvdquant.deploy.sessions.base import EngineSession
@@ -28,7 +29,6 @@ __all__ = ["LATENT", "TIMESTEP", "StepRunner"]
 
 # The names of these inputs in the graphs of all families.
 LATENT, TIMESTEP = "hidden_states", "timestep"
-_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -386,10 +386,8 @@ class StepRunner:
                 wanted = torch.cat((wanted, residual_norm(output, inputs[LATENT])[None]))
             change, before, now, *more = wanted.tolist()
             reused_change, reused_before = (more.pop(0), more.pop(0)) if reused is not None else (change, before)
-        except EngineError as error:
-            raise _Failure("EngineError") from error
-        except _OUT_OF_MEMORY as error:
-            raise _Failure("running out of memory") from error
+        except (EngineError, MemoryError, torch.OutOfMemoryError) as error:
+            raise _Failure("running out of memory" if ran_out_of_memory(error) else "EngineError") from error
         self.controller_seconds += time.perf_counter() - started
         # One NaN or infinity in the output makes its norm one.
         if not math.isfinite(now):
@@ -451,7 +449,7 @@ class StepRunner:
         earlier = f"; before, on the low engine: {current.failed}" if current.failed else ""
         if isinstance(cause, DvdquantError) and cause.has_own_fix and cause.fix:
             fix = cause.fix  # the session knows the reason best; a closed session, for example, has no damaged file
-        elif isinstance(cause, _OUT_OF_MEMORY):
+        elif cause is not None and ran_out_of_memory(cause):
             fix = "use a smaller size or free device memory"
         else:
             fix = "check the engines with dvdq-inspect OUT --check"

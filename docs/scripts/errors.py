@@ -12,10 +12,14 @@ from pathlib import Path
 
 from dvdquant import errors
 from dvdquant.clashes import Clash
+from dvdquant.ops.cuda.errors import KernelError
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("dvdquant", "export", "deploy")
-CLASSES = [name for name in errors.__all__ if name != "DvdquantError"]
+CLASSES = {name: getattr(errors, name) for name in errors.__all__ if name != "DvdquantError"}
+CLASSES["KernelError"] = KernelError
+# Their own name says more in a trace; the page lists them under the class that a caller catches.
+NARROWER = {"EncoderError": "OutputError", "ListedFileError": "OutputError", "NotBuiltError": "EngineError"}
 
 
 @dataclass(frozen=True, order=True)
@@ -47,6 +51,7 @@ def _entry(call: ast.Call) -> Entry | None:
     if name == "Clash" and len(call.args) > 1:
         fix = next((_words(keyword.value) for keyword in call.keywords if keyword.arg == "fix"), Clash.fix)
         return Entry("UnsupportedError", _words(call.args[1]), fix, lists=False)
+    name = NARROWER.get(name, name)
     if name not in CLASSES or not call.args:
         return None
     fix = next((keyword.value for keyword in call.keywords if keyword.arg == "fix"), None)
@@ -71,9 +76,9 @@ def error_tables() -> str:
     """Return Markdown: a section for each class with its errors, remedies and places."""
     entries = collect()
     lines = []
-    for kind in CLASSES:
-        doc = (getattr(errors, kind).__doc__ or "").splitlines()[0]
-        if general := getattr(errors, kind).remedy:
+    for kind, error in CLASSES.items():
+        doc = (error.__doc__ or "").splitlines()[0]
+        if general := error.remedy:
             doc += f" Where nothing better is known: {general}."
         lines += ["", f"## {kind}", "", doc, "", "| what is said | what to do |", "| --- | --- |"]
         lines += [f"| {_cell(e.what)} | {_remedy(e)} |" for e in entries if e.kind == kind]
@@ -82,7 +87,7 @@ def error_tables() -> str:
 
 def _remedy(entry: Entry) -> str:
     if not entry.fix:
-        return "what is available stands in the error" if entry.lists else getattr(errors, entry.kind).remedy
+        return "what is available stands in the error" if entry.lists else CLASSES[entry.kind].remedy
     return "the error says it" if not entry.fix.strip("… /") else _cell(entry.fix)
 
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 from dvdquant.errors import DvdquantError
 
-__all__ = ["causes", "is_out_of_memory", "says_no_memory"]
+__all__ = ["causes", "is_out_of_memory", "ran_out_of_memory", "says_no_memory"]
 
 # What PyTorch, CUDA, cuBLAS, cuDNN, TensorRT, ONNX Runtime, the dynamic linker, C++ and Python say.
 _NO_MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|allocate memory:|failed to allocate|std::bad_alloc|bad allocation"
-    r"|out of memory|not enough memory|failed to map segment|can't start new thread"
+    r"|out ?of ?(device |host )?memory|not enough memory|failed to map segment|can't start new thread"
     r"|cudaErrorMemoryAllocation|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED",
     re.IGNORECASE,
 )
@@ -40,6 +40,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     return says_no_memory(error.what if isinstance(error, DvdquantError) else str(error))
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error, or one of its causes, is that of an allocation that failed.
+
+    Args:
+        error: The error.
+    """
+    return any(is_out_of_memory(cause) for cause in causes(error))
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

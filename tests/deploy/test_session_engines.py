@@ -24,6 +24,8 @@ from dvdquant.deploy.sessions.engine_binding import BoundEngine, EngineLog
 from dvdquant.deploy.sessions.engine_choice import FoundEngines
 from dvdquant.deploy.sessions.engines import TensorRTSession, deserialize, make_runtime, select_engine
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
+from dvdquant.deploy.switching.controller import StepController
+from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.errors import DvdquantError, EngineError, UnsupportedError
 from dvdquant.export.verify.graph import ATOL, FACTOR
 from dvdquant.model import weight_choice
@@ -406,6 +408,31 @@ def test_failures_while_running(artifact: Artifact, sample: dict[str, Tensor], m
             session.run(sample, 4)
         library.fail = None
         assert torch.equal(session.run(sample, 4), sample["hidden_states"])
+
+
+@pytest.mark.parametrize(
+    "says",
+    ["Error Code 2: OutOfMemory (Requested size was 2147483648 bytes.)", "Error Code 1: Cuda Runtime (out of memory)"],
+)
+def test_an_engine_without_memory_is_told_as_such(
+    says: str, artifact: Artifact, sample: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The low engine's step runs again; of the high one the caller reads what helps; the next failure is another one."""
+    library = Library(BF16, lambda inputs, name: inputs["hidden_states"])
+    on_the_host(monkeypatch, library)
+    with TensorRTSession(artifact, device=HOST) as session:
+        runner = StepRunner(session, StepController("fixed", bits=4))
+        library.fail, library.says = "execute", says
+        with pytest.raises(EngineError, match="running out of memory on the 8-bit engine: the engine") as caught:
+            runner.run(sample, step=0)
+        assert says in caught.value.what
+        assert "retry after running out of memory on the 4-bit engine" in caught.value.what
+        assert "smaller size" in str(caught.value.fix)
+        library.says = "an illegal access"
+        runner.begin_request()
+        with pytest.raises(EngineError, match="EngineError on the 8-bit engine") as caught:
+            runner.run(sample, step=0)
+        assert "memory" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------- order of streams (double)

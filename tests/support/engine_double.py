@@ -76,6 +76,7 @@ class Library:
         self.calls: list[tuple[Any, ...]] = []
         self.scratch: list[tuple[int, int]] = []
         self.fail: str | None = None
+        self.says = "an illegal access"
         self.plugins: list[str] = []
         names = ("ILogger", "DataType", "TensorIOMode", "TensorLocation", "ExecutionContextAllocationStrategy")
         if name == RTX:
@@ -235,7 +236,7 @@ class DoubleContext(Checked):
     def execute_async_v3(self, stream: int) -> bool:
         self._library.calls.append(("execute", stream, self._scratch))
         if self._library.fail == "execute":
-            self._engine._logger.log(self._library.module.ILogger.Severity.ERROR, "an illegal access")
+            self._engine._logger.log(self._library.module.ILogger.Severity.ERROR, self._library.says)
             return False
         inputs: dict[str, Tensor] = {}
         for name, (kind, shape, output) in self._library.tensors.items():
