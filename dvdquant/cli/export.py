@@ -75,14 +75,14 @@ def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted and not ctx.resilient_parsing:
         from dvdquant.hardware.listing import gpu_rows
 
-        for name, *facts in gpu_rows():
-            echo(name)
-            sm, memory, target, recipe, four_bits, ran = facts
-            if ran == "refused":
-                echo(f"    SM {sm}, {memory}: refused, {four_bits}")
+        for row in gpu_rows():
+            echo(row.names)
+            if row.refused:
+                echo(f"    SM {row.sm}, {row.memory}: refused, {row.four_bits}")
             else:
                 echo(
-                    f"    SM {sm}, {memory}; --target {target}, recipe {recipe}; 4-bit arithmetic: {four_bits}; has run: {ran}"
+                    f"    SM {row.sm}, {row.memory}; --target {row.target}, recipe {row.recipe}; "
+                    f"4-bit arithmetic: {row.four_bits}; has run: {row.ran}"
                 )
         echo("\nA card that is not here: --sm with its compute capability.")
         ctx.exit()
