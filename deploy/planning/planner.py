@@ -49,8 +49,9 @@ class Goal:
     """What is wanted: exactly one of them.
 
     Args:
-        seconds: of the transformer in one clip; text encoder and VAE are not planned.
-        delta: a δ of the user's own, to be evaluated.
+        average_bits: The activation bits of a step, on average over a clip.
+        seconds: The time of the transformer in one clip; text encoder and VAE are not planned.
+        delta: A δ of the user's own, to be evaluated.
     """
 
     average_bits: float | None = None
@@ -74,7 +75,14 @@ class Goal:
 
 @dataclass(frozen=True)
 class Quality:
-    """PSNR in dB of the frames against the 16-bit model, mean over the recorded clips, at one δ."""
+    """How near the frames are to those of the 16-bit model at one δ.
+
+    Args:
+        delta: The δ.
+        average_bits: The activation bits of a step, on average.
+        psnr: PSNR in dB, mean over the clips.
+        clips: How many clips were recorded.
+    """
 
     delta: float
     average_bits: float
@@ -87,11 +95,22 @@ class Plan:
     """The answer and what it rests on.
 
     Args:
-        delta: chosen. predicted_bits, predicted_seconds: at it, mean over the recorded clips.
-        measured_bits, measured_seconds, measured_retries: of one real switched run; predicted_clip_bits: predicted for
-            just that clip.
-        stairs: average bits for every δ. calls: of the transformer per clip. seconds_per_call: by bits.
-        quality: with a reference, a few δ from all high to all low.
+        schedule: The bits of each step, as the runtime reads them.
+        delta: The δ that was chosen.
+        predicted_bits: The average activation bits at this δ, mean over the recorded clips.
+        predicted_seconds: The seconds of the transformer in a clip at this δ, mean over the recorded clips.
+        predicted_clip_bits: The average bits predicted for the clip of the real run.
+        stairs: The average bits for every δ.
+        calls: The calls of the transformer in a clip, mean over the recorded clips.
+        seconds_per_call: The seconds of a call, by activation bits.
+        low: The activation bits of the low engine.
+        high: The activation bits of the high engine.
+        clips: The recorded clips.
+        backend: The backend that ran.
+        measured_bits: The average bits of one real switched run, NaN without one.
+        measured_seconds: The seconds of the transformer in that run, NaN without one.
+        measured_retries: The steps of that run that were done again on the high engine.
+        quality: PSNR at a few δ from all high to all low, where a reference was asked for.
     """
 
     schedule: Schedule

@@ -213,7 +213,11 @@ class WorkerReplica:
         return {"label": self.worker.settings.name, "pid": os.getpid(), "models": self.models}
 
     def check_health(self) -> None:
-        """Let Ray start another process where this one cannot go on; RuntimeError then."""
+        """Let Ray start another process where this one cannot go on.
+
+        Raises:
+            RuntimeError: The worker has ended.
+        """
         if not self._thread.is_alive():
             raise RuntimeError(f"the worker has ended with code {self.worker.code}")
 

@@ -278,7 +278,11 @@ def run_dynamo(exports: tuple[str, ...], options: dict[str, Any]) -> None:
 
 
 def require_packages() -> None:
-    """Refuse to run without the packages of the server, with UnsupportedError that names them."""
+    """Refuse to run without the packages of the server.
+
+    Raises:
+        UnsupportedError: Some are missing; the error names them.
+    """
     missing = [package for module, package in _MODULES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UnsupportedError(f"dvdq-serve needs {', '.join(missing)}", fix="pip install 'dvdquant[serve]'")
