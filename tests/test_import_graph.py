@@ -15,8 +15,8 @@ import pytest
 from tests.support.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
-# The public face and the commands stand above all rooms.
-TOP = ("dvdquant", "dvdquant.api", "dvdquant.__main__", "dvdquant.cli")
+# The public face, the commands and what both call stand above all rooms.
+TOP = ("dvdquant", "dvdquant.api", "dvdquant.exporting", "dvdquant.__main__", "dvdquant.cli")
 
 
 def _modules() -> dict[str, Path]:
