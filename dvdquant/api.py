@@ -98,7 +98,7 @@ def export_model(
     """
     from dvdquant.checkpoint.lora.spec import parse_loras
     from dvdquant.export.options import ExportOptions
-    from dvdquant.exporting import plan_checked, run_planned
+    from dvdquant.planned_export import plan_checked, run_planned
     from dvdquant.system.progress import Progress
 
     _path("model", model)

@@ -320,7 +320,7 @@ def main(**arguments: Any) -> None:
         check_writable(options.timing_cache)
     # 2. The plan, and what it says.
     loading("PyTorch and the exporter", log_format)
-    from dvdquant.exporting import plan_checked, run_planned
+    from dvdquant.planned_export import plan_checked, run_planned
     from dvdquant.system.progress import Progress
 
     plan = plan_checked(options)
