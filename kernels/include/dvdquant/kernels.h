@@ -246,7 +246,7 @@ typedef struct dvdq_grid_out {
 DVDQ_API dvdq_status dvdq_search_grid(const dvdq_grid* grid, const float* weight, const dvdq_grid_out* out,
                                       dvdq_stream stream);
 
-// Rounds `weight` to the grid in `out` with feedback and overwrites its codes; reads scale, group_scale and zero. factors:
+// Rounds `weight` to the grid in `out` by GPTQ and overwrites its codes; reads scale, group_scale and zero. factors:
 // fp32 [k / block, block, block], unit upper triangular, row i says how the columns after i of a block take up the error of
 // column i. block: 16 to 256, divides k.
 DVDQ_API dvdq_status dvdq_gptq_round(const dvdq_grid* grid, const float* weight, const dvdq_grid_out* out,
