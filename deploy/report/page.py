@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dvdquant.artifact.commit import walk_files
 from dvdquant.artifact.entries import LayerEntry
 from dvdquant.artifact.layout import MANIFEST
 from dvdquant.artifact.manifest import Manifest
@@ -42,6 +43,8 @@ from dvdquant.recipe import error_name, looks_at_inputs
 from dvdquant.system.files import FileEntry, hash_file
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_reader import read_header
+from dvdquant.system.whole_file import write_whole
+from dvdquant.text import amount
 
 if TYPE_CHECKING:
     from dvdquant.deploy.report.run_trace import RunClip
@@ -61,11 +64,16 @@ class Report:
     """What a page is made of.
 
     Args:
-        manifest: with its files. out: the folder, as commands are to name it.
-        checkpoint_bytes: tensors of the source, None when it is not at hand. parameters: (in 4 bits, kept in 16 bit),
-            the second None when the weight files cannot be read.
-        checks: what ``--verify`` found, one record a graph, if it ran. schedule: of ``schedule.json``. samples: see samples.py.
-        notes: what is missing from the page and why. images: what the model draws from. runs: clips of a trace.
+        manifest: The manifest, with its files.
+        out: The folder, as commands are to name it.
+        checkpoint_bytes: The bytes of the source's tensors; None when it is not at hand.
+        parameters: The numbers of weights in 4 bits and kept in 16 bit, the second None when the weight files cannot be read.
+        checks: What ``--verify`` found, one record a graph, if it ran.
+        schedule: What ``schedule.json`` holds; None where there is none.
+        samples: The clips of the samples, see :mod:`.samples`.
+        notes: What is missing from the page, and why.
+        images: The images that the model draws from.
+        runs: The clips of a trace.
     """
 
     manifest: Manifest
@@ -209,8 +217,6 @@ def _template() -> Any:
     """Return the template of the page, compiled once: that takes longer than to fill it in."""
     import jinja2
 
-    from dvdquant.text import amount
-
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -231,8 +237,6 @@ def write_report(path: Path, report: Report) -> None:
         path: The path of the file.
         report: The content of the page.
     """
-    from dvdquant.system.whole_file import write_whole
-
     write_whole(path, render_report(report).encode())
 
 
@@ -283,8 +287,6 @@ def add_report(
         checkpoint_bytes: tensors of the source.
         progress: where progress and notes go.
     """
-    from dvdquant.artifact.commit import walk_files
-
     for name in sorted(walk_files(tree)):
         entry = known.get(name)
         if name not in (MANIFEST, REPORT) and (entry is None or entry["bytes"] != (tree / name).stat().st_size):
