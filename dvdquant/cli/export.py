@@ -20,7 +20,7 @@ from dvdquant.text import json_text
 if TYPE_CHECKING:
     from dvdquant.export.options import ExportOptions
 
-REALIZE = (
+PRECISIONS = (
     "auto",
     "int8",
     "int4-weight-only",
@@ -169,7 +169,7 @@ def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 )
 @click.option(
     "--precision",
-    type=click.Choice(REALIZE),
+    type=click.Choice(PRECISIONS),
     default="auto",
     show_default=True,
     help="How rtx engines run the quantized layers.",
