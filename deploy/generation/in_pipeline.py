@@ -35,6 +35,7 @@ from dvdquant.deploy.pipelines.schedulers import CONDITIONS, FILE, FOLDER, open_
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer, at_step
 from dvdquant.deploy.sessions import EngineSession
 from dvdquant.errors import CheckpointError
+from dvdquant.model.diffusers_hooks import check_stage_hooks, execution_device
 from dvdquant.system.devices import resolve_device
 
 __all__ = ["PipelineGenerator"]
@@ -282,9 +283,11 @@ class PipelineGenerator(Generator):
 
     def _loaded(self, request: GenerateRequest) -> tuple[dict[str, nn.Module], Any]:
         """Return the transformers that a request runs, and the pipeline that holds them."""
+        class_name = self.checker.pipeline_of(request)
+        self._check_hooks(class_name)
         with self._loading:
             transformers = self._originals_of() if request.mode == "16" else self._engines_of(request)
-            return transformers, self._pipeline(self.checker.pipeline_of(request), transformers)
+            return transformers, self._pipeline(class_name, transformers)
 
     def _parts(self, request: GenerateRequest, cancel: CancelSignal | None) -> Any:
         """Return the pipeline, whichever transformers it holds; it is loaded with those of a request."""
@@ -338,10 +341,15 @@ class PipelineGenerator(Generator):
         device: Any = next(iter(transformers.values())).device
         return self._open(class_name, parts, device)
 
+    def _check_hooks(self, class_name: str) -> None:
+        """Refuse a diffusers that cannot run the stages of a pipeline apart; the last one runs after all denoising."""
+        check_stage_hooks(class_name, latents=self.family.name == "ltx-video")
+
     def _open(self, class_name: str, parts: Mapping[str, nn.Module | None], device: torch.device) -> Any:
         """Return a pipeline around these parts, None for those that are not needed; the others are loaded from its folder."""
         import diffusers
 
+        self._check_hooks(class_name)
         # Wan's VAE loses detail in bf16; the other pipelines decode in the dtype of their text encoder.
         dtypes = {"default": self.artifact.dtype}
         if self.family.name == "wan":
@@ -416,7 +424,7 @@ class PipelineGenerator(Generator):
             max_sequence_length=words_of(self.family, self.artifact.sizes.text_tokens),
             callback_on_step_end=after_step,
             output_type="latent",
-            **{name: tensor.to(pipe._execution_device) for name, tensor in embeddings.items()},
+            **{name: tensor.to(execution_device(pipe)) for name, tensor in embeddings.items()},
         )
 
     def _images(self, pipe: Any, request: GenerateRequest, pictures: Mapping[str, Picture]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dvdquant.deploy.generation.request import GenerateRequest
 from dvdquant.errors import EngineError
+from dvdquant.model.diffusers_hooks import denormalize_latents, execution_device, unpack_latents
 from dvdquant.model.families import Family
 from dvdquant.model.families.hunyuan_video import IMAGE_TOKENS, TEMPLATE_TOKENS
 
@@ -104,7 +105,7 @@ def decode_video(pipe: Any, family: Family, request: GenerateRequest, latents: T
         latents: The latents as the pipeline's loop left them.
         dtype: The dtype of the text embeddings.
     """
-    video: Tensor = _DECODERS[family.name](pipe, family, request, latents.to(pipe._execution_device), dtype)
+    video: Tensor = _DECODERS[family.name](pipe, family, request, latents.to(execution_device(pipe)), dtype)
     return video
 
 
@@ -144,11 +145,9 @@ def _ltx(pipe: Any, family: Family, request: GenerateRequest, latents: Tensor, d
     vae = pipe.vae
     rows, columns = (request.height or down) // down, (request.width or across) // across
     if latents.ndim == 3:  # the pipeline with conditions has unpacked them
-        latents = pipe._unpack_latents(
-            latents, family.latent_frames(request.num_frames or 1), rows, columns, height, time
-        )
-    latents = pipe._denormalize_latents(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
-    latents = latents.to(dtype)
+        size = (family.latent_frames(request.num_frames or 1), rows, columns)
+        latents = unpack_latents(pipe, latents, size, (height, time))
+    latents = denormalize_latents(pipe, latents).to(dtype)
     # A VAE that takes a timestep is told 0, the pipeline's default: no noise is mixed in.
     timestep = torch.zeros(1, device=latents.device, dtype=dtype) if vae.config.timestep_conditioning else None
     video: Tensor = vae.decode(latents.to(vae.dtype), timestep, return_dict=False)[0]

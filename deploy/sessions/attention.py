@@ -1,7 +1,7 @@
 """8-bit attention in a diffusers transformer, without its attention code.
 
-diffusers' attention dispatch gets a backend of ours. A processor names its backend in ``_attention_backend``, and hands
-``_parallel_config`` on to it, None in attention to text (Wan). There the backend finds the layer. diffusers'
+diffusers' attention dispatch gets a backend of ours. A processor names its backend, and hands something on to it that is
+meant for parallel computation, None in attention to text (Wan). There the backend finds the layer. diffusers'
 ``set_attention_backend`` is not called: it also sets the backend of every other model of the process.
 
 CogVideoX's processor calls PyTorch itself. It is called with another ``F`` among its globals.
@@ -9,15 +9,22 @@ CogVideoX's processor calls PyTorch itself. It is called with another ``F`` amon
 
 from __future__ import annotations
 
+import functools
+import threading
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from dvdquant.model.diffusers_hooks import (
+    add_attention_backend,
+    attention_is_dispatched,
+    dispatch_to,
+    lost_attention,
+)
 from dvdquant.ops.attention import ladder
 from dvdquant.ops.attention.ladder import Attention
 from dvdquant.ops.attention.operation import attention, number_of
@@ -26,6 +33,7 @@ from dvdquant.ops.attention.static_scales import longest_row, pair_exponents
 __all__ = [
     "MASK",
     "AttentionState",
+    "check_attention",
     "cut_padded_words",
     "fold_norms",
     "install_attention",
@@ -93,32 +101,34 @@ class AttentionState:
 
 
 class _Layer:
-    """What the backend knows of a layer. diffusers hands it on as a processor's ``_parallel_config``."""
+    """What the backend knows of a layer. diffusers hands it on from the layer's processor."""
 
     def __init__(self, state: AttentionState, bounds: Tensor | None) -> None:
         self.state, self.bounds = state, bounds
 
 
-def _new_backend(name: str) -> AttentionBackendName:
-    """Return a member of diffusers' enumeration that is not in its list, which no code outside can extend."""
-    member = str.__new__(AttentionBackendName, name)
-    member._name_, member._value_ = name.upper(), name
-    return member
-
-
-BACKEND = _new_backend("dvdquant")
-
-
-@_AttentionBackendRegistry.register(BACKEND)
 def _dispatched(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, _parallel_config: Any = None,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None, layer: _Layer | None,
 ) -> Tensor:  # fmt: skip
-    if _parallel_config is None:
+    if layer is None:
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale).transpose(1, 2)
-    state, bounds = _parallel_config.state, _parallel_config.bounds
-    return state.attention(query, key, value, bounds, attn_mask, is_causal, scale, dropout_p)  # type: ignore[no-any-return]
+    return layer.state.attention(query, key, value, layer.bounds, attn_mask, is_causal, scale, dropout_p)
+
+
+@functools.cache
+def _registered() -> Any:
+    return add_attention_backend("dvdquant", _dispatched)
+
+
+_registering = threading.Lock()
+
+
+def _backend() -> Any:
+    """Return the name of the backend in a processor; registered once in a process, before any session uses it."""
+    with _registering:
+        return _registered()
 
 
 class _Functions:
@@ -136,22 +146,42 @@ class _Functions:
         return self.state.attention(q, k, v, None, attn_mask, is_causal, scale, dropout_p).transpose(1, 2)
 
 
+def check_attention(model: nn.Module) -> None:
+    """Refuse a model whose self-attention cannot be taken over by :func:`install_attention`. Its weights are not read.
+
+    Args:
+        model: A diffusers transformer.
+
+    Raises:
+        UnsupportedError: This diffusers calls attention in another way; it would stay in 16 bit without a word.
+    """
+    _backend()
+    modules = self_attentions(model)
+    if not modules:
+        raise lost_attention(type(model).__name__)
+    for module in modules:
+        attention_is_dispatched(module.processor)
+
+
 def install_attention(model: nn.Module, chosen: Attention | None) -> AttentionState:
     """Let a session's attention compute the self-attention of a model.
 
     Args:
         model: A diffusers transformer with its weights, which is changed in place.
         chosen: The session's attention; None leaves it in 16 bit, so that only masks are left out.
+
+    Raises:
+        UnsupportedError: See :func:`check_attention`.
     """
+    check_attention(model)
     state = AttentionState(chosen)
     direct: dict[type, Any] = {}
     for module in self_attentions(model):
         if chosen is not None:
             fold_norms(module)
         processor: Any = module.processor
-        if hasattr(processor, "_attention_backend"):
-            processor._attention_backend = BACKEND
-            processor._parallel_config = _Layer(state, None if chosen is None else norm_bounds(module))
+        if attention_is_dispatched(processor):
+            dispatch_to(module, _backend(), _Layer(state, None if chosen is None else norm_bounds(module)))
         else:
             kind = type(processor)
             if kind not in direct:

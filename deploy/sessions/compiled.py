@@ -9,6 +9,7 @@ from torch import nn
 
 from dvdquant.deploy.sessions.fusion import fusing_backend
 from dvdquant.errors import UnsupportedError
+from dvdquant.model.diffusers_hooks import repeated_block_names
 from dvdquant.system.torch_hooks import allow_recompiles, notice_module_hooks
 
 __all__ = ["cache_folder", "compile_blocks", "repeated_blocks"]
@@ -34,8 +35,7 @@ def compile_blocks(model: nn.Module, dynamic: bool | None = None, fuse: bool = F
     compilation itself happens at the first call for each bit-width and size.
 
     Args:
-        model: A diffusers transformer. Its class names the repeated blocks (``_repeated_blocks``); else they are the
-            modules in its lists.
+        model: A diffusers transformer. Its class names the repeated blocks; else they are the modules in its lists.
         dynamic: True makes one function for all sizes, False one per size. None makes the first for its size, and the
             second for all.
         fuse: Take what comes before a quantized layer into its kernel (:mod:`.fusion`).
@@ -68,7 +68,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     Args:
         model: The transformer.
     """
-    names = set(getattr(model, "_repeated_blocks", None) or ())
+    names = set(repeated_block_names(model))
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:
         blocks = [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]

@@ -27,6 +27,8 @@ from dvdquant.system.records import brief
 
 __all__ = ["OnnxRuntimeSession", "WeightForm"]
 
+REQUIREMENT = "onnxruntime-gpu>=1.26"  # before it outputs reach PyTorch through private names alone
+
 
 class OnnxRuntimeSession(EngineSession):
     """The graphs of all bit-widths, which share one copy of each weight.
@@ -50,7 +52,7 @@ class OnnxRuntimeSession(EngineSession):
         threads: The number of threads of each operator. The default is the number that PyTorch uses.
 
     Raises:
-        UnsupportedError: ``weights`` is neither ``packed`` nor ``expanded``.
+        UnsupportedError: ``weights`` is neither ``packed`` nor ``expanded``, or ONNX Runtime is too old.
         EngineError: ONNX Runtime has no CUDA provider for a CUDA device, or it refuses a graph.
         OutputError: A file differs from the manifest.
     """
@@ -71,9 +73,15 @@ class OnnxRuntimeSession(EngineSession):
         if weights not in ("packed", "expanded"):
             raise UnsupportedError(f"weights is {weights!r}", available=["packed", "expanded"])
         super().__init__(artifact, component, bits, device or torch.device("cpu"))
-        if self.device.type == "cuda":
-            import onnxruntime
+        import onnxruntime
 
+        if not hasattr(onnxruntime.OrtValue, "__dlpack__"):
+            raise UnsupportedError(
+                f"ONNX Runtime {onnxruntime.__version__} does not hand its outputs to PyTorch (OrtValue.__dlpack__)",
+                available=REQUIREMENT,
+                fix=f"install a release that does: pip install '{REQUIREMENT}'",
+            )
+        if self.device.type == "cuda":
             _check_cuda(onnxruntime.get_available_providers(), "install onnxruntime-gpu in place of onnxruntime")
         self.weights: WeightForm = weights
         self._threads = threads or torch.get_num_threads()
@@ -250,7 +258,7 @@ class OnnxRuntimeSession(EngineSession):
             torch.cuda.current_stream(self.device).synchronize()
         session.run_with_iobinding(binding)
         (value,) = binding.get_outputs()
-        output = torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack())
+        output = torch.utils.dlpack.from_dlpack(value)
         binding.clear_binding_outputs()
         return output.to(self.dtype)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dvdquant.checkpoint.lora.fuse import read_loras
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.sessions.attention import MASK, install_attention
+from dvdquant.deploy.sessions.attention import MASK, check_attention, install_attention
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.compiled import compile_blocks
 from dvdquant.deploy.sessions.fusion import why_not_fused
@@ -110,6 +110,8 @@ class PyTorchSession(EngineSession):
         self._files = WeightFiles(artifact, component)
         try:
             model = quantized_skeleton(plan, self.bits[0])
+            if self._cuts:
+                check_attention(model)
             fill_quantized(model, plan, self._files.tensor)
             if kernels is not None:
                 grids = [plan.recipe.activation(width) for width in self.bits]

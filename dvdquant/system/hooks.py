@@ -8,7 +8,7 @@ from typing import Any
 
 from dvdquant.errors import UnsupportedError
 
-__all__ = ["hook", "lost_hook"]
+__all__ = ["hook", "lost_hook", "require_name"]
 
 
 def hook(package: str, path: str, why: str, requirement: str) -> Any:
@@ -31,6 +31,24 @@ def hook(package: str, path: str, why: str, requirement: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise lost_hook(package, path.replace(":", "."), why, requirement) from error
     return found
+
+
+def require_name(package: str, path: str, name: str, why: str, requirement: str) -> None:
+    """Refuse a function of another package whose code does not use ``name`` any more; arguments as for :func:`hook`.
+
+    Args:
+        package: The name of the package.
+        path: The function.
+        name: The attribute or the text that its code has to use.
+        why: What dvdquant needs it for.
+        requirement: The releases that use it.
+
+    Raises:
+        UnsupportedError: There is no such function, or it does not use the name.
+    """
+    code = getattr(hook(package, path, why, requirement), "__code__", None)
+    if code is None or name not in (*code.co_names, *code.co_consts):
+        raise lost_hook(package, f"{name} in {path.replace(':', '.')}", why, requirement)
 
 
 def lost_hook(package: str, name: str, why: str, requirement: str) -> UnsupportedError:

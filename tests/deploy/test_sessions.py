@@ -312,6 +312,16 @@ def test_onnxruntime_without_its_cuda_provider_says_so(monkeypatch: pytest.Monke
     assert "onnxruntime-gpu" in str(caught.value)
 
 
+def test_an_onnxruntime_that_is_too_old_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.delattr(onnxruntime.OrtValue, "__dlpack__")
+    with pytest.raises(UnsupportedError, match="does not hand its outputs") as caught:
+        OnnxRuntimeSession(Artifact.open(made.family_export("wan")))
+    assert onnxruntime.__version__ in caught.value.what
+    assert "pip install 'onnxruntime-gpu>=1.26'" in str(caught.value.fix)
+
+
 def test_a_failing_backend_is_an_engine_error(session: EngineSession, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend's own exception is the cause, and the session goes on."""
     cause = RuntimeError("device fell off")

@@ -7,12 +7,19 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import torch
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from packaging.requirements import Requirement
+from torch import Tensor, nn
 
+from dvdquant.deploy.sessions import attention, compiled
+from dvdquant.deploy.sessions import onnxruntime as onnxruntime_session
 from dvdquant.errors import UnsupportedError
 from dvdquant.export.passes.lowering.nvfp4 import MODELOPT_REQUIREMENT
 from dvdquant.model import diffusers_hooks
@@ -37,10 +44,16 @@ PRIVATE = re.compile(
 @pytest.fixture(autouse=True)
 def asked_anew() -> Iterator[None]:
     """The checks remember what they found."""
-    for check in (diffusers_hooks._check_declared, diffusers_hooks.check_pipeline_hooks):
+    checks: tuple[Any, ...] = (
+        diffusers_hooks._check_declared,
+        diffusers_hooks.check_pipeline_hooks,
+        diffusers_hooks.check_stage_hooks,
+        attention._registered,
+    )
+    for check in checks:
         check.cache_clear()
     yield
-    for check in (diffusers_hooks._check_declared, diffusers_hooks.check_pipeline_hooks):
+    for check in checks:
         check.cache_clear()
 
 
@@ -55,6 +68,7 @@ def test_private_names_stand_in_their_places_alone() -> None:
 def test_bounds_are_those_of_the_errors() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     bounds = {Requirement(text).name: Requirement(text) for text in project["dependencies"]}
+    assert bounds["onnxruntime-gpu"].specifier == Requirement(onnxruntime_session.REQUIREMENT).specifier
     for text in (torch_hooks.REQUIREMENT, diffusers_hooks.REQUIREMENT, MODELOPT_REQUIREMENT):
         wanted = Requirement(text)
         assert bounds[wanted.name].specifier == wanted.specifier
@@ -121,3 +135,101 @@ def test_a_transformer_that_is_not_told_its_branch(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UnsupportedError) as caught:
         diffusers_hooks.check_pipeline_hooks()
     refused(caught, "diffusers", "cache_context")
+
+
+# --------------------------------------------------------------------------------------------------------------- stages
+
+
+@pytest.mark.parametrize("name", ["_execution_device", "_unpack_latents", "_denormalize_latents"])
+def test_a_pipeline_whose_stages_do_not_come_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before it is loaded: the last two are called after all denoising."""
+    owner = next(kind for kind in diffusers.LTXConditionPipeline.__mro__ if name in vars(kind))
+    for kind in ("LTXPipeline", "LTXConditionPipeline"):
+        diffusers_hooks.check_stage_hooks(kind, latents=True)
+    diffusers_hooks.check_stage_hooks.cache_clear()
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(UnsupportedError) as caught:
+        diffusers_hooks.check_stage_hooks("LTXConditionPipeline", latents=True)
+    refused(caught, "diffusers", name)
+    if name != "_execution_device":
+        diffusers_hooks.check_stage_hooks("WanPipeline", latents=False)
+
+
+def test_blocks_that_are_named_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the check other modules than the blocks would be compiled, and nothing would fail."""
+    assert diffusers_hooks.repeated_block_names(diffusers.WanTransformer3DModel) == ("WanTransformerBlock",)
+    diffusers_hooks._check_declared.cache_clear()
+    monkeypatch.delattr(diffusers.ModelMixin, "_repeated_blocks")
+    with pytest.raises(UnsupportedError) as caught:
+        compiled.repeated_blocks(nn.Module())
+    refused(caught, "diffusers", "_repeated_blocks")
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+class _Transformer(nn.Module):
+    """One block with self-attention."""
+
+    def __init__(self, processor: object) -> None:
+        super().__init__()
+        block = nn.Module()
+        block.attn1 = nn.Module()
+        block.attn1.processor = processor
+        self.blocks = nn.ModuleList([block])
+
+
+def test_attention_that_can_be_taken_over() -> None:
+    assert diffusers_hooks.attention_is_dispatched(WanAttnProcessor())
+    assert not diffusers_hooks.attention_is_dispatched(CogVideoXAttnProcessor2_0())
+    attention.check_attention(_Transformer(WanAttnProcessor()))
+
+
+@pytest.mark.parametrize("name", ["_attention_backend", "_parallel_config"])
+def test_a_processor_that_routes_attention_otherwise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the check its attention would stay in 16 bit, and nothing would fail."""
+    monkeypatch.delattr(WanAttnProcessor, name)
+    with pytest.raises(UnsupportedError) as caught:
+        attention.check_attention(_Transformer(WanAttnProcessor()))
+    refused(caught, "diffusers", name)
+    assert "WanAttnProcessor" in caught.value.what
+
+
+def test_a_processor_that_calls_pytorch_otherwise() -> None:
+    class Renamed(CogVideoXAttnProcessor2_0):  # type: ignore[misc]
+        def __call__(self, *inputs: Any) -> Any:
+            return torch.nn.functional.softmax(inputs[0], -1)
+
+    with pytest.raises(UnsupportedError) as caught:
+        attention.check_attention(_Transformer(Renamed()))
+    refused(caught, "diffusers", "Renamed")
+
+
+def test_a_model_whose_attention_is_not_found() -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        attention.check_attention(nn.Module())
+    refused(caught, "diffusers", "Module")
+
+
+def test_a_dispatch_that_hands_nothing_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the check every layer would look like attention to text, and stay in 16 bit."""
+    dispatch = attention_dispatch.dispatch_attention_fn
+
+    def forgets(*tensors: Tensor, backend: Any, parallel_config: Any) -> Tensor:
+        out: Tensor = dispatch(*tensors, backend=backend)
+        return out
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attention_dispatch, "dispatch_attention_fn", forgets)
+        with pytest.raises(UnsupportedError) as caught:
+            attention.check_attention(_Transformer(WanAttnProcessor()))
+        refused(caught, "diffusers", "_parallel_config")
+        patched.setattr(attention_dispatch, "dispatch_attention_fn", lambda query, key, value: query)
+        with pytest.raises(UnsupportedError) as caught:
+            attention.check_attention(_Transformer(WanAttnProcessor()))
+        refused(caught, "diffusers", "attention dispatch")
+        patched.delattr(attention_dispatch, "_AttentionBackendRegistry")
+        with pytest.raises(UnsupportedError) as caught:
+            attention.check_attention(_Transformer(WanAttnProcessor()))
+        refused(caught, "diffusers", "_AttentionBackendRegistry")
+    attention.check_attention(_Transformer(WanAttnProcessor()))
