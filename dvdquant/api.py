@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dvdquant.checkpoint.lora.spec import LoraSpec
     from dvdquant.deploy.planning.planner import Plan
     from dvdquant.export.result import ExportResult
+    from dvdquant.system.plugin_file import Plugins
     from dvdquant.system.progress import Progress
 
 __all__ = ["export_model", "inspect_export", "plan_schedule"]
@@ -156,6 +157,8 @@ def plan_schedule(
     output: str | Path | None = None,
     backend: str = "auto",
     device: str = "auto",
+    lora: str | Path | LoraSpec | Sequence[str | Path | LoraSpec] = (),
+    plugins: Plugins = (),
     progress: Progress | None = None,
     **options: Any,
 ) -> Plan:
@@ -176,6 +179,9 @@ def plan_schedule(
         output: File of the schedule. None takes ``schedule.json`` in the export.
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        lora: LoRAs to run beside the weights: FILE, "FILE:SCALE", "transformer_2=FILE:SCALE", or several of them. Of a LoRA
+            that the export has: where it is now, for ``reference``.
+        plugins: TensorRT plugin libraries that engines need, one path or several.
         progress: Receiver of the progress. None reports nothing.
         **options: ``reference`` and the further options of :func:`dvdquant.deploy.planning.planner.plan`, such as
             ``pipeline``, ``image``, ``guidance``, ``text_embeds`` and ``offload``.
@@ -191,9 +197,10 @@ def plan_schedule(
     from dvdquant.deploy.planning.planner import CLIP, OPENING, Goal, plan
     from dvdquant.system.whole_file import check_writable
 
-    more = ("reference", *CLIP, *(name for name in OPENING if name not in ("backend", "device")))
+    named = signature(plan_schedule).parameters
+    more = ("reference", *CLIP, *(name for name in OPENING if name not in named))
     if unknown := sorted(options.keys() - set(more)):
-        known = [name for name in signature(plan_schedule).parameters if name != "options"]
+        known = [name for name in named if name != "options"]
         raise UnsupportedError(f"plan_schedule has no option {unknown[0]}", available=[*known, *more])
     place = _path("out", out) / "schedule.json" if output is None else _path("output", output)
     artifact = Artifact.open(_path("out", out))
@@ -210,6 +217,8 @@ def plan_schedule(
         last_high=last_high,
         backend=backend,
         device=device,
+        lora=lora,
+        plugins=plugins,
         progress=progress,
         **options,
     )

@@ -43,10 +43,10 @@ def refuse_clashes(clashes: Iterable[Clash]) -> None:
 
 
 def session_clashes(options: Mapping[str, Any]) -> list[Clash]:
-    """Return the options of PyTorch sessions that a backend excludes.
+    """Return the options of sessions that a backend excludes.
 
     Args:
-        options: ``--backend``, ``--compile``, ``--cuda-graphs`` and ``--fuse``, by their names.
+        options: ``--backend``, ``--compile``, ``--cuda-graphs``, ``--fuse`` and ``plugins`` of ``--plugin``, by their names.
     """
     backend = options["backend"]
     elsewhere = backend not in ("auto", "pytorch")
@@ -57,4 +57,8 @@ def session_clashes(options: Mapping[str, Any]) -> list[Clash]:
             "ONNX Runtime has none, so --cuda-graphs does not apply",
         ),
         Clash(options["fuse"] and elsewhere, f"--fuse runs in PyTorch, so --backend {backend} does not apply"),
+        Clash(
+            options["plugins"] and backend not in ("auto", "tensorrt"),
+            f"--plugin is for TensorRT engines, so --backend {backend} does not apply",
+        ),
     ]

@@ -187,7 +187,8 @@ def _open_all(options: ExportOptions) -> tuple[tuple[str, ...], tuple[Checkpoint
     """Open every transformer that is meant, with what its pipeline says and with its LoRAs; (components, checkpoints).
 
     Raises:
-        CheckpointError: one cannot be used, or the two of ``--transformer-2`` are not of one class.
+        CheckpointError: One cannot be used, or the two of ``--transformer-2`` are not of one class.
+        UnsupportedError: ``--transformer-2`` was given, and the model has a second transformer.
     """
     config = None if options.config is None else read_config_file(options.config)
     names = (

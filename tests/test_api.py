@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import dvdquant
+from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.request import GenerateRequest, check_request
 from dvdquant.deploy.planning import planner
@@ -24,6 +25,10 @@ from tests.support.running import short_wan_export
 @pytest.fixture(scope="module")
 def out() -> Path:
     return short_wan_export()
+
+
+class Planned(Exception):
+    """An export came as far as its plan, or a plan as far as its generator."""
 
 
 def plan_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +57,11 @@ WRONG_PLANS: list[tuple[Any, dict[str, Any], str]] = [
     ("circle", {"promts": ["a"]}, "promts"),
     ("circle", {"output": ""}, "output"),
     ("circle", {"output": 3}, "output"),
+    ("circle", {"lora": "style.safetensors:nan"}, "style.safetensors"),
+    ("circle", {"lora": [3]}, "a LoRA is 3"),
+    ("circle", {"lora": 3}, "a LoRA is 3"),
+    ("circle", {"lora": None}, "a LoRA is None"),
+    ("circle", {"plugins": "/no/such/plugin.so"}, "/no/such/plugin.so is not there"),
     ("circle", {"output": "/no/such/folder/schedule.json"}, "/no/such/folder"),
 ]
 
@@ -65,6 +75,33 @@ def test_plan_schedule_refuses(
         dvdquant.plan_schedule(out, prompts, **options)
     assert caught.value.fix or caught.value.available
     assert not (out / "schedule.json").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["style.safetensors:0.8", ["style.safetensors:0.8"], (LoraSpec(Path("style.safetensors"), 0.8),)],
+    ids=str,
+)
+def test_a_plan_reads_loras_and_plugins_as_the_commands_do(
+    out: Path, given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opens(*_: Any, **options: Any) -> None:
+        raise Planned(options)
+
+    monkeypatch.setattr(planner, "open_generator", opens)
+    plugin = tmp_path / "plugin.so"
+    plugin.touch()
+    with pytest.raises(Planned) as caught:
+        dvdquant.plan_schedule(out, "circle", lora=given, plugins=str(plugin), output=tmp_path / "s.json")
+    opened = caught.value.args[0]
+    assert opened["lora"] == (LoraSpec(Path("style.safetensors"), 0.8),)
+    assert opened["plugins"] == (plugin,)
+
+
+def test_a_lora_that_is_not_there_is_named(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(DvdquantError, match=r"no-such\.safetensors") as caught:
+        dvdquant.plan_schedule(out, "circle", lora="no-such.safetensors:0.8", output=tmp_path / "s.json")
+    assert caught.value.fix
 
 
 def test_one_text_is_one_prompt_and_one_number_one_seed(out: Path, tmp_path: Path) -> None:
@@ -125,10 +162,6 @@ def test_export_model_refuses(options: dict[str, Any], text: str, tmp_path: Path
         dvdquant.export_model(TINY_WAN, tmp_path / "out", **{"target": "graphs", **options})
     assert caught.value.fix or caught.value.available
     assert not (tmp_path / "out").exists()
-
-
-class Planned(Exception):
-    """An export came as far as its plan."""
 
 
 @pytest.fixture

@@ -154,6 +154,9 @@ class BitSchedule:
             total_steps: The steps of the whole clip if several samplers share it.
             first_step: The index of this sampler's first step in the whole clip.
             cache_policy: What predicts which steps can be skipped.
+
+        Raises:
+            UnsupportedError: A setting is out of its range, or it is no MODEL of Load dvdquant export.
         """
         if not is_number(cache):
             raise UnsupportedError(
@@ -198,6 +201,9 @@ class LoraBeside:
             model: A MODEL of :class:`LoadExport`.
             lora: The name of the file.
             strength: Its scale; 0 leaves it out.
+
+        Raises:
+            UnsupportedError: The strength is no finite number, or there is no such file.
         """
         import folder_paths
 
@@ -296,6 +302,9 @@ class TableFrames:
 
         Args:
             latent: Latents [B, 3, F, H, W] in [-1, 1].
+
+        Raises:
+            ShapeError: They are no real tensor of five axes.
         """
         samples = latent.get("samples") if isinstance(latent, dict) else None
         if not isinstance(samples, torch.Tensor) or samples.ndim != 5 or not samples.numel() or samples.is_complex():

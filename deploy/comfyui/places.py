@@ -15,11 +15,14 @@ from dvdquant.artifact.manifest import MAX_MANIFEST
 from dvdquant.checkpoint.prompt_table import PROMPTS
 from dvdquant.errors import OutputError
 from dvdquant.system.files import read_limited
+from dvdquant.system.plugin_file import plugin_paths
 
-__all__ = ["FOLDER", "NOTHING", "changed", "exports", "find", "roots", "tables"]
+__all__ = ["FOLDER", "NOTHING", "changed", "exports", "find", "plugin_libraries", "roots", "tables"]
 
 FOLDER = "dvdquant"  # below ComfyUI/models
 NOTHING = "none: put an export into models/dvdquant"
+PLUGINS = "DVDQ_PLUGINS"
+"""The variable that names the TensorRT plugin libraries, with ``:`` between them, as PATH has."""
 DEPTH = 2  # folders below a root
 
 
@@ -29,6 +32,15 @@ def roots() -> list[Path]:
 
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
     return [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
+
+
+def plugin_libraries() -> tuple[Path, ...]:
+    """Return the TensorRT plugin libraries that the environment of ComfyUI names. No workflow can name one.
+
+    Raises:
+        UnsupportedError: A library is not there.
+    """
+    return plugin_paths([path for path in os.environ.get(PLUGINS, "").split(os.pathsep) if path])
 
 
 def exports(places: Iterable[Path]) -> list[str]:

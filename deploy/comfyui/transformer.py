@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.comfyui.calls import refuse_foreign, wan_arguments
+from dvdquant.deploy.comfyui.places import plugin_libraries
 from dvdquant.deploy.comfyui.sampling import OPTION, SamplingRun, Settings
 from dvdquant.deploy.pipelines.adapters import get_adapter
 from dvdquant.deploy.sessions import EngineSession, open_session
@@ -80,7 +81,13 @@ class ExportedTransformer(nn.Module):
     def session(self) -> EngineSession:
         """Return the session, which is opened if it is not."""
         if self._session is None:
-            self._session = open_session(self.artifact, self.component, backend=self.backend, device=str(self.place))
+            self._session = open_session(
+                self.artifact,
+                self.component,
+                backend=self.backend,
+                device=str(self.place),
+                plugins=plugin_libraries() if self.backend in ("auto", "tensorrt") else (),
+            )
             log.info("dvdquant: %s runs on %s", self.artifact.root.name, self._session.backend)
         return self._session
 

@@ -343,7 +343,16 @@ class PipelineChecker(RequestChecker):
             weakref.finalize(request, self._checked.pop, id(request), None)
 
     def tokens_of(self, request: GenerateRequest) -> int:
-        """See :class:`RequestChecker`. A last image of LTX-Video is no part of the clip's own latents: its tokens are added."""
+        """Return the tokens of a clip, see :class:`RequestChecker`.
+
+        A last image of LTX-Video is no part of the clip's own latents: its tokens are added.
+
+        Args:
+            request: The request.
+
+        Raises:
+            ShapeError: The export has not as many tokens.
+        """
         size = self.size_of(request)
         tokens = self.family.tokens(*size.latent)
         if self.family.name != "ltx-video" or request.last_image is None:

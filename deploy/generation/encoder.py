@@ -94,10 +94,13 @@ def encode_mp4(path: Path, clip: Clip, fps: float) -> None:
 
 
 def count_frames(path: Path) -> int:
-    """Return how many frames of the video ``path`` ffmpeg can decode. OutputError if it cannot.
+    """Return how many frames of the video ``path`` ffmpeg can decode.
 
     Args:
         path: The path of the file.
+
+    Raises:
+        EncoderError: There is no ffmpeg, or it cannot decode the file.
     """
     exe, _ = find_encoder()
     said = _run([exe, "-i", _operand(path), "-map", "0:v:0", "-vf", "null", "-f", "null", "-"], None, None)

@@ -25,6 +25,7 @@ from dvdquant.deploy.generation.session_options import SessionOptions, WrapSessi
 from dvdquant.deploy.generation.text_encoder import check_text_bits
 from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy
+from dvdquant.system.plugin_file import Plugins, plugin_paths
 
 __all__ = [
     "GenerateRequest",
@@ -77,7 +78,7 @@ def open_generator(
     compile: bool = False,
     attention: str | None = None,
     attention_backend: str | None = None,
-    plugins: Sequence[Path] = (),
+    plugins: Plugins = (),
     limits: Limits | None = None,
     cfg_parallel: str | None = None,
     offload: bool = False,
@@ -102,7 +103,7 @@ def open_generator(
         compile: run the quantized transformer in PyTorch, with its blocks compiled.
         attention: ``16``, ``int8`` or ``fp8`` instead of the recipe's attention, in PyTorch sessions.
         attention_backend: the library that computes it instead of the first of the ladder that fits.
-        plugins: TensorRT plugin libraries that the export's engines need; their code runs.
+        plugins: TensorRT plugin libraries that the export's engines need, one path or several; their code runs.
         wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
         lora: where the export's LoRAs are now, for mode ``16``, if they no longer lie where they were; others run beside
             the quantized weights (:meth:`EngineSession.set_loras`).
@@ -120,8 +121,8 @@ def open_generator(
         cuda_graphs: repeat steps as CUDA graphs, where launches count (:func:`.sessions.open_session`).
 
     Raises:
-        CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class, or
-            no torchao.
+        CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class,
+            no torchao, or a plugin library is not there.
     """
     check_text_bits(text_encoder_bits)
     checker = open_checker(artifact, pipeline=pipeline, limits=limits, text_embeds=text_embeds)
@@ -132,7 +133,7 @@ def open_generator(
         compile,
         attention,
         attention_backend,
-        plugins,
+        plugin_paths(plugins),
         cfg_parallel=cfg_parallel,
         offload=offload,
         vae_tiling=vae_tiling,

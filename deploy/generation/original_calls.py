@@ -44,7 +44,7 @@ class CallRecorder:
         self.trace, self._last = [], {}
 
     def record(self, output: Tensor, *, step: int, branch: str, timestep: float, seconds: float) -> None:
-        """Note one call. EngineError when the output is not finite.
+        """Note one call.
 
         Args:
             output: The output of the transformer.
@@ -52,6 +52,9 @@ class CallRecorder:
             branch: The branch of the guidance.
             timestep: The timestep of the call.
             seconds: The seconds that the call took.
+
+        Raises:
+            EngineError: The output is not finite.
         """
         if not bool(torch.isfinite(output).all()):
             raise EngineError(

@@ -52,21 +52,27 @@ class GenerateRequest:
     """One clip.
 
     Args:
-        prompt: text, or the words of a prompt table. negative_prompt: None is the model's own (mostly empty).
-        steps: denoising steps; None is the schedule's count, or the model's own. seed: of the first noise, drawn on the
-            CPU, so that it does not depend on the device.
-        guidance: scale of classifier-free guidance, or the embedded one of a distilled model; None is the model's own.
+        prompt: Text, or the words of a prompt table.
+        negative_prompt: What the clip shall not show. None is the model's own, which is mostly empty.
+        steps: The denoising steps. None is the schedule's count, or the model's own.
+        seed: The seed of the first noise, which is drawn on the CPU, so that it does not depend on the device.
+        guidance: The scale of classifier-free guidance, or the embedded one of a distilled model. None is the model's own.
         mode: ``switch`` (4 or 8 activation bits by δ-GBS, step by step), ``planned`` (the bits of ``schedule``), ``a4``,
             ``a8`` (fixed), or ``16`` (the original checkpoint in PyTorch).
-        delta: δ of ``switch``; None is :data:`DEFAULT_DELTA`. last_high: so many last steps of ``switch`` on
-            the high engine, whatever δ says. weighting: of ``switch``, "step" or "none". Both as in the commands where not
-            given; "none" and 0 last steps are the published rule. schedule: of ``planned``.
-        cache: threshold of the step cache; None computes every step, unless ``cache_policy`` is given. cache_policy: what
-            predicts which steps can be skipped, see :mod:`dvdquant.deploy.switching.forecasts`; it brings a threshold of its
-            own. None is the family's.
-        height, width, num_frames: in pixels and frames; None is what the export was tuned for.
-        image, last_image: the first and the last frame, of models that draw from images: a path, the bytes of a file, or an
-            image of Pillow.
+        delta: The δ of ``switch``. None is :data:`DEFAULT_DELTA`.
+        last_high: How many last steps of ``switch`` run on the high engine, whatever δ says. None is the commands' default; 0
+            is the published rule.
+        weighting: ``step`` weighs the changes of ``switch`` by the length of the steps, ``none`` is the published rule. None is
+            the commands' default.
+        schedule: The schedule of ``planned``.
+        cache: The threshold of the step cache. None computes every step, unless ``cache_policy`` is given.
+        cache_policy: What predicts which steps can be skipped, see :mod:`dvdquant.deploy.switching.forecasts`; it brings a
+            threshold of its own. None is the family's.
+        height: The height in pixels. None is what the export was tuned for.
+        width: The width in pixels, as ``height``.
+        num_frames: The number of frames, as ``height``.
+        image: The first frame, of models that draw from images: a path, the bytes of a file, or an image of Pillow.
+        last_image: The last frame, as ``image``.
     """
 
     prompt: str
@@ -104,11 +110,14 @@ class GenerateResult:
     """One clip and how it was made.
 
     Args:
-        request: with steps, guidance and size filled in.
-        frames: uint8 [F, H, W, 3]. latents: the last ones, float32 on the CPU, in the model's own layout.
-        trace: a record for every call of the transformer, in order. summary: the StepRunner's.
-        executed: backend, device, dtype and what runs at each bit-width, in words.
-        seconds: the whole clip, text encoder and VAE included, loading not.
+        request: The request, with steps, guidance and size filled in.
+        frames: uint8 [F, H, W, 3].
+        latents: The last latents, fp32 on the CPU, in the model's own layout.
+        trace: A record for every call of the transformer, in order.
+        summary: What the StepRunner sums up of them.
+        executed: Backend, device, dtype and what runs at each bit-width, in words.
+        seconds: The time of the whole clip, text encoder and VAE included, loading not.
+        components: The records by transformer, of a model with two.
     """
 
     request: GenerateRequest
@@ -123,7 +132,14 @@ class GenerateResult:
 
 @dataclass(frozen=True)
 class VideoSize:
-    """The size of one clip in pixels, and in latent units [frames, height, width]."""
+    """The size of one clip.
+
+    Args:
+        frames: The number of frames.
+        height: The height in pixels.
+        width: The width in pixels.
+        latent: Frames, height and width in latent units.
+    """
 
     frames: int
     height: int

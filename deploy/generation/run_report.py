@@ -126,6 +126,9 @@ def write_trace(path: Path, artifact: Artifact, clips: Sequence[dict[str, Any]])
         path: The path of the file.
         artifact: The opened export.
         clips: The clips as :func:`clip_json` returns them.
+
+    Raises:
+        OutputError: A value has no form in JSON, or the file cannot be written.
     """
     manifest = artifact.manifest
     data = {

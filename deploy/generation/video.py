@@ -40,7 +40,13 @@ _FONT = 15
 
 @dataclass(frozen=True)
 class Row:
-    """One clip of a strip: ``title`` and ``note`` stand left of its frames [F, H, W, 3] uint8."""
+    """One clip of a strip; title and note stand left of its frames.
+
+    Args:
+        frames: uint8 [F, H, W, 3].
+        title: The title.
+        note: A line below it, or an empty text.
+    """
 
     frames: Clip
     title: str
@@ -170,6 +176,9 @@ def draw_strip(rows: Sequence[Row], columns: int = 8, min_side: int = 96) -> Any
         rows: The clips, each with a title and a note.
         columns: The most frames of a row.
         min_side: The shortest side of a picture in pixels.
+
+    Raises:
+        ShapeError: There are no clips, or one is not uint8 [F, H, W, 3].
     """
     from PIL import Image, ImageDraw
 
@@ -203,6 +212,9 @@ def side_by_side(rows: Sequence[Row]) -> Clip:
 
     Args:
         rows: The clips, each with a title and a note.
+
+    Raises:
+        ShapeError: Their shapes differ.
     """
     from PIL import Image, ImageDraw
 

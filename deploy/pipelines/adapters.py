@@ -279,6 +279,10 @@ class CogVideoXAdapter(Adapter):
 
         Args:
             arguments: The arguments of ``forward`` by name.
+
+        Raises:
+            ShapeError: An argument does not fit the graph.
+            UnsupportedError: Rotary embeddings were given to a model that adds its position embeddings.
         """
         arguments = dict(arguments)
         rotary = arguments.pop("image_rotary_emb", None)
@@ -312,6 +316,9 @@ class LTXVideoAdapter(Adapter):
 
         Args:
             arguments: The arguments of ``forward`` by name.
+
+        Raises:
+            ShapeError: The mask or the sizes are missing, or do not fit the graph.
         """
         arguments = dict(arguments)
         axes = {name: arguments.pop(name, None) for name in ("num_frames", "height", "width")}

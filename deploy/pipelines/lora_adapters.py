@@ -17,7 +17,12 @@ __all__ = ["Adapters", "LoraAdapters"]
 
 @dataclasses.dataclass
 class Adapters:
-    """LoRAs beside the weights of a session, by name, and whether they run; all transformers on the session share them."""
+    """The LoRAs beside the weights of a session, which all transformers on the session share.
+
+    Args:
+        specs: The LoRAs by name.
+        on: Whether they run.
+    """
 
     specs: dict[str, LoraSpec] = dataclasses.field(default_factory=dict)
     on: bool = True
@@ -69,6 +74,9 @@ class LoraAdapters:
         Args:
             adapter_names: The names they were loaded under.
             weights: A scale for each, or one for all. The default is 1.
+
+        Raises:
+            UnsupportedError: No adapter has such a name, or there are more or fewer scales than names.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         scales = list(weights) if isinstance(weights, Sequence) else [1.0 if weights is None else weights] * len(names)

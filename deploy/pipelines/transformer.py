@@ -49,6 +49,7 @@ from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.hub.locate import locate_export
 from dvdquant.model.diffusers_hooks import check_pipeline_hooks
+from dvdquant.system.plugin_file import Plugins, plugin_paths
 
 __all__ = ["DvdqTransformer", "at_step"]
 
@@ -140,6 +141,7 @@ class DvdqTransformer(LoraAdapters, FixedPlace, WholeEngine, ModelMixin, ConfigM
         weights: WeightPolicy = "auto",
         fuse: bool | None = None,
         cuda_graphs: bool = False,
+        plugins: Plugins = (),
         **unknown: Any,
     ) -> Self:
         """Open an export as the transformer of a diffusers pipeline.
@@ -179,12 +181,15 @@ class DvdqTransformer(LoraAdapters, FixedPlace, WholeEngine, ModelMixin, ConfigM
             fuse: Run in PyTorch with what comes before quantized layers in their kernels. The default is to do so where
                 ``compile`` is on and the GPU has the kernels.
             cuda_graphs: Repeat steps as CUDA graphs, where launches count, see :func:`.sessions.open_session`.
+            plugins: TensorRT plugin libraries that engines need, one path or several. Their code runs: take none that you do
+                not trust.
             **unknown: Refused, except options that make no difference here.
 
         Raises:
             OutputError: The folder is no export.
             EngineError: No engine fits.
-            UnsupportedError: An option does not apply, or two options contradict each other.
+            UnsupportedError: An option does not apply, or two options contradict each other, or a
+                plugin library is not there.
         """
         # 1. The options.
         skips = cache if cache_policy is None else cache_policy
@@ -196,6 +201,7 @@ class DvdqTransformer(LoraAdapters, FixedPlace, WholeEngine, ModelMixin, ConfigM
             raise UnsupportedError(
                 f"DvdqTransformer.from_pretrained has no option {next(iter(unknown))}", available=options[1:]
             )
+        libraries = plugin_paths(plugins)
         # 2. The export, and the dtype that was asked for.
         artifact = Artifact.open(locate_export(pretrained_model_name_or_path, revision))
         name = component or subfolder or artifact.components[0]
@@ -218,6 +224,7 @@ class DvdqTransformer(LoraAdapters, FixedPlace, WholeEngine, ModelMixin, ConfigM
                 weights=weights,
                 fuse=fuse,
                 cuda_graphs=cuda_graphs,
+                plugins=libraries,
             )
 
         session = opener(device)

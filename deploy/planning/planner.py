@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dvdquant.checkpoint.lora.spec import parse_loras
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import Generator, open_generator
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
@@ -28,6 +29,7 @@ from dvdquant.deploy.switching.gbs import (
 )
 from dvdquant.deploy.switching.schedule import Schedule, average_bits
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.system.plugin_file import plugin_paths
 from dvdquant.system.progress import Progress
 from dvdquant.system.records import brief
 
@@ -47,8 +49,9 @@ class Goal:
     """What is wanted: exactly one of them.
 
     Args:
-        seconds: of the transformer in one clip; text encoder and VAE are not planned.
-        delta: a δ of the user's own, to be evaluated.
+        average_bits: The activation bits of a step, on average over a clip.
+        seconds: The time of the transformer in one clip; text encoder and VAE are not planned.
+        delta: A δ of the user's own, to be evaluated.
     """
 
     average_bits: float | None = None
@@ -70,7 +73,14 @@ _GOALS = ("--average-bits", "--time-budget", "--delta")
 
 @dataclass(frozen=True)
 class Quality:
-    """PSNR in dB of the frames against the 16-bit model, mean over the recorded clips, at one δ."""
+    """How near the frames are to those of the 16-bit model at one δ.
+
+    Args:
+        delta: The δ.
+        average_bits: The activation bits of a step, on average.
+        psnr: PSNR in dB, mean over the clips.
+        clips: How many clips were recorded.
+    """
 
     delta: float
     average_bits: float
@@ -83,11 +93,22 @@ class Plan:
     """The answer and what it rests on.
 
     Args:
-        delta: chosen. predicted_bits, predicted_seconds: at it, mean over the recorded clips.
-        measured_bits, measured_seconds, measured_retries: of one real switched run; predicted_clip_bits: predicted for
-            just that clip.
-        stairs: average bits for every δ. calls: of the transformer per clip. seconds_per_call: by bits.
-        quality: with a reference, a few δ from all high to all low.
+        schedule: The bits of each step, as the runtime reads them.
+        delta: The δ that was chosen.
+        predicted_bits: The average activation bits at this δ, mean over the recorded clips.
+        predicted_seconds: The seconds of the transformer in a clip at this δ, mean over the recorded clips.
+        predicted_clip_bits: The average bits predicted for the clip of the real run.
+        stairs: The average bits for every δ.
+        calls: The calls of the transformer in a clip, mean over the recorded clips.
+        seconds_per_call: The seconds of a call, by activation bits.
+        low: The activation bits of the low engine.
+        high: The activation bits of the high engine.
+        clips: The recorded clips.
+        backend: The backend that ran.
+        measured_bits: The average bits of one real switched run, NaN without one.
+        measured_seconds: The seconds of the transformer in that run, NaN without one.
+        measured_retries: The steps of that run that were done again on the high engine.
+        quality: PSNR at a few δ from all high to all low, where a reference was asked for.
     """
 
     schedule: Schedule
@@ -147,13 +168,16 @@ def plan(
 
     Raises:
         ShapeError: There is no prompt or no seed, or one is of another kind.
-        UnsupportedError: The export has one bit-width only, or no δ reaches the goal (saying the range).
+        UnsupportedError: A LoRA is out of form, a plugin library is not there, the export has one bit-width only, or no δ
+            reaches the goal (saying the range).
         DvdquantError: Whatever a generation raises.
     """
     if unknown := sorted(options.keys() - {*CLIP, *OPENING}):
         raise UnsupportedError(f"plan has no option {unknown[0]}", available=[*CLIP, *OPENING])
     clip = {name: value for name, value in options.items() if name in CLIP}
     opening = {name: value for name, value in options.items() if name in OPENING}
+    opening["lora"] = parse_loras(opening.get("lora", ()))
+    opening["plugins"] = plugin_paths(opening.get("plugins", ()))
     prompts, seeds = _prompts(prompts, may_be_none=opening.get("text_embeds") is not None), _seeds(seeds)
     low, high = _two_engines(artifact)
     progress = progress or Progress()

@@ -29,9 +29,13 @@ class ClipRecording:
     """One clip through one transformer.
 
     Args:
-        timesteps: of its n steps.
-        changes: (bits of step t − 1, bits of step t) -> L1(1), …, L1(n−1), of the first call in each step.
-        seconds: bits -> of every call. calls: of the transformer on the high engine, all branches.
+        prompt: The prompt.
+        seed: The seed of the first noise.
+        component: The transformer: ``transformer`` or ``transformer_2``.
+        timesteps: The timesteps of its n steps.
+        changes: L1(1), …, L1(n−1) of the first call in each step, by the bits of step t − 1 and of step t.
+        seconds: The seconds of every call, by bits.
+        calls: The calls of the transformer on the high engine, all branches of guidance.
     """
 
     prompt: str

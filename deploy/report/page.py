@@ -61,11 +61,16 @@ class Report:
     """What a page is made of.
 
     Args:
-        manifest: with its files. out: the folder, as commands are to name it.
-        checkpoint_bytes: tensors of the source, None when it is not at hand. parameters: (in 4 bits, kept in 16 bit),
-            the second None when the weight files cannot be read.
-        checks: what ``--verify`` found, one record a graph, if it ran. schedule: of ``schedule.json``. samples: see samples.py.
-        notes: what is missing from the page and why. images: what the model draws from. runs: clips of a trace.
+        manifest: The manifest, with its files.
+        out: The folder, as commands are to name it.
+        checkpoint_bytes: The bytes of the source's tensors; None when it is not at hand.
+        parameters: The numbers of weights in 4 bits and kept in 16 bit, the second None when the weight files cannot be read.
+        checks: What ``--verify`` found, one record a graph, if it ran.
+        schedule: What ``schedule.json`` holds; None where there is none.
+        samples: The clips of the samples, see :mod:`.samples`.
+        notes: What is missing from the page, and why.
+        images: The images that the model draws from.
+        runs: The clips of a trace.
     """
 
     manifest: Manifest

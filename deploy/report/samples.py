@@ -49,7 +49,16 @@ GAP = 4
 
 @dataclass(frozen=True)
 class SampleRow:
-    """One clip: name, a note, its frames as one PNG (data URI, with its size in pixels), bits of each step."""
+    """One clip of a prompt.
+
+    Args:
+        name: What ran, such as ``a8``.
+        note: What the page says of it.
+        picture: Its frames as one PNG, a data URI.
+        width: The width of the picture in pixels.
+        height: The height of the picture in pixels.
+        bits: The activation bits of each step; None is 16 bit.
+    """
 
     name: str
     note: str
@@ -64,8 +73,12 @@ class Sample:
     """The clips of one prompt, and how far the engines are from the original.
 
     Args:
-        errors: ``a4``, ``a8`` -> e(t) of every step.
-        executed: backend, device, dtype and resident bytes of the engines.
+        prompt: The prompt.
+        seed: The seed of the first noise.
+        steps: The denoising steps.
+        rows: The clips, the original first.
+        errors: e(t) of every step, by ``a4`` and ``a8``.
+        executed: Backend, device, dtype and resident bytes of the engines.
     """
 
     prompt: str

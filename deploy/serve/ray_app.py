@@ -21,7 +21,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
@@ -81,11 +81,12 @@ class RayArguments(BaseModel):
         cpus: CPU cores of a worker.
         interfaces: Replicas of the HTTP interface.
         open: True to serve without an API key whoever reaches Ray's proxy.
-        backend: See :class:`.settings.EngineSettings`, and so are the next four.
+        backend: See :class:`.settings.EngineSettings`, and so are the next five.
         compile: Compile the transformer's blocks.
         fuse: Whether what comes before quantized layers is in their kernels; without it, where ``compile`` is on.
         cuda_graphs: Repeat steps as CUDA graphs, where launches count.
         weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
+        plugins: TensorRT plugin libraries with commas between them; every node reaches them by these paths.
         queue: Jobs that may wait.
         max_steps: Denoising steps of a request.
         keep_hours: Hours until a clip is deleted.
@@ -115,12 +116,19 @@ class RayArguments(BaseModel):
     fuse: bool | None = None
     cuda_graphs: bool = False
     weights: WeightPolicy = "auto"
+    plugins: tuple[str, ...] = ()
     queue: int = Field(64, ge=1)
     max_steps: int = Field(100, ge=1, le=1000)
     keep_hours: float = Field(24.0, gt=0)
     drain_seconds: float = Field(120.0, ge=0)
     stall_seconds: float = Field(1800.0, ge=1)
     warm_up: bool = True
+
+    @field_validator("plugins", mode="before")
+    @classmethod
+    def _split_plugins(cls, value: Any) -> Any:
+        """Take paths with commas between them apart, as ``serve run`` gives them."""
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     def server(self) -> ServerSettings:
         """Return the settings of the interface.
@@ -205,7 +213,11 @@ class WorkerReplica:
         return {"label": self.worker.settings.name, "pid": os.getpid(), "models": self.models}
 
     def check_health(self) -> None:
-        """Let Ray start another process where this one cannot go on; RuntimeError then."""
+        """Let Ray start another process where this one cannot go on.
+
+        Raises:
+            RuntimeError: The worker has ended.
+        """
         if not self._thread.is_alive():
             raise RuntimeError(f"the worker has ended with code {self.worker.code}")
 

@@ -47,6 +47,7 @@ class EngineSettings:
         fuse: Whether what comes before quantized layers is in their kernels; None where ``compile`` is on.
         cuda_graphs: Repeat steps as CUDA graphs, where launches count.
         weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
+        plugins: The absolute paths of TensorRT plugin libraries that engines need. They are text, which JSON holds.
     """
 
     backend: str = "auto"
@@ -54,6 +55,7 @@ class EngineSettings:
     fuse: bool | None = None
     cuda_graphs: bool = False
     weights: WeightPolicy = "auto"
+    plugins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

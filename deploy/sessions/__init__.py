@@ -16,6 +16,7 @@ from dvdquant.ops.cuda.errors import BUILD
 from dvdquant.ops.cuda_linear import kernels_for
 from dvdquant.recipe import ATTENTION
 from dvdquant.system.devices import resolve_device
+from dvdquant.system.plugin_file import Plugins, plugin_paths
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ def open_session(
     backend: str = "auto",
     device: str = "auto",
     bits: Sequence[int] | None = None,
-    plugins: Sequence[Path] = (),
+    plugins: Plugins = (),
     compile: bool = False,
     attention: str | None = None,
     attention_backend: str | None = None,
@@ -55,7 +56,7 @@ def open_session(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. With ``process:`` before it, the engines are in a process of their
             own, see :class:`.other_process.ProcessSession`.
         bits: The activation bits to load. The default is all.
-        plugins: TensorRT plugin libraries to load before the engines that need them.
+        plugins: TensorRT plugin libraries to load before the engines that need them, one path or several. Their code runs.
         compile: Run in PyTorch with the transformer's blocks compiled (:class:`.pytorch.PyTorchSession`).
         attention: ``16``, ``int8`` or ``fp8`` for self-attention of long sequences in PyTorch sessions. The default is the
             recipe's. ONNX Runtime computes in 16 bit, and engines have what they were built with.
@@ -70,7 +71,8 @@ def open_session(
 
     Raises:
         UnsupportedError: The backend, the device, the attention or the policy is unknown; a policy is given with a backend
-            that has none, or ``compile``, ``fuse`` or ``attention_backend`` with one that is not PyTorch.
+            that has none, or ``compile``, ``fuse`` or ``attention_backend`` with one that is not PyTorch, or ``plugins``
+            with one that is not TensorRT; a plugin library is not there.
         OutputError: A file differs from the manifest.
         EngineError: No engine fits, or the backend refuses the export.
     """
@@ -79,6 +81,13 @@ def open_session(
     if name not in BACKENDS:
         raise UnsupportedError(f"unknown backend {backend!r:.100}", available=BACKENDS, fix="pick one of these")
     check_policy(weights)
+    libraries = plugin_paths(plugins)
+    if libraries and name not in ("auto", "tensorrt"):
+        raise UnsupportedError(
+            f"plugins are for TensorRT engines, and backend is {backend}",
+            available=["auto", "tensorrt"],
+            fix="leave one out",
+        )
     if weights != "auto" and name == "tensorrt_rtx":
         raise UnsupportedError(
             f"TensorRT-RTX engines hold their weights as they were built, not {weights}",
@@ -93,7 +102,7 @@ def open_session(
             bits,
             resolve_device(device.removeprefix(PROCESS)),
             backend=backend,
-            plugins=tuple(plugins),
+            plugins=libraries,
             compile=compile,
             attention=attention,
             attention_backend=attention_backend,
@@ -116,9 +125,9 @@ def open_session(
             artifact, component, bits, place, compile, attention, attention_backend, weights, fuse, cuda_graphs
         )
     session = (
-        _open_best(artifact, component, bits, place, plugins, attention, weights, cuda_graphs)
+        _open_best(artifact, component, bits, place, libraries, attention, weights, cuda_graphs)
         if name == "auto"
-        else _open(name, artifact, component, bits, place, plugins, weights, cuda_graphs=cuda_graphs)
+        else _open(name, artifact, component, bits, place, libraries, weights, cuda_graphs=cuda_graphs)
     )
     # 5. Say what the chosen backend leaves out.
     if cuda_graphs and session.backend == "onnxruntime":

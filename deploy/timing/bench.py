@@ -18,6 +18,7 @@ from dvdquant.deploy.sessions import open_session
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy
+from dvdquant.system.plugin_file import Plugins, plugin_paths
 from dvdquant.system.progress import Progress
 
 __all__ = ["BenchResult", "Timing", "bench"]
@@ -115,6 +116,7 @@ def bench(
     weights: WeightPolicy = "auto",
     fuse: bool | None = None,
     cuda_graphs: bool = False,
+    plugins: Plugins = (),
     progress: Progress | None = None,
 ) -> BenchResult:
     """Time one call of every bit-width, on random inputs of one size of the export.
@@ -136,16 +138,18 @@ def bench(
         weights: ``auto``, ``packed`` or ``expanded``.
         fuse: Take what comes before quantized layers into their kernels, in PyTorch sessions; None where ``compile`` is on.
         cuda_graphs: Repeat steps as CUDA graphs.
+        plugins: TensorRT plugin libraries that engines need, one path or several.
         progress: The receiver of the progress.
 
     Raises:
-        UnsupportedError: The export has no such transformer.
+        UnsupportedError: The export has no such transformer, or a plugin library is not there.
         EngineError: No engine fits, or a call fails.
     """
     if unknown := sorted(set(components) - set(artifact.components)):
         raise UnsupportedError(
             f"the export has no transformer {unknown[0]!r:.80}", available=artifact.components, fix="pick one of these"
         )
+    libraries = plugin_paths(plugins)
     timings: list[Timing] = []
     resident = {}
     backend_name = device_name = form = ""
@@ -162,6 +166,7 @@ def bench(
             weights=weights,
             fuse=fuse,
             cuda_graphs=cuda_graphs,
+            plugins=libraries,
         ) as session:
             inputs = session.family.sample(artifact.sizes, session.dtype, 0, which)
             shapes = {name: list(value.shape) for name, value in inputs.items()}

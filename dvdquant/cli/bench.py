@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.common import CUDA_GRAPHS, FUSE, ExamplesCommand, echo, loading, runs_on, setup_logging, table
+from dvdquant.cli.common import (
+    CUDA_GRAPHS,
+    FUSE,
+    ExamplesCommand,
+    echo,
+    loading,
+    runs_on,
+    setup_logging,
+    table,
+    takes_plugins,
+)
 from dvdquant.cli.paths import EXPORT, PATH, WORD
 from dvdquant.recipe import ATTENTION
 from dvdquant.system.devices import check_device_word
@@ -59,6 +69,7 @@ dvdq bench out/wan --repeats 50 --seconds 300 -o bench.json
 @click.option("--compile", is_flag=True, help="Run in PyTorch and compile the transformer's blocks.")
 @click.option("--fuse/--no-fuse", default=None, help=FUSE)
 @click.option("--cuda-graphs", is_flag=True, help=CUDA_GRAPHS)
+@takes_plugins
 @click.option("--attention", type=click.Choice(ATTENTION), help="Self-attention in PyTorch.  [default: the export's]")
 @click.option("-o", "--output", type=PATH, metavar="PATH", help="Write the result with all samples as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print that JSON instead of the table.")

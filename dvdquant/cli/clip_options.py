@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dvdquant.clashes import Clash, session_clashes
-from dvdquant.cli.common import CUDA_GRAPHS, FUSE, P, R
+from dvdquant.cli.common import CUDA_GRAPHS, FUSE, P, R, takes_plugins
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.recipe import ATTENTION
 
@@ -64,12 +64,7 @@ _LOADING = (
         type=click.Choice(ATTENTION),
         help="Self-attention of long sequences in PyTorch: 16 bit, int8 or fp8.  [default: the export's]",
     ),
-    click.option(
-        "--plugin",
-        multiple=True,
-        type=PATH,
-        help="TensorRT plugin library, which engines with the plugin need. Its code runs: take none that you do not trust.",
-    ),
+    takes_plugins,
     click.option(
         "--attention-backend",
         type=WORD,
@@ -116,10 +111,6 @@ def loading_clashes(options: Mapping[str, Any]) -> list[Clash]:
     elsewhere = backend not in ("auto", "pytorch")
     return [
         *session_clashes(options),
-        Clash(
-            options["plugin"] and backend not in ("auto", "tensorrt"),
-            f"--plugin is for TensorRT engines, so --backend {backend} does not apply",
-        ),
         Clash(
             options["attention_backend"] is not None and elsewhere,
             f"--attention-backend runs in PyTorch, so --backend {backend} does not apply",

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
-from dvdquant.cli.paths import WORD
+from dvdquant.cli.paths import PATH, WORD
 from dvdquant.cli.process import echo, require_folder, run_as_process, user_error
 from dvdquant.hardware.weights import WEIGHTS
 from dvdquant.text import json_text, shown
@@ -29,6 +29,7 @@ __all__ = [
     "runs_on",
     "setup_logging",
     "table",
+    "takes_plugins",
 ]
 
 P = ParamSpec("P")
@@ -175,6 +176,23 @@ def runs_on(command: Callable[P, R]) -> Callable[P, R]:
         "2 to 4 times the memory; auto: packed where that costs a step 2 % at most.",
     )
     return backend(device(weights(command)))
+
+
+def takes_plugins(command: Callable[P, R]) -> Callable[P, R]:
+    """Add the option --plugin; its value is called ``plugins``.
+
+    Args:
+        command: The function of the command.
+    """
+    option = click.option(
+        "--plugin",
+        "plugins",
+        multiple=True,
+        type=PATH,
+        metavar="LIBRARY",
+        help="TensorRT plugin library, which engines with the plugin need. Its code runs: take none that you do not trust.",
+    )
+    return option(command)
 
 
 def paragraphs(items: Sequence[tuple[str, str]], width: int = 100) -> str:

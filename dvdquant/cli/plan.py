@@ -140,7 +140,6 @@ def main(out: Path, check: Path | None, revision: str | None, log_format: str, v
         goal_options["average_bits"] = 6.0
     goal = Goal(goal_options["average_bits"], goal_options["time_budget"], goal_options["delta"])
     progress = Progress("json" if log_format == "json" else "text")
-    options["plugins"] = options.pop("plugin")
     options["text_encoder_bits"] = int(options["text_encoder_bits"] or 16)
     found = plan(Artifact.of(out, manifest), prompts, goal, seeds=seeds, progress=progress, lora=loras, **options)
     # 3. Write the schedule and the plot.

@@ -291,7 +291,11 @@ def _no_memory(text: str) -> ResourceError:
 
 
 def require_folder() -> None:
-    """Refuse to run where the working directory was deleted, with OutputError: libraries and relative paths need one."""
+    """Refuse to run where the working directory was deleted: libraries and relative paths need one.
+
+    Raises:
+        OutputError: There is none.
+    """
     try:
         os.getcwd()
     except OSError as error:

@@ -17,7 +17,7 @@ __all__ = ["RunOptions", "check_options", "no_prompts", "parse_cache", "parse_me
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The command's options, by their names."""
+    """The options of ``dvdq-run``, each by its name, as :mod:`dvdquant.cli.run` describes and click reads them."""
 
     prompt: tuple[str, ...]
     prompts: Path | None
@@ -57,7 +57,7 @@ class RunOptions:
     backend: str
     device: str
     weights: WeightPolicy
-    plugin: tuple[Path, ...]
+    plugins: tuple[Path, ...]
     compile: bool
     fuse: bool | None
     cuda_graphs: bool

@@ -33,7 +33,15 @@ def numbered_path(path: Path, index: int, count: int) -> Path:
 
 @dataclass
 class Writer:
-    """Writes each clip as soon as it is there; strip and trace of all of them at the end."""
+    """Writes each clip as soon as it is there; strip and trace of all of them at the end.
+
+    Args:
+        settings: The options of the command.
+        count: How many prompts there are.
+        rows: The rows of the strip so far.
+        clips: The clips so far, as the trace has them.
+        written: What was written so far: its kind and its path.
+    """
 
     settings: RunOptions
     count: int

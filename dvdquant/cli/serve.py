@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.common import CUDA_GRAPHS, FUSE, ExamplesCommand, runs_on
+from dvdquant.cli.common import CUDA_GRAPHS, FUSE, ExamplesCommand, runs_on, takes_plugins
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.cli.serve_options import (
     KEY_VARIABLE,
@@ -27,6 +27,7 @@ from dvdquant.cli.serve_options import (
 )
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.devices import check_device_word
+from dvdquant.system.plugin_file import plugin_paths
 
 EXAMPLES = """
 # one export on every GPU of this machine; a page at http://127.0.0.1:8000
@@ -182,6 +183,7 @@ _MODULES = {
 @click.option("--compile", is_flag=True, help="Run in PyTorch and compile the transformer's blocks.")
 @click.option("--fuse/--no-fuse", default=None, help=FUSE)
 @click.option("--cuda-graphs", is_flag=True, help=CUDA_GRAPHS)
+@takes_plugins
 @click.option("--log-format", type=click.Choice(["json", "text"]), default="json", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for everything.")
 @click.version_option(__version__, prog_name="dvdq-serve")
@@ -189,6 +191,7 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
     """Serve the exports in folders OUT over HTTP: OpenAI's /v1/videos, a live page, metrics."""
     require_packages()
     check_session_options(options)
+    options["plugins"] = tuple(map(str, plugin_paths(options["plugins"])))
     if options["triton_repository"] is not None:
         write_triton(exports, options)
         return
@@ -275,7 +278,11 @@ def run_dynamo(exports: tuple[str, ...], options: dict[str, Any]) -> None:
 
 
 def require_packages() -> None:
-    """Refuse to run without the packages of the server, with UnsupportedError that names them."""
+    """Refuse to run without the packages of the server.
+
+    Raises:
+        UnsupportedError: Some are missing; the error names them.
+    """
     missing = [package for module, package in _MODULES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UnsupportedError(f"dvdq-serve needs {', '.join(missing)}", fix="pip install 'dvdquant[serve]'")

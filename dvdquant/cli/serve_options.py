@@ -54,7 +54,7 @@ def read_sessions(options: dict[str, Any]) -> SessionSettings:
     """Return how a server that keeps its own queue opens sessions.
 
     Args:
-        options: ``backend``, ``device``, ``compile``, ``fuse``, ``cuda_graphs`` and ``weights``.
+        options: ``backend``, ``device``, ``compile``, ``fuse``, ``cuda_graphs``, ``weights`` and ``plugins``.
     """
     from dvdquant.deploy.serve.settings import SessionSettings
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.files import open_regular
+from dvdquant.system.records import brief
 
-__all__ = ["MAX_PLUGIN", "PluginFile", "machine_name", "parse_plugin", "read_plugin"]
+__all__ = ["MAX_PLUGIN", "PluginFile", "Plugins", "machine_name", "parse_plugin", "plugin_paths", "read_plugin"]
 
 MAX_PLUGIN = 256 << 20
 """The most bytes of a plugin library; with the kernels for all GPUs it has a tenth of them."""
+Plugins = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+"""Plugin libraries as somebody names them: one path, or several."""
 _FIX = "give libdvdquant_plugins.so as make plugin builds it"
 # The head of an ELF file: 64 bit, little-endian; then e_type, which is 3 for a shared library, and e_machine.
 _ELF = b"\x7fELF\x02\x01"
@@ -45,6 +49,29 @@ class PluginFile:
 def machine_name() -> str:
     """Return the processor of this machine as ``uname -m`` says it."""
     return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+
+
+def plugin_paths(plugins: Plugins) -> tuple[Path, ...]:
+    """Return the absolute paths of the plugin libraries that somebody named. Nothing of them is read.
+
+    Args:
+        plugins: One path, or several.
+
+    Raises:
+        UnsupportedError: One is no path, or no file is there.
+    """
+    one = isinstance(plugins, (str, os.PathLike)) or not isinstance(plugins, Iterable)
+    paths = []
+    for plugin in (plugins,) if one else tuple(plugins):  # type: ignore[arg-type]
+        if not isinstance(plugin, (str, os.PathLike)) or not os.fspath(plugin):
+            raise UnsupportedError(
+                f"plugins holds {brief(plugin)}", available="a path, or several", fix="give the path of the library"
+            )
+        path = Path(plugin).absolute()
+        if not path.is_file():
+            raise UnsupportedError(f"the plugin library {path} is not there", fix=_FIX)
+        paths.append(path)
+    return tuple(paths)
 
 
 def read_plugin(path: Path) -> PluginFile:

@@ -63,6 +63,7 @@ class EngineStage:
         hashes: Relative path -> SHA-256 of each QuantLinear graph.
         weight_source: A function from the name of a layer to its rotated weight from the original checkpoint, fp32 [N,
             K]; None if there is no checkpoint.
+        fused: How many layers of the graph that was lowered last are fused with what comes before them.
     """
 
     root: Path
@@ -75,7 +76,7 @@ class EngineStage:
     weight_source: Callable[[str], Tensor] | None = None
     _stores: dict[str, TensorStore] = field(default_factory=dict)
     _quantized: int = 0  # attentions in FP8 of the graph that was lowered last
-    fused: int = 0  # layers of that graph that are fused with what comes before them
+    fused: int = 0
     _kept: set[str] = field(default_factory=set)  # precisions of graphs that are for another machine
 
     def build(self, engine: EnginePlan) -> tuple[EngineEntry, BuildReport]:

@@ -36,11 +36,15 @@ class AttentionScales:
     """How one attention is quantized.
 
     Args:
-        name: the attention's module, such as ``blocks.0.attn1``.
-        order: its place among all Attention nodes of the graph, in order of execution.
-        fold: fp32 [n], powers of two by which the channels of q were multiplied and those of k divided: n is the width of the
-            norm's weight, all heads or one. rotation: fp32 [d, d], orthonormal.
-        q, k, v, p: the scales, as the graph's dtype holds them; that of q is of q / √d.
+        name: The attention's module, such as ``blocks.0.attn1``.
+        order: Its place among all Attention nodes of the graph, in order of execution.
+        fold: fp32 [n], powers of two by which the channels of q were multiplied and those of k divided. n is the width of
+            the norm's weight, all heads or one.
+        rotation: fp32 [d, d], orthonormal.
+        q: The scale of q / √d, as the graph's dtype holds it.
+        k: The scale of k.
+        v: The scale of v.
+        p: The scale of the softmax.
     """
 
     name: str

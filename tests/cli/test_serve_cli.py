@@ -91,6 +91,21 @@ def test_cuda_graphs_reach_the_sessions_of_workers(
     assert opened == [False, True]
 
 
+def test_plugins_reach_the_sessions_of_workers(
+    out: Path, settings: list[ServerSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[tuple[str, ...]] = []
+    monkeypatch.setattr(
+        "dvdquant.deploy.generation.generate.open_generator", lambda *_, **given: opened.append(given["plugins"])
+    )
+    (tmp_path / "plugin.so").touch()
+    monkeypatch.chdir(tmp_path)
+    assert _run(out, "--data", tmp_path / "data", "--plugin", "plugin.so").exit_code == 0
+    worker = settings[-1].worker("w", "cpu")
+    open_model(worker, worker.models[0])
+    assert opened == [(str(tmp_path / "plugin.so"),)]
+
+
 def test_options_of_sessions_reach_a_worker_of_dynamo(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,13 +121,16 @@ def test_options_of_sessions_reach_a_worker_of_dynamo(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name.startswith("dynamo") else find(name))
     monkeypatch.setattr("dvdquant.deploy.serve.direct.ServedModel", lambda *_: None)
     monkeypatch.setattr("dvdquant.deploy.serve.direct.open_generator", lambda *_, **given: opened.append(given))
-    words = ("--compile", "--no-fuse", "--cuda-graphs", "--weights", "packed", "--device", "cpu")
+    plugin = tmp_path / "plugin.so"
+    plugin.touch()
+    words = ("--compile", "--no-fuse", "--cuda-graphs", "--weights", "packed", "--device", "cpu", "--plugin", plugin)
     for given in ((), words):
         done = _run(out, "--dynamo", *given)
         assert done.exit_code == 0, done.output
-    usual = {"pipeline": None, "backend": "auto", "device": "auto", "weights": "auto"}
+    usual = {"pipeline": None, "backend": "auto", "device": "auto", "weights": "auto", "plugins": ()}
     assert opened[0] == {**usual, "compile": False, "fuse": None, "cuda_graphs": False}
     changed = {"compile": True, "fuse": False, "cuda_graphs": True, "weights": "packed", "device": "cpu"}
+    changed |= {"plugins": (str(plugin),)}
     assert opened[1] == {**usual, **changed}
 
 
@@ -123,9 +141,14 @@ def test_options_of_sessions_without_effect_are_refused_before_an_export_is_open
         (("--cuda-graphs", "--backend", "onnxruntime"), "ONNX Runtime has none, so --cuda-graphs does not apply"),
         (("--compile", "--backend", "rtx"), "--compile runs in PyTorch, so --backend rtx does not apply"),
         (("--fuse", "--backend", "tensorrt"), "--fuse runs in PyTorch, so --backend tensorrt does not apply"),
+        (
+            ("--plugin", __file__, "--backend", "rtx"),
+            "--plugin is for TensorRT engines, so --backend rtx does not apply",
+        ),
         (("--compile", "--backend", "rtx", "--dynamo"), "--compile runs in PyTorch, so --backend rtx does not apply"),
     ):
         refused(_run(gone, *words), said, "leave one of the two out")
+    refused(_run(gone, "--plugin", tmp_path / "none.so"), "none.so is not there", "make plugin")
     assert not list(tmp_path.iterdir())
 
 

@@ -84,6 +84,8 @@ def test_table_and_json(out: Path, tmp_path: Path) -> None:
         (("--device", "gpu"), "unknown device"),
         (("--backend", "rtx", "--device", "cpu"), "fix: "),
         (("-o", "/nowhere/bench.json"), "/nowhere"),
+        (("--plugin", "/nowhere/plugin.so"), "/nowhere/plugin.so is not there"),
+        (("--plugin", __file__, "--backend", "pytorch"), "for TensorRT engines, and backend is pytorch"),
     ],
 )
 def test_what_is_not_there_is_an_error(arguments: tuple[object, ...], words: str, out: Path) -> None:

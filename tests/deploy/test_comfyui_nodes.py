@@ -356,6 +356,32 @@ def test_settings_that_contradict_the_sampler(transformer: ExportedTransformer, 
     planned.unload()
 
 
+def test_plugin_libraries_come_from_the_environment_alone(
+    host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only to backends that may run TensorRT engines: a library is named once for all nodes."""
+    asked: list[tuple[str, tuple[Path, ...]]] = []
+
+    def opens(*_: Any, backend: str, plugins: tuple[Path, ...], **__: Any) -> Any:
+        asked.append((backend, plugins))
+        return types.SimpleNamespace(backend=backend)
+
+    monkeypatch.setattr("dvdquant.deploy.comfyui.transformer.open_session", opens)
+    libraries = (tmp_path / "one.so", tmp_path / "two.so")
+    for path in libraries:
+        path.touch()
+    for given in ("", f"{libraries[0]}:{libraries[1]}"):
+        monkeypatch.setenv("DVDQ_PLUGINS", given)
+        for backend in ("auto", "tensorrt", "pytorch"):
+            assert ExportedTransformer(export(), "", backend, CPU).session.backend == backend
+    assert [plugins for _, plugins in asked[:3]] == [(), (), ()]
+    assert asked[3:] == [("auto", libraries), ("tensorrt", libraries), ("pytorch", ())]
+    monkeypatch.setenv("DVDQ_PLUGINS", str(tmp_path / "none.so"))
+    with pytest.raises(UnsupportedError, match=r"none\.so is not there"):
+        _ = ExportedTransformer(export(), "", "auto", CPU).session
+    assert "plugin" not in str(nodes.LoadExport.INPUT_TYPES())
+
+
 def test_what_is_no_wan_export_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutputError):
         ExportedTransformer(tmp_path, "", "auto", CPU)

@@ -84,14 +84,18 @@ def test_how_engines_run_reaches_the_workers() -> None:
 
     # Each as ``serve run`` gives it, in text; none at its default.
     given = {"backend": "pytorch", "compile": "true", "fuse": "false", "cuda_graphs": "true", "weights": "packed"}
+    given["plugins"] = "/lib/one.so,/lib/two.so"
     assert set(given) == {each.name for each in dataclasses.fields(EngineSettings)}
     worker = RayArguments.model_validate({"models": "out", "open": "true", **given}).server().worker("ray", "cuda:0")
     wanted = {"backend": "pytorch", "compile": True, "fuse": False, "cuda_graphs": True, "weights": "packed"}
+    wanted["plugins"] = ("/lib/one.so", "/lib/two.so")
     assert fields_of(EngineSettings, worker) == wanted
     usual = RayArguments(models="out", open=True).server().worker("ray", "cuda:0")
     assert fields_of(EngineSettings, usual) == fields_of(EngineSettings, EngineSettings())
     with pytest.raises(UnsupportedError, match="--compile runs in PyTorch, so --backend rtx does not apply"):
         RayArguments(models="out", open=True, compile=True, backend="rtx").server()
+    with pytest.raises(UnsupportedError, match="--plugin is for TensorRT engines, so --backend rtx does not apply"):
+        RayArguments(models="out", open=True, plugins=("one.so",), backend="rtx").server()
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,20 @@ def test_options_of_sessions_are_in_the_repository_and_reach_the_session(
 ) -> None:
     from torch._inductor import config
 
-    _write(tmp_path, "--compile", "--no-fuse", "--cuda-graphs", "--weights", "packed", "--device", "auto")
+    plugin = tmp_path / "plugin.so"
+    plugin.touch()
+    _write(
+        tmp_path,
+        "--plugin",
+        str(plugin),
+        "--compile",
+        "--no-fuse",
+        "--cuda-graphs",
+        "--weights",
+        "packed",
+        "--device",
+        "auto",
+    )
     parameters = {
         name: {"string_value": json.loads(value)}
         for name, value in re.findall(
@@ -91,6 +104,7 @@ def test_options_of_sessions_are_in_the_repository_and_reach_the_session(
     given = {"model_instance_kind": "GPU", "model_instance_device_id": "1"}
     models.StepModel().initialize({**given, "model_config": json.dumps({"parameters": parameters})})
     asked = {"backend": "auto", "compile": True, "fuse": False, "cuda_graphs": True, "weights": "packed"}
+    asked |= {"plugins": [str(plugin)]}
     assert opened == [{**asked, "device": "cuda:1"}]
     assert config.compile_threads == 1
     # A repository that an earlier release wrote.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,16 +13,21 @@ from torch import Tensor
 
 from dvdquant.deploy import sessions
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.generate import open_generator
+from dvdquant.deploy.generation.request import GenerateRequest
+from dvdquant.deploy.pipelines.transformer import DvdqTransformer
 from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.sessions import pytorch as pytorch_module
 from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 from dvdquant.deploy.sessions.pytorch import PyTorchSession, bits_advice
+from dvdquant.deploy.timing.bench import bench
 from dvdquant.errors import DvdquantError, EngineError, ShapeError, UnsupportedError
 from dvdquant.export.verify.graph import ATOL, FACTOR
 from dvdquant.model.families import Sizes
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.recipe import get_recipe
 from tests.support import session_exports as made
+from tests.support.running import short_wan_export
 
 CASES = [("wan", "fp16"), ("wan", "bf16"), ("hunyuan-video", "bf16"), ("cogvideox", "bf16"), ("ltx-video", "bf16")]
 
@@ -414,3 +420,60 @@ def test_on_a_gpu(backend: str) -> None:
             assert y.device.type == "cuda"
             assert made.relative(y.cpu(), exact) <= FACTOR * made.relative(same, exact) + ATOL
         assert session.resident_bytes()["weights"] > 0
+
+
+# ------------------------------------------------------------------------------------------------------------- plugins
+
+
+class Asked(Exception):
+    """A TensorRT session was asked for, with these plugin libraries."""
+
+
+@pytest.fixture
+def engines_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of TensorRT sessions, which need TensorRT and a GPU."""
+
+    def session(*_: Any, plugins: Any, **options: Any) -> None:
+        assert options["backend"] == "tensorrt"
+        raise Asked(plugins)
+
+    monkeypatch.setattr("dvdquant.deploy.sessions.engines.TensorRTSession", session)
+
+
+def _open_pipeline_transformer(out: Path, **options: Any) -> None:
+    DvdqTransformer.from_pretrained(out, **options)
+
+
+def _open_session(out: Path, **options: Any) -> None:
+    open_session(Artifact.open(out), **options)
+
+
+def _bench(out: Path, **options: Any) -> None:
+    bench(Artifact.open(out), **options)
+
+
+def _draw(out: Path, **options: Any) -> None:
+    with open_generator(Artifact.open(out), **options) as generator:
+        generator.generate(GenerateRequest("circle red right small black", steps=3))
+
+
+@pytest.mark.parametrize("opens", [_open_session, _open_pipeline_transformer, _bench, _draw])
+def test_plugins_reach_the_engines(opens: Callable[..., None], engines_double: None, tmp_path: Path) -> None:
+    out = short_wan_export()
+    one, two = tmp_path / "one.so", tmp_path / "two.so"
+    one.touch()
+    two.touch()
+    here = {"backend": "tensorrt", "device": "cpu"}
+    for given, wanted in ((one, (one,)), (str(one), (one,)), ([str(one), two], (one, two)), ((), ())):
+        with pytest.raises(Asked) as caught:
+            opens(out, plugins=given, **here)
+        assert caught.value.args[0] == wanted
+    with pytest.raises(UnsupportedError, match=r"three\.so is not there") as missing:
+        opens(out, plugins=[one, tmp_path / "three.so"], **here)
+    assert missing.value.fix
+    for wrong in (3, None, [None], "", [b"x"]):
+        with pytest.raises(UnsupportedError, match="plugins holds"):
+            opens(out, plugins=wrong, **here)
+    for backend in ("pytorch", "onnxruntime", "rtx"):
+        with pytest.raises(UnsupportedError, match=f"for TensorRT engines, and backend is {backend}"):
+            opens(out, plugins=one, **{**here, "backend": backend})

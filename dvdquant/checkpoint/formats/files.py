@@ -49,7 +49,15 @@ _LOW = re.compile(r"(?<![a-z])(low[ _.-]?noise|low)(?![a-z])", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class HeldFile:
-    """What a single file holds, in its own names; as :class:`dvdquant.checkpoint.reader.Checkpoint` has them."""
+    """What a single file holds, in its own names; as :class:`dvdquant.checkpoint.reader.Checkpoint` has them.
+
+    Args:
+        tensors: Where each tensor lies, by name.
+        metadata: The texts of the file's header, by their keys.
+        headers: SHA-256 of the header, by the name of the file.
+        files: What the file was when its header was read, by its name.
+        layout: The layout, as :class:`.source_format.SourceFormat` has it.
+    """
 
     tensors: dict[str, ShardTensor]
     metadata: dict[str, str]

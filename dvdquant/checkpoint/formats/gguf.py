@@ -51,7 +51,9 @@ class GgufHeader:
     """A checked header.
 
     Args:
-        tensors: by name. types: of each tensor by name. architecture: as the file names it, "" where it does not.
+        tensors: Where each tensor lies, by name.
+        types: The format of each tensor, such as ``Q8_0``, by name.
+        architecture: The architecture as the file names it, an empty text where it does not.
         digest: SHA-256 of the header.
     """
 

@@ -66,12 +66,15 @@ class Shapes:
 
 
 def count_blocks(names: Mapping[str, object], stack: str, place: str) -> int:
-    """Return the number of blocks of a stack; CheckpointError where one is missing.
+    """Return the number of blocks of a stack.
 
     Args:
         names: The tensors by name.
         stack: The name of the list of blocks.
         place: The path of the file, for the error.
+
+    Raises:
+        CheckpointError: A block is missing, or there are too many.
     """
     pattern = re.compile(re.escape(stack) + r"\.(0|[1-9][0-9]{0,4})\.")
     found = {int(match[1]) for name in names if (match := pattern.match(name))}

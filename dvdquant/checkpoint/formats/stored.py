@@ -35,10 +35,15 @@ class Stored:
 
 @dataclass(frozen=True)
 class ShardTensor(TensorInfo):
-    """A tensor of a checkpoint, the real path of the file that holds it, and that file's name in the folder.
+    """A tensor of a checkpoint and the place of its bytes.
 
     ``dtype`` and ``shape`` are those of the tensor that is read; ``name``, ``offset`` and ``nbytes`` those of its bytes in
-    the file. ``stored`` says how these become that, None where they are it.
+    the file.
+
+    Args:
+        path: The real path of the file that holds it.
+        shard: The name of that file in the folder.
+        stored: How the bytes become the tensor; None where they are it.
     """
 
     path: Path = field(default=Path())

@@ -74,7 +74,13 @@ class SourceFormat:
 
 @dataclass(frozen=True)
 class Translated:
-    """A checkpoint by the names of diffusers: its config, its tensors, and what was recognised."""
+    """A checkpoint by the names of diffusers.
+
+    Args:
+        config: The transformer's config.
+        tensors: Where each tensor lies, by the name of diffusers.
+        source: What was recognised.
+    """
 
     config: dict[str, Any]
     tensors: dict[str, ShardTensor]

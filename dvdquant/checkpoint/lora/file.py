@@ -67,8 +67,11 @@ class LoraFile:
     """The header of a LoRA file, checked; its tensors stay on disk. No descriptor is kept.
 
     Args:
-        path: as given. folder, name: where it really lies.
-        header: its tensors and metadata. identity: what the file was when the header was read.
+        path: The path as it was given.
+        folder: The folder in which the file really lies.
+        name: The name of the file there.
+        header: Its tensors and metadata.
+        identity: What the file was when the header was read.
         settings: PEFT's, from the metadata or from ``adapter_config.json`` beside the file; None where there are none.
     """
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dvdquant.errors import UnsupportedError
+from dvdquant.system.records import brief
 from dvdquant.text import shown
 
 __all__ = ["LoraSpec", "parse_lora", "parse_loras"]
@@ -77,17 +78,20 @@ def parse_loras(value: str | Path | LoraSpec | Sequence[str | Path | LoraSpec]) 
         value: One of them, or a sequence.
 
     Raises:
-        UnsupportedError: one of them is out of form, or there are more than 64.
+        UnsupportedError: one of them is out of form or of another kind, or there are more than 64.
     """
-    several = [value] if isinstance(value, (str, Path, LoraSpec)) else list(value)
+    one = isinstance(value, (str, Path, LoraSpec)) or not isinstance(value, Iterable)
+    several = [value] if one else list(value)  # type: ignore[arg-type]
     if len(several) > MAX_LORAS:
-        raise UnsupportedError(f"{len(several)} LoRAs", available=f"up to {MAX_LORAS}")
-    return tuple(_spec(one) for one in several)
+        raise UnsupportedError(f"{len(several)} LoRAs", available=f"up to {MAX_LORAS}", fix="leave some out")
+    return tuple(_spec(one) for one in several)  # type: ignore[arg-type]
 
 
 def _spec(value: str | Path | LoraSpec) -> LoraSpec:
     if isinstance(value, LoraSpec):
         return value
+    if not isinstance(value, (str, Path)):
+        raise UnsupportedError(f"a LoRA is {brief(value)}", available=_FORM, fix="give the path of its file")
     return LoraSpec(_path(str(value), str(value))) if isinstance(value, Path) else parse_lora(value)
 
 

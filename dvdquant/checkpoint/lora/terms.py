@@ -145,7 +145,8 @@ class Loras:
     """The LoRAs of one transformer, and the changes to each of its tensors, in the order they were given.
 
     Args:
-        fused: one for each LoRA. terms: changes by the name of the tensor.
+        fused: What is recorded of each LoRA.
+        terms: The changes, by the name of the tensor.
     """
 
     fused: tuple[FusedLora, ...]

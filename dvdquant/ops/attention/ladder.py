@@ -47,8 +47,7 @@ class Attention:
         sm: The compute capability times 10, or None for a CPU.
         must_be_faster: Whether a library has to be faster than 16 bit. One that was asked for by name has not.
         name: What the log calls the model.
-
-    Attributes:
+        decided: Whether the first call has been.
         taken: The library that runs; None is 16 bit, and before the first call.
         error: Its relative L2 distance from 16 bit on the first layer.
         speedup: The time of 16 bit over its time, there.

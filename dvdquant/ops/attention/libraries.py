@@ -30,7 +30,8 @@ class Library:
         name: What it is called by users.
         kind: The format that it computes, of :data:`.definition.FORMATS`, as near as it is known.
         package: The distribution whose version is looked at, or an empty text.
-        least: The oldest version that has what is called. The next one, ``below``, is not taken: another interface.
+        least: The oldest version that has what is called.
+        below: The first later version that has another interface, which is not taken; None where none is known.
         sms: The SMs that it has kernels for, or None for all devices.
         max_head: The most channels of a head.
         load: Import the library and return its kernel.
