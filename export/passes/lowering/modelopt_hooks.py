@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from dvdquant.system.hooks import hook, lost_hook
+from dvdquant.system.hooks import lost_hook
 
 __all__ = ["REQUIREMENT", "check_nvfp4", "nvfp4_bytes"]
 
@@ -36,8 +36,11 @@ def nvfp4_bytes(weight: torch.Tensor, block: int, unit: torch.Tensor) -> tuple[t
     Raises:
         UnsupportedError: See :func:`check_nvfp4`.
     """
-    quantizer = hook("nvidia-modelopt", "modelopt.torch.quantization.qtensor:NVFP4QTensor", _WHY, REQUIREMENT)
-    quantized, scales, _ = quantizer.quantize(weight, block, weights_scaling_factor_2=unit)
+    try:
+        from modelopt.torch.quantization.qtensor import NVFP4QTensor
+    except ImportError as error:
+        raise lost_hook("nvidia-modelopt", "torch.quantization.qtensor.NVFP4QTensor", _WHY, REQUIREMENT) from error
+    quantized, scales, _ = NVFP4QTensor.quantize(weight, block, weights_scaling_factor_2=unit)
     codes = getattr(quantized, "_quantized_data", None)
     if codes is None:
         raise lost_hook("nvidia-modelopt", "NVFP4QTensor._quantized_data", _WHY, REQUIREMENT)
