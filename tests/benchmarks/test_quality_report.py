@@ -15,18 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.quality_rows import (
-    OURS,
-    RIGHT,
-    WIDTHS,
-    cells,
-    clip,
-    figure,
-    made_up,
-    read,
-    report,
-    study,
-)
+from tests.support.quality_rows import OURS, RIGHT, WIDTHS, cells, clip, figure, made_up, read, report, study
 from tests.support.quality_scripts import QUALITY, script
 
 README = QUALITY.parents[1] / "docs" / "quality" / "index.md"
