@@ -38,7 +38,7 @@ from dvdquant.export.passes.lowering.modelopt_hooks import check_nvfp4
 from dvdquant.export.plan import ExportPlan, check_previous, source_of
 from dvdquant.export.recorded import graph_tools, lora_entries, recorded_manifest
 from dvdquant.export.result import ExportResult, WriteReport
-from dvdquant.export.source_words import source_lines
+from dvdquant.export.source_text import source_lines
 from dvdquant.export.steps import is_step
 from dvdquant.export.verify.export import verify_export
 from dvdquant.export.verify.graph import GraphCheck

@@ -23,7 +23,7 @@ from dvdquant.deploy.generation.generator import (
     Generator,
     controller_of,
 )
-from dvdquant.deploy.generation.images import Picture, stretch_words
+from dvdquant.deploy.generation.images import Picture, stretch_text
 from dvdquant.deploy.generation.original import LOADING, load_original
 from dvdquant.deploy.generation.original_calls import recorded_calls
 from dvdquant.deploy.generation.pipeline_stages import decode_video, encode_text, frames_of, twin, words_of
@@ -82,7 +82,7 @@ class PipelineGenerator(Generator):
     def notes(self, request: GenerateRequest) -> list[str]:
         """See :class:`Generator`."""
         height, width = request.height or 1, request.width or 1
-        found = [stretch_words(picture, height, width) for picture in self.checker.pictures(request).values()]
+        found = [stretch_text(picture, height, width) for picture in self.checker.pictures(request).values()]
         if self.options.offload and resolve_device(self.options.device).type == "cpu":
             found.append("--offload saves nothing on a CPU: the parts are in the host's memory anyway")
         return [*super().notes(request), *(words for words in found if words is not None)]

@@ -30,7 +30,7 @@ from dvdquant.ops.repack import LayerShape
 from dvdquant.ops.rope import Rope, apply_rope, run_rope_quantize
 from dvdquant.system.torch_hooks import check_example_values, compiler_named, set_example_value
 
-__all__ = ["fuse_graph", "fusing_backend", "fusion_words", "kernels_fuse", "why_not_fused"]
+__all__ = ["fuse_graph", "fusing_backend", "fusion_text", "kernels_fuse", "why_not_fused"]
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def why_not_fused(kernels: CudaKernels | None, device: torch.device, dtype: torc
     return NO_KERNELS if kernels is None else kernels_fuse(kernels, device, dtype)
 
 
-def fusion_words(device: torch.device, compile: bool, fuse: bool | None) -> str | None:
+def fusion_text(device: torch.device, compile: bool, fuse: bool | None) -> str | None:
     """Return in words what a PyTorch session will do, before it is opened; None where nothing asks for it.
 
     Args:
