@@ -31,6 +31,7 @@ from dvdquant.deploy.generation.request import GenerateRequest, OnStep
 from dvdquant.deploy.generation.session_options import SessionOptions
 from dvdquant.deploy.generation.text_embeds import save_text_embeds
 from dvdquant.deploy.generation.text_encoder import narrow_text, release_memory
+from dvdquant.deploy.generation.text_four_bits import check_packed
 from dvdquant.deploy.pipelines.schedulers import CONDITIONS, FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer, at_step
 from dvdquant.deploy.sessions import EngineSession
@@ -368,6 +369,8 @@ class PipelineGenerator(Generator):
                 f"the pipeline {self.folder.root} cannot be loaded: {str(error).strip():.500}",
                 fix="download it again, or give another with --pipeline",
             ) from error
+        for name in encoders if self.options.text_bits == 4 else ():
+            check_packed(getattr(pipe, name))
         pipe.set_progress_bar_config(disable=True)
         if self.options.vae_tiling and getattr(pipe, "vae", None) is not None:
             pipe.vae.enable_tiling()
