@@ -22,11 +22,12 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from packaging.requirements import Requirement
 from torch import Tensor, nn
 
-from dvdquant.deploy.generation import text_encoder, text_four_bits, transformers_hooks
+from dvdquant.deploy.generation import in_pipeline, text_encoder, text_four_bits, transformers_hooks
 from dvdquant.deploy.serve import uvicorn_hooks
 from dvdquant.deploy.sessions import attention, compiled, fusion
 from dvdquant.deploy.sessions import onnxruntime as onnxruntime_session
 from dvdquant.errors import UnsupportedError
+from dvdquant.export import pipeline
 from dvdquant.export.passes.lowering import modelopt_hooks
 from dvdquant.model import diffusers_hooks
 from dvdquant.system import hub_client, torch_hooks
@@ -524,3 +525,37 @@ def test_a_uvicorn_that_takes_signals_otherwise(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UnsupportedError) as caught:
         importlib.reload(uvicorn_hooks)
     refused(caught, "uvicorn", "capture_signals")
+
+
+# ------------------------------------------------------------------------------------------------------ before the work
+
+
+def test_stages_are_checked_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No transformer and no part is opened: the generator here has none."""
+    generator = object.__new__(in_pipeline.PipelineGenerator)
+    generator.checker = types.SimpleNamespace(pipeline_of=lambda request: "LTXPipeline")  # type: ignore[assignment]
+    monkeypatch.setattr(in_pipeline.PipelineGenerator, "family", types.SimpleNamespace(name="ltx-video"), raising=False)
+    monkeypatch.delattr(diffusers.LTXPipeline, "_denormalize_latents")
+    request: Any = None
+    with pytest.raises(UnsupportedError) as caught:
+        generator._loaded(request)
+    refused(caught, "diffusers", "_denormalize_latents")
+    with pytest.raises(UnsupportedError) as caught:
+        generator._open("LTXPipeline", {}, torch.device("cpu"))
+    refused(caught, "diffusers", "_denormalize_latents")
+
+
+def test_nvfp4_is_checked_before_an_export_begins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def lost() -> None:
+        raise UnsupportedError("modelopt has no packed bytes", fix="another release")
+
+    monkeypatch.setattr(pipeline, "check_nvfp4", lost)
+    monkeypatch.setattr(pipeline, "require_memory", lambda *more: None)
+    monkeypatch.setattr(pipeline, "require_disk", lambda *more: None)
+    options = types.SimpleNamespace(report=False, out=tmp_path / "out")
+    estimate = types.SimpleNamespace(disk_bytes=0)
+    plan: Any = types.SimpleNamespace(options=options, estimate=estimate, plans=(), engines=(), makes_nvfp4=True)
+    progress: Any = None
+    with pytest.raises(UnsupportedError, match="packed bytes"):
+        pipeline.run_export(plan, progress)
+    assert not options.out.exists()
