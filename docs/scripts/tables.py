@@ -95,7 +95,7 @@ def _prose(docstring: str) -> str:
 
 def gpu_table() -> str:
     """Return every GPU of the table with what an export for it is."""
-    return _table(HEADER, gpu_rows())
+    return _table(HEADER, (row.cells() for row in gpu_rows()))
 
 
 def short_gpu_table() -> str:

@@ -1,4 +1,4 @@
-"""Engine builders: every realization on every SM, packing proved by size and listing, and how builds can fail."""
+"""Engine builders: every precision on every SM, packing proved by size and listing, and how builds can fail."""
 
 from __future__ import annotations
 
@@ -23,36 +23,16 @@ from dvdquant.export.engines import engine as engine_module
 from dvdquant.export.engines.network import WeightMaps, check_custom_ops
 from dvdquant.export.engines.precision import RTX_SMS, plan_engines
 from dvdquant.export.engines.stage import run_builder
-from dvdquant.export.engines.worker import _check_device, _check_operators, _load_plugins
-from dvdquant.export.passes.lowering.int8 import lower_int8
-from dvdquant.export.passes.lowering.nvfp4 import lower_nvfp4
-from dvdquant.export.passes.lowering.qdq_int4 import lower_qdq_int4
-from dvdquant.export.passes.lowering.store import TensorStore
+from dvdquant.export.engines.worker import _check_device, _check_operators
+from dvdquant.plugin_library import load_plugin
 from dvdquant.recipe import ActivationSpec
 from dvdquant.system.progress import Progress
 from tests.support import quant_linear_graphs as qg
+from tests.support.device_build import plugin_library
+from tests.support.engine_building import LOWER, as_tensorrt, build, profile, save, unparsable
 from tests.support.exporting import REPOSITORY
 
-LOWER = {"int8": lower_int8, "int4-weight-only": lower_qdq_int4, "nvfp4": lower_nvfp4}
 LISTED = {"int8": "Int8", "int4-weight-only": "Int4", "nvfp4": "FP4E2M1"}
-
-
-def profile(width: int) -> dict[str, tuple[tuple[int, ...], ...]]:
-    return {"x": ((1, 16, width), (1, 64, width), (1, 256, width))}
-
-
-def save(spec: qg.Spec, folder: Path, precision: str | None, **kwargs: object) -> Path:
-    """Lowered (or not) graph of ``spec`` in ``folder``, weights beside it."""
-    model = qg.graph(spec, folder, **kwargs)
-    if precision:
-        LOWER[precision](model, store=TensorStore(folder / "derived.bin"))
-    ir.save(model, folder / "model.onnx")
-    return folder / "model.onnx"
-
-
-def build(path: Path, spec: qg.Spec, **kwargs: object) -> BuildReport:
-    arguments = {"backend": "rtx", "sms": ["8.9"], "profile": profile(spec.widths[0])} | kwargs
-    return build_engine(path, path.parent / "x.engine", **arguments)
 
 
 GRIDS = {
@@ -95,7 +75,7 @@ def test_every_sm_builds_what_the_table_says(grid: str, dtype: str, override: st
 
 
 @pytest.mark.parametrize("sm", [pytest.param(sm, marks=[] if sm == "12.0" else [pytest.mark.stress]) for sm in RTX_SMS])
-def test_every_realization_builds_alone_on_every_sm_that_takes_it(sm: str, tmp_path: Path) -> None:
+def test_every_precision_builds_alone_on_every_sm_that_takes_it(sm: str, tmp_path: Path) -> None:
     for precision in LOWER:
         if precision == "nvfp4" and not sm.startswith("12"):
             continue
@@ -324,12 +304,17 @@ def test_a_failure_in_the_builder_process_is_an_error_in_words(
     assert "Traceback" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("says", "memory"), [("terminate called: std::bad_alloc", True), ("an assertion failed", False)]
+)
 def test_memory_that_ends_within_the_library(
-    small: tuple[Path, qg.Spec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    says: str, memory: bool, small: tuple[Path, qg.Spec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plant(tmp_path, monkeypatch, "os.write(2, b'terminate called: std::bad_alloc\\n')", "os.abort()")
-    with pytest.raises(EngineError, match=r"SIGABRT(?s:.*)free memory"):
+    plant(tmp_path, monkeypatch, f"os.write(2, b'{says}\\n')", "os.abort()")
+    with pytest.raises(EngineError, match="SIGABRT") as caught:
         build(*small)
+    assert caught.value.out_of_memory == memory
+    assert ("free memory" in (caught.value.fix or "")) == memory
 
 
 def test_what_is_no_message_is_log(
@@ -389,23 +374,6 @@ def test_rotation_without_its_body_is_refused(tmp_path: Path) -> None:
     path.write_bytes(model.SerializeToString())
     with pytest.raises(EngineError, match=r"without a function body: blocks\.0\.ffn\.rotate \(dvdquant::Rotate\)"):
         build(path, spec)
-
-
-def unparsable(folder: Path) -> Path:
-    """A graph with an operator TensorRT-RTX lacks between two it has."""
-    helper = onnx.helper
-    nodes = [
-        helper.make_node("Relu", ["x"], ["a"], name="first"),
-        helper.make_node("Det", ["a"], ["b"], name="culprit"),
-        helper.make_node("Relu", ["b"], ["y"], name="last"),
-    ]
-    x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT16, [4, 4])
-    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT16, [])
-    model = helper.make_model(
-        helper.make_graph(nodes, "g", [x], [y]), opset_imports=[helper.make_opsetid("", 23)], ir_version=11
-    )
-    onnx.save(model, folder / "bad.onnx")
-    return folder / "bad.onnx"
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -510,12 +478,6 @@ def test_missing_tensorrt_says_how_to_get_it(tmp_path: Path) -> None:
         build(save(spec, tmp_path, None), spec, backend="tensorrt", plugins=[tmp_path / "libx.so"])
 
 
-def as_tensorrt() -> Backend:
-    """TensorRT's side of the code on the library that is here: the two modules share the API."""
-    rtx = load_backend("rtx")
-    return Backend("tensorrt", rtx.module, rtx.version)
-
-
 def test_tensorrt_wants_a_plugin_for_quant_linear(tmp_path: Path) -> None:
     model = ir.to_proto(qg.graph(qg.Spec(widths=(64, 64))))
     with pytest.raises(
@@ -525,14 +487,23 @@ def test_tensorrt_wants_a_plugin_for_quant_linear(tmp_path: Path) -> None:
     check_custom_ops(model, as_tensorrt(), [tmp_path / "libx.so"])
 
 
-def test_a_plugin_library_that_does_not_load(tmp_path: Path) -> None:
+def test_plugin_libraries_that_a_builder_does_not_get(tmp_path: Path) -> None:
+    """What does not load says so; one for another major version never reaches the registry."""
     backend = as_tensorrt()
     builder = backend.module.Builder(backend.module.Logger(backend.module.Logger.INTERNAL_ERROR))
+    registry, asked = builder.get_plugin_registry(), []
+    watched = SimpleNamespace(load_library=lambda path: asked.append(path) or registry.load_library(path))
     library = tmp_path / "libx.so"
     library.write_bytes(b"not a library")
-    with pytest.raises(EngineError, match=r"libx\.so does not load"):
-        _load_plugins(backend, builder, (str(library),))
-    _load_plugins(backend, builder, ())
+    with pytest.raises(EngineError, match=r"libx\.so does not load(?s:.*)make plugin"):
+        load_plugin(library, backend, watched)
+    assert asked == [str(library)]
+    other = plugin_library(tmp_path / "other.so", major=int(backend.version.partition(".")[0]) + 1)
+    with pytest.raises(EngineError, match=r"other\.so is built for TensorRT \d+, and this machine has tensorrt"):
+        load_plugin(other, backend, watched)
+    with pytest.raises(EngineError, match=r"there is no plugin library .*none\.so"):
+        load_plugin(tmp_path / "none.so", backend, watched)
+    assert asked == [str(library)]
 
 
 def test_tensorrt_builds_for_the_gpu_it_has() -> None:

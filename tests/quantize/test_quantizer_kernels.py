@@ -18,16 +18,9 @@ from dvdquant.quantize.backends.cuda_grid import QuantizerKernels
 from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight, relative_mse
 from dvdquant.quantize.gptq import ErrorFeedback
 from dvdquant.recipe import WeightSpec
-from tests.quantize.test_bgr_device import (
-    CLOSENESS,
-    GRIDS,
-    assert_as_good,
-    hostile_rows,
-    layer_errors,
-    weights,
-)
 from tests.support.bounds import assert_same_grid
 from tests.support.emulated_kernels import library as library
+from tests.support.grid_rows import CLOSENESS, GRIDS, assert_as_good, hostile_rows, layer_errors, weights
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +41,7 @@ def row_errors(w: Tensor, quantized: QuantizedWeight) -> Tensor:
 )
 @pytest.mark.parametrize(("zero_point", "group"), [*GRIDS, ("float", 64), ("float", 16)])
 def test_as_good_as_the_compiled_search(kernels: QuantizerKernels, kind: str, zero_point: str, group: int) -> None:
-    """All rows together at most 1 ‰ worse. Of a single row with a real zero-point, which has dozens of minima a per cent apart,
+    """All rows together at most 1 ‰ worse. Of a single row with a float zero-point, which has dozens of minima a per cent apart,
     either may find the better one."""
     w = weights(kind)
     loops = quantize_weight(w, WeightSpec(group_size=group, zero_point=zero_point))
