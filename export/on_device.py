@@ -23,14 +23,12 @@ from dvdquant.export.engines.report import BuildReport
 from dvdquant.export.engines.stage import BuildSettings, is_compatible, run_builder
 from dvdquant.export.model_card import model_card
 from dvdquant.export.steps import is_step
-from dvdquant.hardware.capabilities import sm_number
-from dvdquant.hardware.make_lines import make_plugin
 from dvdquant.model.families import Sizes
-from dvdquant.ops.cuda.architectures import serves
+from dvdquant.plugin_library import check_plugin
 from dvdquant.system.copies import link_file
 from dvdquant.system.files import hash_file
 from dvdquant.system.gpu import Gpu
-from dvdquant.system.plugin_file import PluginFile, machine_name, read_plugin
+from dvdquant.system.plugin_file import read_plugin
 from dvdquant.system.progress import Progress
 from dvdquant.text import shell_line
 
@@ -41,7 +39,6 @@ __all__ = [
     "as_compatible",
     "build_on_device",
     "builds_here",
-    "check_plugin",
     "plan_on_device",
 ]
 
@@ -237,37 +234,6 @@ def plan_on_device(
     plan = DeviceBuild(out, manifest, tuple(ours), (), backends, taken, hashes, gpu)
     current = [entry for entry in ours if _is_current(plan, entry)]
     return dataclasses.replace(plan, builds=tuple(e for e in ours if e not in current), current=tuple(current))
-
-
-def check_plugin(library: PluginFile, backend: Backend, gpu: Gpu | None) -> None:
-    """Refuse a plugin library that this machine, its TensorRT or its GPU cannot use.
-
-    Args:
-        library: The plugin library.
-        backend: TensorRT.
-        gpu: The GPU of this machine, or None.
-
-    Raises:
-        UnsupportedError: It does not fit.
-    """
-    sms = [] if gpu is None else [gpu.sm]
-    line = make_plugin(machine_name(), sms, machine_name())
-    if library.machine != machine_name():
-        raise UnsupportedError(
-            f"{library.path} is for {library.machine}, and this machine is {machine_name()}",
-            fix=f"build it for this machine: {line}",
-        )
-    major = int(backend.version.partition(".")[0])
-    if library.tensorrt_major != major:
-        raise UnsupportedError(
-            f"{library.path} is built for TensorRT {library.tensorrt_major}, and this machine has {backend.version}",
-            fix=f"build it with the headers of TensorRT {major}: {line}",
-        )
-    if gpu is not None and library.architectures and not serves(library.architectures, sm_number(gpu.sm)):
-        raise UnsupportedError(
-            f"the kernels in {library.path} are for {', '.join(library.architectures)}, and this GPU has SM {gpu.sm}",
-            fix=f"build them for it: {line}",
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------- build

@@ -28,9 +28,12 @@ from dvdquant.export.replacement import check_replacement
 from dvdquant.export.sizes import resolve_sizes
 from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan, plan_model
+from dvdquant.plugin_library import check_plugin
 from dvdquant.quantize.checkpoint import (
     check_weights,
 )
+from dvdquant.system.gpu import read_gpu
+from dvdquant.system.plugin_file import read_plugin
 from dvdquant.system.safetensors_reader import DTYPES
 from dvdquant.text import shown
 
@@ -96,7 +99,8 @@ def plan_export(options: ExportOptions) -> ExportPlan:
 
     Raises:
         UnsupportedError: An option, the model or a layer is not supported, or no layer is left to quantize.
-        EngineError: An engine is to be built here, and its builder or the plugin library is missing.
+        EngineError: An engine is to be built here, and its builder or the plugin library is missing, or the plugin
+            library is for another major version.
         DvdquantError: Something else is wrong that would make the export fail later and can be known now.
     """
     # 1. Check the options that need no checkpoint.
@@ -138,7 +142,11 @@ def plan_export(options: ExportOptions) -> ExportPlan:
             later += found
         else:
             engines += found
-            versions[backend] = load_backend(backend).version
+            library = load_backend(backend)
+            versions[backend] = library.version
+            if library.takes_plugins:
+                for path in options.plugins:
+                    check_plugin(read_plugin(path), library, read_gpu())
     if any(e.precision == "plugin" for e in engines) and not options.plugins:
         raise EngineError(
             "TensorRT engines are to be built here, which needs the dvdquant plugin library, and --plugin was not given",

@@ -36,7 +36,7 @@ from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, OutputError, UnsupportedError
 from dvdquant.hardware.capabilities import sm_number
 from dvdquant.hardware.weights import WeightPolicy, check_policy
-from dvdquant.system.plugin_file import read_plugin
+from dvdquant.plugin_library import load_plugin, require_no_plugins
 
 __all__ = ["TensorRTSession", "deserialize", "device_sm", "find_engines", "load_plugins", "select_engine"]
 
@@ -299,41 +299,13 @@ def load_plugins(library: Backend, plugins: Sequence[Path]) -> None:
         plugins: The paths of the libraries.
 
     Raises:
-        EngineError: The backend has no plugins, or a library does not load.
+        EngineError: The backend has no plugins, or a library is not there, is for another major version or does not load.
     """
-    if plugins and not library.takes_plugins:
-        raise EngineError(f"{library.name} has no plugins, got {[str(p) for p in plugins]}", fix="leave them out")
+    require_no_plugins(library, plugins)
     for path in (plugin.resolve() for plugin in plugins):
-        if (library.name, path) in _PLUGINS:
-            continue
-        _check_major(library, path)
-        if not path.is_file() or library.module.get_plugin_registry().load_library(str(path)) is None:
-            raise EngineError(
-                f"plugin library {path} does not load in {library.name} {library.version}",
-                available=None if path.is_file() else "no such file",
-                fix="build it for this release of TensorRT",
-            )
-        _PLUGINS.add((library.name, path))
-
-
-def _check_major(library: Backend, path: Path) -> None:
-    """Refuse a plugin library that says that it is for another major version of TensorRT.
-
-    The plugin looks for its own version in this process. It may find it where TensorRT and a lean runtime of different
-    major versions are both loaded, and then the other one would call it.
-
-    Raises:
-        EngineError: It is for another major version.
-    """
-    try:
-        major = read_plugin(path).tensorrt_major
-    except UnsupportedError:  # the registry says what is wrong with the file
-        return
-    if str(major) != library.version.partition(".")[0]:
-        raise EngineError(
-            f"plugin library {path} is built for TensorRT {major}, and {library.name} {library.version} runs the engines",
-            fix=f"build it with the headers of TensorRT {library.version.partition('.')[0]}",
-        )
+        if (library.name, path) not in _PLUGINS:
+            load_plugin(path, library, library.module.get_plugin_registry())
+            _PLUGINS.add((library.name, path))
 
 
 def make_runtime(library: Backend, log: EngineLog) -> Any:

@@ -148,7 +148,8 @@ def _opened_bundle(
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.backends import load_backend
     from dvdquant.export.build_room import check_builds
-    from dvdquant.export.on_device import as_compatible, builds_here, check_plugin
+    from dvdquant.export.on_device import as_compatible, builds_here
+    from dvdquant.plugin_library import check_plugin
     from dvdquant.system.plugin_file import machine_name, read_plugin
 
     with open_bundle(source) as bundle:

@@ -13,6 +13,7 @@ import onnx
 from dvdquant.backends import Backend
 from dvdquant.errors import EngineError
 from dvdquant.onnx.function_depth import check_functions
+from dvdquant.plugin_library import require_no_plugins
 
 __all__ = ["WeightMaps", "check_custom_ops", "parse_network", "read_model"]
 
@@ -56,11 +57,7 @@ def check_custom_ops(model: onnx.ModelProto, backend: Backend, plugins: Sequence
     Raises:
         EngineError: The graph has such nodes; the error names them.
     """
-    if plugins and not backend.takes_plugins:
-        raise EngineError(
-            f"{backend.name} has no plugins, got {[str(p) for p in plugins]}",
-            fix="build without plugins, or with the tensorrt backend",
-        )
+    require_no_plugins(backend, plugins)
     kinds = {("dvdquant", name) for name in ("QuantLinear", "FusedQuantLinear")}
     quant = [node.name or node.output[0] for node in _nodes(model.graph) if _key(node) in kinds]
     if quant and not plugins:

@@ -30,6 +30,7 @@ from dvdquant.export.engines.report import (
     materialized_scores,
     memory_advice,
 )
+from dvdquant.plugin_library import load_plugin
 from dvdquant.system.files import disk_error, read_limited
 from dvdquant.system.gpu import read_gpu
 from dvdquant.system.whole_file import write_whole
@@ -117,29 +118,6 @@ def _monitor(trt: Any, each_phase: Callable[[], None]) -> Any:
             send("finish", name=phase)
 
     return Monitor()
-
-
-def _load_plugins(backend: Backend, builder: Any, plugins: tuple[str, ...]) -> None:
-    """Register the plugin libraries.
-
-    They stay outside the engine. A library inside each engine is loaded once per engine, and the engines of one process
-    would each prepare their own copy of the packed weights.
-
-    Args:
-        backend: The builder library.
-        builder: The builder.
-        plugins: The paths of the libraries.
-
-    Raises:
-        EngineError: A library does not load.
-    """
-    registry = builder.get_plugin_registry()
-    for plugin in plugins:
-        if registry.load_library(plugin) is None:
-            raise EngineError(
-                f"plugin library {plugin} does not load in {backend.name} {backend.version}",
-                fix="build the plugin against the headers of that release: make plugin TENSORRT_ROOT=…",
-            )
 
 
 def _configure(backend: Backend, builder: Any, request: BuildRequest) -> Any:
@@ -323,8 +301,10 @@ def build(request: BuildRequest) -> BuildReport:
     logger = _logger(backend.module, listing, warnings)
     builder = backend.module.Builder(logger)
     config = _configure(backend, builder, request)
-    if request.plugins:
-        _load_plugins(backend, builder, request.plugins)
+    # Plugins stay outside the engine. A library inside each engine is loaded once per engine, and the engines of one
+    # process would each prepare their own copy of the packed weights.
+    for plugin in request.plugins:
+        load_plugin(Path(plugin), backend, builder.get_plugin_registry())
     # 3. Parse the graph, with the weights mapped from their files.
     maps = WeightMaps(Path(request.data_dir), [Path(root) for root in request.data_roots])
     network, parser = parse_network(backend, builder, logger, model, maps)

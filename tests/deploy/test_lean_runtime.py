@@ -224,7 +224,9 @@ def test_plugins_are_registered_with_the_library_that_runs_the_engines(
         assert machine.libraries["tensorrt"].plugins == []
     # A process may have loaded TensorRT and a lean runtime of another major version: the plugin cannot tell who calls it.
     lean = machine.libraries["tensorrt_lean"].backend
-    with pytest.raises(EngineError, match=r"is built for TensorRT 10, and tensorrt_lean 11\.4\.0\.106 runs"):
+    with pytest.raises(
+        EngineError, match=r"is built for TensorRT 10, and this machine has tensorrt_lean 11\.4\.0\.106"
+    ):
         load_plugins(lean, [plugin_library(tmp_path / "other.so", major=10)])
     load_plugins(lean, [plugin_library(tmp_path / "unmarked.so", major=None)])
     assert len(machine.libraries["tensorrt_lean"].plugins) == 2

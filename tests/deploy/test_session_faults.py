@@ -233,7 +233,7 @@ def test_plugin_libraries_are_loaded_once(tmp_path: Path) -> None:
     assert loaded == [str(good.resolve())]
     for library, plugin, text in (
         (tensorrt, bad, "bad.so does not load in tensorrt 11.4"),
-        (tensorrt, tmp_path / "none.so", "available: no such file"),
+        (tensorrt, tmp_path / "none.so", "there is no plugin library"),
         (load_backend("rtx"), good, "tensorrt_rtx has no plugins"),
     ):
         with pytest.raises(EngineError) as caught:

@@ -23,14 +23,16 @@ from dvdquant.export.engines import engine as engine_module
 from dvdquant.export.engines.network import WeightMaps, check_custom_ops
 from dvdquant.export.engines.precision import RTX_SMS, plan_engines
 from dvdquant.export.engines.stage import run_builder
-from dvdquant.export.engines.worker import _check_device, _check_operators, _load_plugins
+from dvdquant.export.engines.worker import _check_device, _check_operators
 from dvdquant.export.passes.lowering.int8 import lower_int8
 from dvdquant.export.passes.lowering.nvfp4 import lower_nvfp4
 from dvdquant.export.passes.lowering.qdq_int4 import lower_qdq_int4
 from dvdquant.export.passes.lowering.store import TensorStore
+from dvdquant.plugin_library import load_plugin
 from dvdquant.recipe import ActivationSpec
 from dvdquant.system.progress import Progress
 from tests.support import quant_linear_graphs as qg
+from tests.support.device_build import plugin_library
 from tests.support.exporting import REPOSITORY
 
 LOWER = {"int8": lower_int8, "int4-weight-only": lower_qdq_int4, "nvfp4": lower_nvfp4}
@@ -525,14 +527,23 @@ def test_tensorrt_wants_a_plugin_for_quant_linear(tmp_path: Path) -> None:
     check_custom_ops(model, as_tensorrt(), [tmp_path / "libx.so"])
 
 
-def test_a_plugin_library_that_does_not_load(tmp_path: Path) -> None:
+def test_plugin_libraries_that_a_builder_does_not_get(tmp_path: Path) -> None:
+    """What does not load says so; one for another major version never reaches the registry."""
     backend = as_tensorrt()
     builder = backend.module.Builder(backend.module.Logger(backend.module.Logger.INTERNAL_ERROR))
+    registry, asked = builder.get_plugin_registry(), []
+    watched = SimpleNamespace(load_library=lambda path: asked.append(path) or registry.load_library(path))
     library = tmp_path / "libx.so"
     library.write_bytes(b"not a library")
-    with pytest.raises(EngineError, match=r"libx\.so does not load"):
-        _load_plugins(backend, builder, (str(library),))
-    _load_plugins(backend, builder, ())
+    with pytest.raises(EngineError, match=r"libx\.so does not load(?s:.*)make plugin"):
+        load_plugin(library, backend, watched)
+    assert asked == [str(library)]
+    other = plugin_library(tmp_path / "other.so", major=int(backend.version.partition(".")[0]) + 1)
+    with pytest.raises(EngineError, match=r"other\.so is built for TensorRT \d+, and this machine has tensorrt"):
+        load_plugin(other, backend, watched)
+    with pytest.raises(EngineError, match=r"there is no plugin library .*none\.so"):
+        load_plugin(tmp_path / "none.so", backend, watched)
+    assert asked == [str(library)]
 
 
 def test_tensorrt_builds_for_the_gpu_it_has() -> None:

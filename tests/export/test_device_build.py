@@ -23,6 +23,7 @@ from click.testing import CliRunner
 from dvdquant.artifact.layout import PLUGIN_PLACE
 from dvdquant.artifact.manifest import load_manifest
 from dvdquant.artifact.verify_files import verify_files
+from dvdquant.backends import Backend
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation import needs
@@ -30,6 +31,7 @@ from dvdquant.deploy.generation.memory_plan import Loaded
 from dvdquant.deploy.sessions.engines import TensorRTSession
 from dvdquant.errors import EngineError, OutputError, ResourceError, UnsupportedError
 from dvdquant.export import build_room, on_device
+from dvdquant.export import plan as plan_module
 from dvdquant.export.elsewhere import COMPATIBLE, SCRIPT
 from dvdquant.export.engines import BuildReport, stage
 from dvdquant.export.on_device import as_compatible, build_on_device, plan_on_device
@@ -377,7 +379,7 @@ def test_what_does_not_fit_is_refused_before_work(out: Path, tmp_path: Path, ten
         ),
         (r"driver of this machine names none(?s:.*)on the device", {"gpu": None}),
         (r"--plugin was not given", {"plugins": []}),
-        (r"is built for TensorRT 10, and this machine has 11\.4\.0\.1", {"plugins": other}),
+        (r"is built for TensorRT 10, and this machine has tensorrt 11\.4\.0\.1", {"plugins": other}),
         (r"is for \w+, and this machine is", {"plugins": [arm, pc]}),
         (r"are for 80, 90a, 100, 120, and this GPU has SM 8\.7", {"plugins": [desktop]}),
         (r"is no plugin library", {"plugins": [tmp_path / "text.so"]}),
@@ -387,8 +389,30 @@ def test_what_does_not_fit_is_refused_before_work(out: Path, tmp_path: Path, ten
     ]
     for text, changes in cases:
         gpu = changes.pop("gpu", ORIN)
-        with pytest.raises((UnsupportedError, ResourceError), match=text):
+        with pytest.raises((UnsupportedError, ResourceError, EngineError), match=text):
             plan_on_device(out, manifest, gpu, **{"plugins": [good], **changes})
+
+
+def test_an_export_asks_for_the_plugin_before_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What dvdq-build would refuse, dvdq-export refuses: nothing is written, and the line that builds the plugin is named."""
+    monkeypatch.setattr(plan_module, "load_backend", lambda name: Backend(name, None, "11.4.0.1"))
+    good = plugin_library(tmp_path / "libdvdquant_plugins.so")
+    other = plugin_library(tmp_path / "other.so", major=10)
+    (tmp_path / "text.so").write_text("no library")
+    arguments = [model, "-o", tmp_path / "out", "--recipe", "rtn", "--target", "tensorrt", "--sm", "8.7", *SIZES]
+    for plugin, text in (
+        (other, "is built for TensorRT 10, and this machine has tensorrt 11.4.0.1"),
+        (tmp_path / "text.so", "is no plugin library"),
+    ):
+        result = run(*arguments, "--plugin", plugin)
+        assert result.exit_code == 2
+        assert text in result.output
+        assert "make plugin" in result.output
+        assert not (tmp_path / "out").exists()
+    done = run(*arguments, "--plugin", good, "--dry-run")
+    assert done.exit_code == 0, done.output
 
 
 def test_a_damaged_export_is_not_built(out: Path, tmp_path: Path, tensorrt: None) -> None:
