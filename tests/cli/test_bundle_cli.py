@@ -50,7 +50,7 @@ def export_for(sm: str, made: Path, out: Path, backend: str = "tensorrt") -> Pat
 
 def test_a_bundle_is_all_that_a_device_needs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = plugin_library(tmp_path / "libdvdquant_plugins.so", machine="aarch64")
-    for place in ("dvdquant.system.plugin_file", "dvdquant.export.on_device"):  # the device, an Orin
+    for place in ("dvdquant.system.plugin_file", "dvdquant.plugin_library"):  # the device, an Orin
         monkeypatch.setattr(f"{place}.machine_name", lambda: "aarch64")
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / "some-1.0-py3-none-any.whl").write_bytes(b"a wheel")
