@@ -208,3 +208,12 @@ def amount(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1024
     return f"{nbytes:.1f} TiB"
+
+
+def count_in_words(count: float) -> str:
+    """Return a large number for people, such as ``6.29 million`` or ``12.80 billion`` weights.
+
+    Args:
+        count: The number.
+    """
+    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"

@@ -30,7 +30,6 @@ from dvdquant.deploy.report.text import (
     executions,
     kept_groups,
     lora_rows,
-    millions,
     python_lines,
     recipe_text,
     shown,
@@ -214,7 +213,7 @@ def _template() -> Any:
     """Return the template of the page, compiled once: that takes longer than to fill it in."""
     import jinja2
 
-    from dvdquant.text import amount
+    from dvdquant.text import amount, count_in_words
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -224,7 +223,7 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     environment.filters["amount"] = amount
-    environment.filters["millions"] = millions
+    environment.filters["in_words"] = count_in_words
     environment.filters["thousands"] = lambda value: f"{value:,}".replace(",", "\u202f")
     return environment.get_template("report.html.j2")
 
