@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
 
+import dvdquant
 from tests.support.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
+ROOMS = load_script(ROOT / "docs" / "scripts" / "rooms.py")
 # The public face and the commands stand above all rooms.
 TOP = ("dvdquant", "dvdquant.api", "dvdquant.__main__", "dvdquant.cli")
 
 
+@functools.cache
 def _modules() -> dict[str, Path]:
     """Dotted name -> file, of every module of the package as it is imported."""
     found = {}
@@ -32,15 +36,18 @@ def _modules() -> dict[str, Path]:
     return found
 
 
-def _is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+def _children(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes below this one that run: all but the body of ``if TYPE_CHECKING``."""
+    if ROOMS.for_types_only(node):
+        assert isinstance(node, ast.If)
+        yield from node.orelse
+    else:
+        yield from ast.iter_child_nodes(node)
 
 
 def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those under ``if TYPE_CHECKING``, which never run."""
-    for child in ast.iter_child_nodes(tree):
-        if _is_type_checking(child):
-            continue
+    """Every node that may run."""
+    for child in _children(tree):
         yield child
         yield from _nodes(child)
 
@@ -50,34 +57,50 @@ def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def _imports(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    targets = set()
-    for node in _nodes(_tree(path)):
-        if isinstance(node, ast.Import):
-            targets |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = package.split(".")
-                base = ".".join([*parts[: len(parts) - node.level + 1], *([base] if base else [])])
-            targets |= {f"{base}.{alias.name}" for alias in node.names}
-            targets.add(base)
-    # The longest known module of each target; a package's own __init__ only where nothing below it is meant.
-    found = set()
-    for target in targets:
-        while target and target not in modules:
-            target = target.rpartition(".")[0]
-        if target and target != name:
-            found.add(target)
-    return {t for t in found if not any(other.startswith(t + ".") for other in found)}
+def _imported_names(node: ast.AST, package: str) -> Iterator[str]:
+    """Dotted names that one node imports: modules, and names in modules."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            parts = package.split(".")
+            base = ".".join([*parts[: len(parts) - node.level + 1], *([base] if base else [])])
+        yield from (f"{base}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
+        yield from (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str))
+    elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "dvdquant":
+        yield f"dvdquant.{node.attr}"
+
+
+def _module_of(name: str, modules: Collection[str]) -> str:
+    """The longest module that the dotted name begins with, or "". A public name is looked for in its home."""
+    package, _, public = name.partition(".")
+    if package == "dvdquant" and public in dvdquant._HOMES:
+        name = dvdquant._HOMES[public]
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _imports(name: str, is_package: bool, tree: ast.Module, modules: Collection[str]) -> set[str]:
+    """Modules that this one imports anywhere in its code. What the public face imports for others is theirs."""
+    package = name if is_package else name.rpartition(".")[0]
+    found = {_module_of(each, modules) for node in _nodes(tree) for each in _imported_names(node, package)}
+    return found - {"", name}
+
+
+def _named_in_strings(name: str, tree: ast.Module, modules: Collection[str]) -> set[str]:
+    """Modules that this one names in a string, as it does for a process that runs them (``python -m``)."""
+    strings = {node.value for node in _nodes(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return (strings & set(modules)) - {name}
 
 
 @pytest.fixture(scope="module")
 def graph() -> dict[str, set[str]]:
     """Module -> the modules it imports, anywhere in its code."""
     modules = _modules()
-    return {name: _imports(name, path, modules) for name, path in modules.items()}
+    return {name: _imports(name, path.name == "__init__.py", _tree(path), modules) for name, path in modules.items()}
 
 
 def _circles(graph: dict[str, set[str]]) -> list[list[str]]:
@@ -123,7 +146,7 @@ def test_no_circle(graph: dict[str, set[str]]) -> None:
 
 def test_no_circle_of_rooms() -> None:
     """Not even between folders, as the drawing in docs/walk.md takes them."""
-    graph = load_script(ROOT / "docs" / "scripts" / "rooms.py").imports()
+    graph = ROOMS.imports()
     assert len(graph) > 20
     assert _circles(graph) == []
 
@@ -132,24 +155,128 @@ def test_a_circle_would_be_found() -> None:
     assert _circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
 
-def test_arrows_go_one_way(graph: dict[str, set[str]]) -> None:
-    allowed = {"core": {"core"}, "export": {"core", "export"}, "deploy": {"core", "deploy"}}
-    back = [
+ALLOWED = {"core": {"core"}, "export": {"core", "export"}, "deploy": {"core", "deploy"}}
+
+
+def _arrows_back(name: str, targets: set[str]) -> list[str]:
+    """The package itself may be imported from anywhere: for its version, and its public names count as their homes."""
+    return [
         f"{name} -> {target}"
-        for name, targets in graph.items()
-        for target in targets
-        if _room(name) != "top" and _room(target) not in allowed[_room(name)] and target != "dvdquant"
+        for target in sorted(targets - {"dvdquant"})
+        if _room(name) != "top" and _room(target) not in ALLOWED[_room(name)]
     ]
-    assert back == []
+
+
+def test_arrows_go_one_way(graph: dict[str, set[str]]) -> None:
+    modules = _modules()
+    strings = {name: _named_in_strings(name, _tree(path), modules) for name, path in modules.items()}
+    assert "dvdquant.deploy.serve.worker_process" in strings["dvdquant.deploy.serve.supervisor"]
+    assert [arrow for name, targets in graph.items() for arrow in _arrows_back(name, targets | strings[name])] == []
+
+
+CORE, RUN = "dvdquant.recipe", "dvdquant.deploy.sessions"
+
+
+@pytest.mark.parametrize(
+    ("code", "target"),
+    [
+        (f"import {RUN}", RUN),
+        (f"def f():\n    from {RUN}.base import EngineSession", f"{RUN}.base"),
+        (f"if TYPE_CHECKING:\n    pass\nelse:\n    import {RUN}", RUN),
+        (f"if not TYPE_CHECKING:\n    import {RUN}", RUN),
+        (f"if not typing.TYPE_CHECKING:\n    import {RUN}", RUN),
+        ("from dvdquant import DvdqTransformer", "dvdquant.deploy.pipelines.transformer"),
+        ("from dvdquant import export_model", "dvdquant.api"),
+        ("import dvdquant\ndvdquant.plan_schedule", "dvdquant.api"),
+        (f"from {RUN} import open_session\nfrom {RUN}.base import EngineSession", RUN),
+        (f"from {RUN} import base, open_session", RUN),
+        (f"from {RUN} import base", f"{RUN}.base"),
+        ("def f():\n    from .deploy.sessions import open_session", RUN),
+        (f"importlib.import_module('{RUN}.onnxruntime')", f"{RUN}.onnxruntime"),
+        (f"COMMAND = (sys.executable, '-m', '{RUN}.engine_process')", f"{RUN}.engine_process"),
+    ],
+)
+def test_an_arrow_back_would_be_found(code: str, target: str) -> None:
+    tree, modules = ast.parse(code), _modules()
+    assert target in modules
+    found = _imports(CORE, False, tree, modules) | _named_in_strings(CORE, tree, modules)
+    assert f"{CORE} -> {target}" in _arrows_back(CORE, found)
+
+
+def test_what_is_no_arrow_back() -> None:
+    code = f"from dvdquant import __version__\nfrom dvdquant.text import amount\nif TYPE_CHECKING:\n    import {RUN}"
+    found = _imports(CORE, False, ast.parse(code), _modules())
+    assert found == {"dvdquant", "dvdquant.text"}
+    assert _arrows_back(CORE, found) == []
+
+
+def _from_checkout(tree: ast.Module) -> set[str]:
+    """Folders of the checkout and scripts of the kernels that code imports, which an installed package lacks."""
+    names = {each.partition(".")[0] for node in _nodes(tree) for each in _imported_names(node, "")}
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"dvdquant"}
+    return names & (folders | {path.stem for path in (ROOT / "kernels").rglob("*.py")})
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from tests.support import costs",
+        "import benchmarks.quality",
+        "def f():\n    from deploy import sessions",
+        "import check_cases",
+    ],
+)
+def test_an_import_from_the_checkout_would_be_found(code: str) -> None:
+    assert _from_checkout(ast.parse(code))
+
+
+def test_the_package_imports_nothing_of_the_checkout() -> None:
+    assert {name: found for name, path in _modules().items() if (found := _from_checkout(_tree(path)))} == {}
+
+
+def _of_test_files(path: str, tree: ast.Module) -> set[str]:
+    """What a test or a helper of tests imports from a test file: helpers have a place of their own, tests/support."""
+    package = path.rpartition("/")[0].replace("/", ".")
+    names = {each for node in ast.walk(tree) for each in _imported_names(node, package)}
+    return {name for name in names if re.match(r"tests\.(?!support\b)", name)}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from tests.deploy.test_gbs import CHANGES",
+        "def f():\n    import tests.deploy.test_gbs",
+        "from tests.deploy import test_gbs",
+        "from tests import test_readme",
+        "def f():\n    from .test_gbs import CHANGES",
+        "import_module('tests.deploy.test_gbs')",
+    ],
+)
+def test_an_import_from_a_test_file_would_be_found(code: str) -> None:
+    assert _of_test_files("tests/deploy/test_controller.py", ast.parse(code))
+    assert not _of_test_files("tests/deploy/test_controller.py", ast.parse("from tests.support import costs"))
+
+
+def test_no_test_imports_from_another() -> None:
+    files = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "tests").rglob("*.py")}
+    assert len(files) > 200
+    assert {name: found for name, path in files.items() if (found := _of_test_files(name, _tree(path)))} == {}
+
+
+def test_tests_stand_in_rooms_of_the_house() -> None:
+    """A folder of tests has the name of a folder of the package, or of one beside it."""
+    rooms = {path.name for folder in (ROOT, ROOT / "dvdquant") for path in folder.iterdir() if path.is_dir()}
+    found = {path.parent.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/test_*.py")}
+    assert found
+    assert found - rooms == set()
 
 
 def _run_at_import(tree: ast.AST) -> Iterator[ast.AST]:
     """Every node that runs when its module is imported: those of functions do not."""
-    for child in ast.iter_child_nodes(tree):
-        if _is_type_checking(child) or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            continue
-        yield child
-        yield from _run_at_import(child)
+    for child in _children(tree):
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield child
+            yield from _run_at_import(child)
 
 
 def _brings(tree: ast.Module, library: str) -> bool:

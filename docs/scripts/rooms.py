@@ -35,13 +35,19 @@ def imports() -> dict[str, set[str]]:
     return {room: targets & found.keys() for room, targets in found.items()}
 
 
+def for_types_only(node: ast.AST) -> bool:
+    """Return whether the node is ``if TYPE_CHECKING:``. Its body never runs; its ``else`` does."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
 def _running(tree: ast.AST) -> Iterator[ast.AST]:
     """Every statement but those under ``if TYPE_CHECKING``, which never run."""
     for block in _BLOCKS:
+        if block == "body" and for_types_only(tree):
+            continue
         for child in getattr(tree, block, ()):
-            if not (isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")):
-                yield child
-                yield from _running(child)
+            yield child
+            yield from _running(child)
 
 
 def _room(top: str, parts: tuple[str, ...]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.benchmarks.test_quality_report import cells, clip, delta, figure, made_up, read, report
+from tests.support.quality_rows import cells, clip, delta, figure, made_up, read, report
 
 
 def test_delta_table(tmp_path: Path) -> None:

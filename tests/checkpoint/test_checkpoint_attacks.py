@@ -7,7 +7,6 @@ import os
 import pickle
 import random
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +31,7 @@ from tests.support.helpers_checkpoint import (
     tensors,
     write_index,
 )
+from tests.support.opened_files import watch_opened
 
 ROOT = Path(__file__).parents[2]
 TINY_WAN = ROOT / "examples" / "tiny-wan"
@@ -193,44 +193,21 @@ def test_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> N
     save_checkpoint(model)
     save_checkpoint(tmp_path / "secret")
     opened: list[str] = []
-    _watch(opened)
+    watch_opened(opened)
     open_checkpoint(model)
-    _watch(None)
+    watch_opened(None)
     assert opened == [str(model), "./config.json", str(model), f"./{SINGLE}"]  # the watch sees what is opened
     attack(model)
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     opened.clear()
-    _watch(opened)
+    watch_opened(opened)
     with pytest.raises(CheckpointError, match=words) as caught:
         open_checkpoint(model)
-    _watch(None)
+    watch_opened(None)
     assert not [path for path in opened if "secret" in path or path.startswith(("/etc", "/dev"))]
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
     str(caught.value).encode()
     assert "\0" not in str(caught.value)
-
-
-_sink: list[str] | None = None
-_installed = False
-
-
-def _watch(sink: list[str] | None) -> None:
-    """Collect every path that Python opens; an audit hook cannot be removed, only silenced.
-
-    A name that is opened below an open folder, with no link followed, is noted as ``./name``.
-    """
-    global _sink, _installed
-    _sink = sink
-
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event == "open" and _sink is not None and not isinstance(args[0], int):
-            path = os.fsdecode(args[0])
-            plain = "/" not in path and path not in (".", "..") and args[2] & os.O_NOFOLLOW
-            _sink.append(f"./{path}" if plain else path)
-
-    if not _installed:
-        sys.addaudithook(hook)
-        _installed = True
 
 
 @pytest.fixture
@@ -297,12 +274,12 @@ def test_mutated_configs_and_indexes(memory: Path, count: int) -> None:
                 raw[place : place + rng.randint(0, 6)] = rng.choice([*tokens, bytes([rng.randrange(256)])])
             (model / name).write_bytes(raw)
             opened.clear()
-            _watch(opened)
+            watch_opened(opened)
             try:
                 with suppress(CheckpointError), costs.case():
                     open_checkpoint(model)
             finally:
-                _watch(None)
+                watch_opened(None)
             assert all(path.startswith((str(model), "./")) for path in opened), opened
             (model / name).write_bytes(texts[name])
     assert costs.refused > count // 2

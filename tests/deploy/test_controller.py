@@ -27,7 +27,7 @@ from dvdquant.deploy.switching.forecasts import ChangeForecast
 from dvdquant.deploy.switching.gbs import switch_bits
 from dvdquant.deploy.switching.step_cache import StepCachePolicy, keep, reuse
 from dvdquant.errors import UnsupportedError
-from tests.deploy.test_gbs import literal
+from tests.support.literal_gbs import literal
 
 
 def published(delta: float, **more: Any) -> StepController:

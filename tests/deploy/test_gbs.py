@@ -24,23 +24,10 @@ from dvdquant.deploy.switching.gbs import (
     weighted_changes,
 )
 from dvdquant.errors import UnsupportedError
+from tests.support.literal_gbs import literal
 
 CHANGES = st.lists(st.floats(0, 2, allow_nan=False) | st.sampled_from([0.0, 1e-12, 0.05, 0.1]), max_size=60)
 DELTAS = st.floats(0, 5, allow_nan=False) | st.sampled_from([0.0, 0.05, 0.1, 0.15, math.inf])
-
-
-def literal(changes: Sequence[float], delta: float) -> list[int]:
-    """The definition word by word: at every step i the whole sum from t_p to i − 1 is taken anew, and nothing is kept
-    but t_p. L1 of step t is ``changes[t − 1]``; step 0 has none."""
-    bits, t_p = [], 0
-    for i in range(len(changes) + 1):
-        terms = [changes[t - 1] for t in range(t_p, i) if t >= 1]
-        if i >= 2 and math.fsum(terms) < delta:
-            bits.append(4)
-        else:
-            bits.append(8)
-            t_p = i
-    return bits
 
 
 # ------------------------------------------------------------------------------------------------------------------ L1

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,32 +20,12 @@ from dvdquant.deploy.sessions.base import EngineSession, WrappedSession
 from dvdquant.deploy.sessions.guidance_pair import GuidancePair
 from dvdquant.errors import EngineError, ShapeError, UnsupportedError
 from tests.support.commands import refused
+from tests.support.guided_clips import FailingLow, same
 from tests.support.running import PROMPT, run, short_wan_export, wan_pipeline
 from tests.support.session_exports import recipe_export
 from tests.support.tiny_pipelines import arguments, build_pipeline, exported
 
 pytestmark = pytest.mark.usefixtures("lent_sessions")
-
-
-def same(one: Any, other: Any) -> None:
-    """Clips and decisions are equal; only times may differ."""
-    assert np.array_equal(one.frames, other.frames)
-    assert torch.equal(one.latents, other.latents)
-    kept = [[dataclasses.replace(record, seconds=0.0) for record in clip.trace] for clip in (one, other)]
-    assert kept[0] == kept[1]
-
-
-class _Failing(WrappedSession):
-    """The 4-bit engine fails in chosen calls of a step's first branch, whichever session runs it."""
-
-    def __init__(self, inner: EngineSession, failing: set[float]) -> None:
-        super().__init__(inner)
-        self.failing = failing
-
-    def run(self, inputs: Any, bits: int) -> Tensor:
-        if bits == 4 and round(float(inputs["timestep"].max())) in self.failing:
-            raise EngineError("broken here")
-        return self.inner.run(inputs, bits)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +65,8 @@ def test_a_step_that_runs_again_is_that_of_one_session() -> None:
 
         def broken(session: EngineSession) -> EngineSession:
             if not isinstance(session, GuidancePair):
-                return _Failing(session, failing)
-            inner, peer = (_Failing(one, failing) for one in (session.inner, session.peer))
+                return FailingLow(session, failing)
+            inner, peer = (FailingLow(one, failing) for one in (session.inner, session.peer))
             return GuidancePair(inner, peer)
 
         with open_generator(artifact, wrap_session=broken, **options) as generator:

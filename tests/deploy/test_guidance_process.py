@@ -20,8 +20,8 @@ from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.guidance_pair import GuidancePair
 from dvdquant.deploy.sessions.other_process import ProcessSession
 from dvdquant.errors import EngineError, ResourceError, ShapeError, UnsupportedError
-from tests.deploy.test_guidance_pair import _Failing, same
 from tests.support.forked_processes import forked_process
+from tests.support.guided_clips import FailingLow, same
 from tests.support.running import PROMPT, short_wan_export
 
 OPTIONS: dict[str, Any] = {"backend": "onnxruntime", "device": "cpu"}
@@ -32,8 +32,8 @@ COMMAND = other_process._COMMAND
 def _breakable(session: EngineSession) -> EngineSession:
     """The first session, whose low engine fails at the timesteps in FAILING."""
     if not isinstance(session, GuidancePair):
-        return _Failing(session, FAILING)
-    session.inner = _Failing(session.inner, FAILING)
+        return FailingLow(session, FAILING)
+    session.inner = FailingLow(session.inner, FAILING)
     return session
 
 

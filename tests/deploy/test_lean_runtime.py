@@ -17,17 +17,17 @@ import torch
 
 from dvdquant.artifact.entries import EngineEntry
 from dvdquant.artifact.manifest import load_manifest
-from dvdquant.backends import Backend, lean_package, load_backend
+from dvdquant.backends import lean_package, load_backend
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.executed import executed_session
-from dvdquant.deploy.sessions import best_backend, engine_choice, engines
+from dvdquant.deploy.sessions import best_backend
 from dvdquant.deploy.sessions.engines import TensorRTSession, load_plugins
 from dvdquant.errors import EngineError
 from dvdquant.system.files import hash_file
-from tests.deploy.test_session_engines import BF16, HOST
 from tests.support import session_exports as made
 from tests.support.device_build import plugin_library
-from tests.support.engine_double import DoubleContext, DoubleEngine, DoubleTensorRTRuntime, Library
+from tests.support.engine_double import BF16, HOST, DoubleContext, DoubleEngine, DoubleTensorRTRuntime, Library
+from tests.support.installed_libraries import Machine
 
 RELEASE, NEWER, OLDER, OTHER_MAJOR = "11.4.0.106", "11.5.0.27", "11.3.0.99", "10.13.3.9"
 COMPATIBLE = ["VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"]
@@ -53,41 +53,6 @@ def built(
     manifest = dataclasses.replace(load_manifest(root), engines=tuple(entries), files=files)
     (root / "manifest.json").write_text(manifest.to_json())
     return Artifact.open(root)
-
-
-class Machine:
-    """What is installed, and what of it was imported.
-
-    Args:
-        patch: What puts it in the place of the real libraries.
-        full: The release of TensorRT; None if it is missing.
-        lean: That of the lean runtime.
-    """
-
-    def __init__(self, patch: pytest.MonkeyPatch, full: str | None, lean: str | None) -> None:
-        double = lambda inputs, name: inputs["hidden_states"]  # noqa: E731
-        self.libraries = {
-            name: Library(BF16, double, name=name, version=version)  # type: ignore[arg-type]
-            for name, version in (("tensorrt", full), ("tensorrt_lean", lean))
-            if version is not None
-        }
-        self.libraries["tensorrt_rtx"] = Library(BF16, double)
-        self.imported: list[str] = []
-        patch.setattr(engine_choice, "load_backend", self._load)
-        for module in (engine_choice, engines):
-            patch.setattr(module, "device_sm", lambda device: "8.7")
-
-    def _load(self, name: str) -> Backend:
-        self.imported.append(name)
-        if name not in self.libraries:
-            raise EngineError(f"{name} cannot be imported: No module named {name!r}", fix="install it")
-        return self.libraries[name].backend
-
-    @property
-    def deserialized(self) -> dict[str, int]:
-        """The number of engines that each library was given."""
-        counts = {name: len(library.deserialized) for name, library in self.libraries.items()}
-        return {name: count for name, count in counts.items() if count}
 
 
 @pytest.fixture(scope="module")

@@ -32,15 +32,7 @@ from dvdquant.model import weight_choice
 from dvdquant.model.held_weights import held_weights
 from dvdquant.model.weight_choice import choose_weights
 from tests.support import session_exports as made
-from tests.support.engine_double import DoubleContext, Library
-
-HOST = torch.device("cpu")
-BF16 = {
-    "hidden_states": ("BF16", (1, 4, -1, -1, -1), False),
-    "timestep": ("FLOAT", (1,), False),
-    "encoder_hidden_states": ("BF16", (1, 12, 32), False),
-    "sample": ("BF16", (1, 4, -1, -1, -1), True),
-}
+from tests.support.engine_double import BF16, HOST, DoubleContext, Library
 
 
 @pytest.fixture(scope="module")

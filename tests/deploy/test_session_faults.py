@@ -25,10 +25,9 @@ from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import DvdquantError, EngineError, OutputError
 from dvdquant.system.files import hash_file
-from tests.checkpoint.test_checkpoint_attacks import _watch
-from tests.deploy.test_session_engines import BF16, HOST
 from tests.support import session_exports as made
-from tests.support.engine_double import Library
+from tests.support.engine_double import BF16, HOST, Library
+from tests.support.opened_files import watch_opened
 
 
 class Counted:
@@ -342,12 +341,12 @@ def test_graphs_cannot_name_files(kind: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     artifact = Artifact.open(out)
     opened: list[str] = []
-    _watch(opened)
+    watch_opened(opened)
     try:
         with pytest.raises(DvdquantError) as caught:
             OnnxRuntimeSession(artifact, bits=[8])
     finally:
-        _watch(None)
+        watch_opened(None)
     assert not [name for name in opened if "secret" in name or name.startswith("/dev")]
     assert (session.calls, bool(caught.value.fix)) == (0, True)
 

@@ -11,8 +11,8 @@ import pytest
 from dvdquant.export.engines import BUILD_MEMORY_FACTOR
 from dvdquant.export.engines import engine as engine_module
 from dvdquant.export.engines.report import BuildRequest, layer_summary
-from tests.export.test_builders import build, save
 from tests.support import quant_linear_graphs as qg
+from tests.support.engine_building import build, save
 
 
 def test_build_request_round_trip() -> None:

@@ -24,37 +24,15 @@ from dvdquant.export.engines.network import WeightMaps, check_custom_ops
 from dvdquant.export.engines.precision import RTX_SMS, plan_engines
 from dvdquant.export.engines.stage import run_builder
 from dvdquant.export.engines.worker import _check_device, _check_operators
-from dvdquant.export.passes.lowering.int8 import lower_int8
-from dvdquant.export.passes.lowering.nvfp4 import lower_nvfp4
-from dvdquant.export.passes.lowering.qdq_int4 import lower_qdq_int4
-from dvdquant.export.passes.lowering.store import TensorStore
 from dvdquant.plugin_library import load_plugin
 from dvdquant.recipe import ActivationSpec
 from dvdquant.system.progress import Progress
 from tests.support import quant_linear_graphs as qg
 from tests.support.device_build import plugin_library
+from tests.support.engine_building import LOWER, as_tensorrt, build, profile, save, unparsable
 from tests.support.exporting import REPOSITORY
 
-LOWER = {"int8": lower_int8, "int4-weight-only": lower_qdq_int4, "nvfp4": lower_nvfp4}
 LISTED = {"int8": "Int8", "int4-weight-only": "Int4", "nvfp4": "FP4E2M1"}
-
-
-def profile(width: int) -> dict[str, tuple[tuple[int, ...], ...]]:
-    return {"x": ((1, 16, width), (1, 64, width), (1, 256, width))}
-
-
-def save(spec: qg.Spec, folder: Path, precision: str | None, **kwargs: object) -> Path:
-    """Lowered (or not) graph of ``spec`` in ``folder``, weights beside it."""
-    model = qg.graph(spec, folder, **kwargs)
-    if precision:
-        LOWER[precision](model, store=TensorStore(folder / "derived.bin"))
-    ir.save(model, folder / "model.onnx")
-    return folder / "model.onnx"
-
-
-def build(path: Path, spec: qg.Spec, **kwargs: object) -> BuildReport:
-    arguments = {"backend": "rtx", "sms": ["8.9"], "profile": profile(spec.widths[0])} | kwargs
-    return build_engine(path, path.parent / "x.engine", **arguments)
 
 
 GRIDS = {
@@ -393,23 +371,6 @@ def test_rotation_without_its_body_is_refused(tmp_path: Path) -> None:
         build(path, spec)
 
 
-def unparsable(folder: Path) -> Path:
-    """A graph with an operator TensorRT-RTX lacks between two it has."""
-    helper = onnx.helper
-    nodes = [
-        helper.make_node("Relu", ["x"], ["a"], name="first"),
-        helper.make_node("Det", ["a"], ["b"], name="culprit"),
-        helper.make_node("Relu", ["b"], ["y"], name="last"),
-    ]
-    x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT16, [4, 4])
-    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT16, [])
-    model = helper.make_model(
-        helper.make_graph(nodes, "g", [x], [y]), opset_imports=[helper.make_opsetid("", 23)], ir_version=11
-    )
-    onnx.save(model, folder / "bad.onnx")
-    return folder / "bad.onnx"
-
-
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_bar_is_drawn_for_a_terminal_alone(
     terminal: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -510,12 +471,6 @@ def test_missing_tensorrt_says_how_to_get_it(tmp_path: Path) -> None:
     spec = qg.Spec("fp16", (64, 64), 8, block=1)
     with pytest.raises(EngineError, match=r"dvdquant\[tensorrt\]"):
         build(save(spec, tmp_path, None), spec, backend="tensorrt", plugins=[tmp_path / "libx.so"])
-
-
-def as_tensorrt() -> Backend:
-    """TensorRT's side of the code on the library that is here: the two modules share the API."""
-    rtx = load_backend("rtx")
-    return Backend("tensorrt", rtx.module, rtx.version)
 
 
 def test_tensorrt_wants_a_plugin_for_quant_linear(tmp_path: Path) -> None:

@@ -46,7 +46,6 @@ from dvdquant.system.gpu import Gpu
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_reader import read_header
 from dvdquant.text import amount
-from tests.deploy.test_lean_runtime import Machine
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, in_process, run
 from tests.support.device_build import A4, A8, ORIN, build, build_here, engine_of, pack, plugin_library
@@ -54,6 +53,7 @@ from tests.support.device_build import made as made
 from tests.support.device_build import model as model
 from tests.support.device_build import out as out
 from tests.support.device_build import tensorrt as tensorrt
+from tests.support.installed_libraries import Machine
 from tests.support.session_exports import RANGES
 
 

@@ -30,7 +30,7 @@ from dvdquant.quantize.checkpoint import quantize_checkpoint
 from dvdquant.recipe import get_recipe
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_reader import read_header, read_tensor
-from tests.checkpoint import test_gguf as gguf
+from tests.support import gguf_files as gguf
 from tests.support import other_formats as formats
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, in_process, refused, run

@@ -23,8 +23,8 @@ from dvdquant.export.passes.plugin_inputs import PLUGIN_NAMESPACE, PLUGIN_VERSIO
 from dvdquant.model.families import Axis, Sizes
 from dvdquant.recipe import RECIPES
 from dvdquant.system.progress import Progress
-from tests.export.test_builders import as_tensorrt
 from tests.support import quant_linear_graphs as qg
+from tests.support.engine_building import as_tensorrt
 
 ROOT = Path(__file__).resolve().parents[2]
 

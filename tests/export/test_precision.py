@@ -10,8 +10,8 @@ from dvdquant.errors import EngineError, UnsupportedError
 from dvdquant.export.engines.polygraphy_tools import onnx_summary, rtx_unsupported
 from dvdquant.export.engines.precision import RTX_SMS, TENSORRT_SMS, choose_precision, plan_engines, what_executes
 from dvdquant.recipe import RECIPES, ActivationSpec
-from tests.export.test_builders import save, unparsable
 from tests.support import quant_linear_graphs as qg
+from tests.support.engine_building import save, unparsable
 
 
 def test_table_of_realizations() -> None:

@@ -24,6 +24,7 @@ from dvdquant.ops.cuda.architectures import serves
 from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.repack import LayerShape
 from dvdquant.system.plugin_file import read_plugin
+from tests.support.plugin_build import configure
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
@@ -105,8 +106,6 @@ def test_the_library_for_arm_plans_as_that_for_this_machine(tmp_path: Path) -> N
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the plugin for aarch64, without its kernels."""
     needs(COMPILER, EMULATOR, "cmake")
-    from tests.plugins.test_plugin_harness import configure
-
     return configure(tmp_path_factory.mktemp("plugin"), *FOR_ARM)
 
 
@@ -132,8 +131,6 @@ def test_the_plugin_for_arm_passes_its_harness(plugin: Path) -> None:
 @pytest.mark.tensorrt_headers
 def test_the_plugin_for_arm_holds_its_kernels(plugin: Path) -> None:
     """As `make plugin HOST=aarch64` links it; it comes last, because it builds the folder anew."""
-    from tests.plugins.test_plugin_harness import configure
-
     archive = BUILT.with_suffix(".a")
     runtime = next(BUILT.parent.glob("cudart-aarch64/nvidia/*/lib/libcudart_static.a"), None)
     if runtime is None or not archive.is_file():

@@ -17,63 +17,32 @@ import torch
 
 from dvdquant.errors import ResourceError, ShapeError, UnsupportedError
 from dvdquant.numerics.activation_grid import fake_quantize_activation
-from dvdquant.numerics.hadamard import Rotation, rotate
-from dvdquant.numerics.packing import pack_int4
+from dvdquant.numerics.hadamard import rotate
 from dvdquant.ops import repack
 from dvdquant.ops.cuda.arguments import LayerPlan, WeightPointers
 from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.reference import dequantize_weight, quant_linear_reference
 from dvdquant.ops.repack import LayerShape
 from tests.support.emulated_kernels import library as library
+from tests.support.guarded_calls import (
+    AMPERE,
+    BLACKWELL,
+    HOPPER,
+    LAYER_CASES,
+    PREPARE_CASES,
+    Buffer,
+    filled,
+    layer_dtype,
+    layer_rotation,
+    outer_matrix,
+    prepare,
+    stored_weight,
+    token_rows,
+)
 
 UNIT = 2.0**-24
 QMAX = {4: 7, 8: 127}
-GUARD = 512
-AMPERE, HOPPER, BLACKWELL = 89, 90, 120
 Array = npt.NDArray[np.generic]
-
-
-class Buffer:
-    """Bytes at a multiple of 256 between guards, filled with 0xAB before anything is written."""
-
-    def __init__(self, size: int, content: bytes | None = None) -> None:
-        self._memory = np.full(size + 2 * GUARD + 256, 0xAB, np.uint8)
-        self._start = GUARD + (-(self._memory.ctypes.data + GUARD)) % 256
-        self.bytes = self._memory[self._start : self._start + size]
-        if content is not None:
-            self.bytes[:] = np.frombuffer(content, np.uint8)
-
-    @property
-    def address(self) -> int:
-        return int(self.bytes.ctypes.data)
-
-    def check_guards(self) -> None:
-        assert (self._memory[: self._start] == 0xAB).all(), "written before the buffer"
-        assert (self._memory[self._start + self.bytes.size :] == 0xAB).all(), "written past the buffer"
-
-
-def _buffer(values: torch.Tensor) -> Buffer:
-    contents = values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return Buffer(len(contents), contents)
-
-
-def _tokens(m: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
-    """Signed, with outlier channels."""
-    x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed))
-    x[:, 3::37] *= 30
-    return x.to(dtype)
-
-
-def _dtype(layer: LayerShape) -> torch.dtype:
-    return torch.bfloat16 if layer.dtype == "bf16" else torch.float16
-
-
-def _rotation(layer: LayerShape) -> Rotation:
-    return Rotation(layer.k, layer.block, layer.outer)
-
-
-def _outer(layer: LayerShape) -> Buffer | None:
-    return _buffer(_rotation(layer).matrices()[1]) if layer.outer > 1 else None
 
 
 def _decode(plan: LayerPlan, codes: npt.NDArray[np.uint8], m: int, k: int) -> npt.NDArray[np.float64]:
@@ -90,7 +59,7 @@ def _rotate_quantize(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Codes [M, K], scales [M, groups], sums [M, groups], with guards and poison checked."""
     m, plan = len(x), library.plan_layer(layer, sm)
-    source, outer = _buffer(x), _outer(layer)
+    source, outer = filled(x), outer_matrix(layer)
     codes, scales = Buffer(m * plan.codes_bytes_per_token), Buffer(4 * m * plan.scale_rows)
     totals = Buffer(4 * m * plan.scale_rows)
     library.rotate_quantize(
@@ -143,10 +112,10 @@ RQ_CASES = [
 def test_codes_scales_and_sums_against_float64(library: KernelLibrary, case: tuple[int, ...]) -> None:
     k, block, outer, bits, group, sm, dtype, m = case
     layer = LayerShape(8, k, 1, False, block, outer, bits, group, str(dtype))
-    x = _tokens(m, k, _dtype(layer), seed=k)
+    x = token_rows(m, k, layer_dtype(layer), seed=k)
     codes, scales, sums = _rotate_quantize(library, layer, sm, x)
     groups = scales.shape[1]
-    rotated = rotate(x.double(), _rotation(layer)).numpy().reshape(m, groups, k // groups)
+    rotated = rotate(x.double(), layer_rotation(layer)).numpy().reshape(m, groups, k // groups)
     amax = np.abs(rotated).max(-1)
     # One rounding per stage of adds (log2 b, or p in a row for the outer factor), relative to what the stage sums: at most
     # the l1 norm of a block over sqrt(b·p), times the rounding unit; then a few of the scale and of the product.
@@ -170,10 +139,10 @@ def test_codes_scales_and_sums_against_float64(library: KernelLibrary, case: tup
 @pytest.mark.parametrize(("block", "outer", "group"), [(256, 1, 0), (256, 1, 128), (64, 12, 0), (64, 12, 128)])
 def test_nan_and_inf_reach_the_scale(library: KernelLibrary, sm: int, block: int, outer: int, group: int) -> None:
     layer = LayerShape(8, 1536, 1, False, block, outer, 4, group)
-    x = _tokens(6, 1536)
+    x = token_rows(6, 1536)
     x[1, 700], x[2, 0], x[3, 1535], x[4, 255] = math.nan, math.inf, -math.inf, math.nan
     codes, scales, _ = _rotate_quantize(library, layer, sm, x)
-    clean, clean_scales, _ = _rotate_quantize(library, layer, sm, _tokens(6, 1536))
+    clean, clean_scales, _ = _rotate_quantize(library, layer, sm, token_rows(6, 1536))
     for token in (0, 5):
         np.testing.assert_array_equal(codes[token], clean[token])
         np.testing.assert_array_equal(scales[token], clean_scales[token])
@@ -197,7 +166,7 @@ def test_zeros_subnormals_and_extremes(library: KernelLibrary) -> None:
         assert (codes[:2] == 0).all()
         # 4 · 3e38 / sqrt(256): the normalization is inside, not after a sum that overflows.
         assert np.isfinite(scales[2:]).all()
-        rotated = rotate(x[2:].double(), _rotation(layer)).numpy().reshape(2, scales.shape[1], -1)
+        rotated = rotate(x[2:].double(), layer_rotation(layer)).numpy().reshape(2, scales.shape[1], -1)
         amax = np.maximum(np.abs(rotated).max(-1), 2.0**-100)
         np.testing.assert_allclose(scales[2:], amax / 127, rtol=8 * UNIT)
         np.testing.assert_array_equal(codes[2:].reshape(rotated.shape), np.rint(rotated * (127 / amax[..., None])))
@@ -206,7 +175,7 @@ def test_zeros_subnormals_and_extremes(library: KernelLibrary) -> None:
 @pytest.mark.parametrize(("block", "outer", "group"), [(256, 1, 0), (1024, 1, 128), (64, 24, 0)])
 def test_thread_order_does_not_matter(library: KernelLibrary, block: int, outer: int, group: int) -> None:
     layer = LayerShape(8, 3072, 1, False, block, outer, 4, group)
-    x = _tokens(3, 3072)
+    x = token_rows(3, 3072)
     expected = _rotate_quantize(library, layer, AMPERE, x)
     for seed in (1, 2, 3):
         library._library.dvdq_emulator_schedule(ctypes.c_uint64(seed))
@@ -217,7 +186,7 @@ def test_thread_order_does_not_matter(library: KernelLibrary, block: int, outer:
 
 def test_without_sums(library: KernelLibrary) -> None:
     layer = LayerShape(8, 512, 1, False, 256, 1, 8, 0)
-    x = _tokens(3, 512)
+    x = token_rows(3, 512)
     codes, scales, sums = _rotate_quantize(library, layer, HOPPER, x, sums=False)
     assert (sums.astype(np.float32).view(np.uint32) == 0xABABABAB).all()
     expected = _rotate_quantize(library, layer, HOPPER, x)
@@ -228,60 +197,14 @@ def test_without_sums(library: KernelLibrary) -> None:
 # ------------------------------------------------------------------------------------------------------ prepare weight
 
 
-def _weight(layer: LayerShape, zeros: str, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Packed codes, scale, factor, zero, bias."""
-    rng = torch.Generator().manual_seed(seed)
-    n, k, groups = layer.n, layer.k, layer.weight_groups
-    packed = pack_int4(torch.randint(-8, 8, (n, k), generator=rng, dtype=torch.int8))
-    scale = torch.rand(n, generator=rng) + 0.01
-    group_scale = torch.full((n, groups), 255, dtype=torch.uint8)
-    if groups > 1:
-        group_scale = torch.randint(1, 256, (n, groups), generator=rng, dtype=torch.uint8)
-    zero = torch.full((n,), -0.5)
-    if zeros == "mixed":
-        zero = torch.tensor([-0.5, 0.0, 3.0, -7.5, 0.3, -119.0, 200.0, 63.5])[torch.arange(n) % 8]
-    if layer.float_zero_point:
-        zero = torch.randint(0, 256, (n, groups), generator=rng, dtype=torch.uint8)
-    return packed, scale, group_scale, zero, torch.randn(n, generator=rng)
-
-
-def _prepare(
-    library: KernelLibrary, layer: LayerShape, sm: int, weight: tuple[torch.Tensor, ...], bias: bool
-) -> Buffer:
-    plan = library.plan_layer(layer, sm)
-    buffers = [_buffer(part) for part in weight]
-    pointers = WeightPointers(*(b.address for b in buffers[:4]), bias=buffers[4].address if bias else 0)
-    prepared = Buffer(plan.prepared_bytes)
-    library.prepare_weight(layer, sm, pointers, prepared.address, plan.prepared_bytes, 0)
-    for buffer in (*buffers, prepared):
-        buffer.check_guards()
-    return prepared
-
-
-PREPARE_CASES = [
-    # n, k, weight_groups, real_zero, act_bits, act_group, sm, zeros, path
-    (9, 96, 1, False, 4, 0, AMPERE, "mixed", "s4_token"),
-    (9, 256, 1, True, 4, 64, AMPERE, "", "s4_group"),
-    (5, 512, 4, True, 4, 128, AMPERE, "", "s4_group"),
-    (5, 512, 4, False, 4, 128, AMPERE, "mixed", "s4_group"),
-    (17, 160, 1, False, 8, 0, AMPERE, "mixed", "s8_token"),
-    (17, 160, 1, False, 8, 0, HOPPER, "mixed", "s8_wgmma"),
-    (11, 160, 10, True, 8, 0, HOPPER, "", "s8_wgmma"),
-    (11, 1152, 12, False, 8, 64, BLACKWELL, "mixed", "s8_group"),
-    (33, 128, 1, True, 8, 128, HOPPER, "", "s8_group"),
-    (16, 256, 1, False, 4, 128, HOPPER, "mixed", "e4m3_group"),
-    (16, 256, 1, True, 4, 128, HOPPER, "", "e4m3_group"),
-]
-
-
 @pytest.mark.parametrize("case", PREPARE_CASES, ids=lambda case: "-".join(map(str, case)))
 def test_prepared_weight_equals_the_repacker(library: KernelLibrary, case: tuple[int, ...]) -> None:
     n, k, groups, real, bits, group, sm, zeros, path = case
     layer = LayerShape(n, k, groups, bool(real), 1, 1, bits, group)
     assert library.plan_layer(layer, sm).path == path
-    weight = _weight(layer, str(zeros))
+    weight = stored_weight(layer, str(zeros))
     for bias in (True, False):
-        prepared = _prepare(library, layer, sm, weight, bias)
+        prepared = prepare(library, layer, sm, weight, bias)
         expected = repack.prepare(layer, str(path), *weight[:4], weight[4] if bias else None)
         actual = repack.from_bytes(layer, str(path), prepared.bytes.tobytes())
         for name in ("codes", "row_scale", "row_zero", "bias", "group_scale", "group_zero"):
@@ -290,36 +213,23 @@ def test_prepared_weight_equals_the_repacker(library: KernelLibrary, case: tuple
 
 # ---------------------------------------------------------------------------------------------------------- whole layer
 
-LAYER_CASES = [
-    # n, k, weight_groups, real_zero, block, outer, act_bits, act_group, sm, tokens
-    (24, 512, 1, False, 256, 1, 4, 0, AMPERE, 33),
-    (24, 512, 4, True, 256, 1, 4, 0, AMPERE, 3),
-    (13, 512, 1, False, 256, 1, 4, 128, AMPERE, 5),
-    (13, 512, 4, True, 64, 1, 4, 128, AMPERE, 5),
-    (24, 512, 32, False, 64, 1, 4, 64, AMPERE, 5),
-    (24, 512, 1, False, 256, 1, 4, 128, HOPPER, 3),
-    (9, 512, 1, False, 256, 1, 4, 128, HOPPER, 3),
-    (24, 768, 1, False, 64, 12, 8, 0, HOPPER, 3),
-    (24, 512, 1, False, 256, 1, 8, 64, BLACKWELL, 3),
-]
-
 
 @pytest.mark.parametrize("case", LAYER_CASES, ids=lambda case: "-".join(map(str, case)))
 def test_whole_layer_against_float64(library: KernelLibrary, case: tuple[int, ...]) -> None:
     n, k, groups, real, block, outer, bits, group, sm, m = case
     layer = LayerShape(n, k, groups, bool(real), block, outer, bits, group)
-    weight, x = _weight(layer, ""), _tokens(m, k)
-    prepared = _prepare(library, layer, sm, weight, bias=True)
+    weight, x = stored_weight(layer, ""), token_rows(m, k)
+    prepared = prepare(library, layer, sm, weight, bias=True)
     workspace = Buffer(library.workspace_bytes(layer, sm, m))
-    source, group_scale, y = _buffer(x), _outer(layer), Buffer(2 * m * n)
+    source, outer, y = filled(x), outer_matrix(layer), Buffer(2 * m * n)
     library.quant_linear(
-        layer, sm, source.address, group_scale.address if group_scale else 0, prepared.address, y.address, m,
+        layer, sm, source.address, outer.address if outer else 0, prepared.address, y.address, m,
         workspace.address, workspace.bytes.size, 0,
     )  # fmt: skip
     for buffer in (workspace, y, prepared):
         buffer.check_guards()
     actual = torch.from_numpy(y.bytes.copy()).view(torch.bfloat16).reshape(m, n).double()
-    inner, matrix = _rotation(layer).matrices(torch.float64)
+    inner, matrix = layer_rotation(layer).matrices(torch.float64)
     packed, scale, group_scales, zero, bias = weight
     expected = quant_linear_reference(
         x.double(),
@@ -340,7 +250,7 @@ def test_whole_layer_against_float64(library: KernelLibrary, case: tuple[int, ..
     held = torch.from_numpy(repack.dequantize(layer, repack.from_bytes(layer, path, prepared.bytes.tobytes())))
     moved = (held - dequantize_weight(packed.view(torch.int8), scale, group_scales, zero, torch.float64)).abs()
     assert (moved.max() > 1e-6) == (path.startswith("s8") and groups > 1)
-    quantized = fake_quantize_activation(rotate(x.double(), _rotation(layer)), bits, group)
+    quantized = fake_quantize_activation(rotate(x.double(), layer_rotation(layer)), bits, group)
     tolerance = 2.0**-8 * expected.abs() + 1e-5 * size + quantized.abs() @ moved.T
     assert ((actual - expected).abs() <= tolerance).all()
 

@@ -14,20 +14,20 @@ from dvdquant.ops.cuda.arguments import WeightPointers
 from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.paths import choose_path, form_of
 from dvdquant.ops.repack import LayerShape, padded
-from tests.kernels.test_kernels_emulated import (
+from tests.support.emulated_kernels import library as library
+from tests.support.guarded_calls import (
     AMPERE,
     BLACKWELL,
     HOPPER,
     LAYER_CASES,
     PREPARE_CASES,
     Buffer,
-    _buffer,
-    _outer,
-    _prepare,
-    _tokens,
-    _weight,
+    filled,
+    outer_matrix,
+    prepare,
+    stored_weight,
+    token_rows,
 )
-from tests.support.emulated_kernels import library as library
 
 SMS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 
@@ -39,7 +39,7 @@ def make_rows(
 
     Scale and bias are not read any more, nor anything of groups where there are none.
     """
-    buffers = [_buffer(part) for part in weight]
+    buffers = [filled(part) for part in weight]
     size = library.rows_bytes(layer, sm)
     rows = Buffer(size)
     pointers = WeightPointers(*(b.address for b in buffers[:4]), bias=buffers[4].address if bias else 0)
@@ -68,7 +68,7 @@ def test_a_packed_weight_expands_to_the_bytes_of_the_prepared_one(
 ) -> None:
     n, k, groups, real, bits, group, sm, zeros, path = case
     layer = LayerShape(n, k, groups, bool(real), 1, 1, bits, group)
-    weight = _weight(layer, str(zeros))
+    weight = stored_weight(layer, str(zeros))
     for bias in (True, False):
         held_weight, rows, buffers = make_rows(library, layer, sm, weight, bias)
         # 1. The rows are those of the numpy definition.
@@ -78,7 +78,7 @@ def test_a_packed_weight_expands_to_the_bytes_of_the_prepared_one(
         for start in range(0, len(expected), padded(4 * n)):
             assert rows.bytes[start : start + 4 * n].tobytes() == expected[start : start + 4 * n], start
         # 2. What is expanded from them is what is prepared from the stored tensors; so in numpy.
-        prepared = repack.from_bytes(layer, str(path), _prepare(library, layer, sm, weight, bias).bytes.tobytes())
+        prepared = repack.from_bytes(layer, str(path), prepare(library, layer, sm, weight, bias).bytes.tobytes())
         held = packed_rows.expand(layer, str(path), weight[0], expected, weight[2], weight[3])
         expansions = [held]
         if str(path).startswith("s4"):
@@ -103,11 +103,11 @@ def test_a_packed_weight_expands_to_the_bytes_of_the_prepared_one(
 def test_outputs_have_the_bits_of_the_prepared_weight(library: KernelLibrary, case: tuple[int, ...]) -> None:
     n, k, groups, real, block, outer, bits, group, sm, m = case
     layer = LayerShape(n, k, groups, bool(real), block, outer, bits, group)
-    weight, x = _weight(layer, ""), _tokens(m, k)
-    source, matrix = _buffer(x), _outer(layer)
+    weight, x = stored_weight(layer, ""), token_rows(m, k)
+    source, matrix = filled(x), outer_matrix(layer)
     address = matrix.address if matrix else 0
     # 1. The prepared weight.
-    prepared, wanted = _prepare(library, layer, sm, weight, bias=True), Buffer(2 * m * n)
+    prepared, wanted = prepare(library, layer, sm, weight, bias=True), Buffer(2 * m * n)
     space = Buffer(library.workspace_bytes(layer, sm, m))
     library.quant_linear(
         layer, sm, source.address, address, prepared.address, wanted.address, m, space.address, space.bytes.size, 0
@@ -132,7 +132,7 @@ def test_outputs_have_the_bits_of_the_prepared_weight(library: KernelLibrary, ca
 
 def test_the_order_of_threads_does_not_matter(library: KernelLibrary) -> None:
     layer = LayerShape(4, 4160, 260, True, 1, 1, 8, 0)
-    held, rows, _buffers = make_rows(library, layer, HOPPER, _weight(layer, ""))
+    held, rows, _buffers = make_rows(library, layer, HOPPER, stored_weight(layer, ""))
     size = library.plan_layer(layer, HOPPER).prepared_bytes
     found = set()
     for seed in (0, 1, 2):

@@ -21,8 +21,8 @@ from dvdquant.ops.cuda.errors import KernelError
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.prepared_linear import handle_of, packed_linear
 from dvdquant.ops.repack import LayerShape
-from tests.ops.test_kernel_layers import CPU, double, small_layer, tokens
 from tests.support import session_exports as made
+from tests.support.kernel_layers import CPU, double, small_layer, tokens
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "kernels" / folder) for folder in ("", "check")]
 

@@ -29,6 +29,7 @@ from dvdquant.ops.packed_rows import rows_bytes
 from dvdquant.ops.reference import quant_linear_reference
 from dvdquant.ops.repack import LayerShape
 from dvdquant.ops.smooth import apply_pre_quant, pack_pre_quant
+from tests.support.plugin_build import configure
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.tensorrt_headers
@@ -210,26 +211,6 @@ CASES = {
     "a8-no-rotation": Case((1, 32), 1, act_bits=8, wide=True, dtype="fp16"),
     "vector": Case((64,), 5, act_bits=4, groups=4, block=32, outer=2),
 }
-
-
-def _cuda_include() -> Path | None:
-    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    folders = [Path(place) for place in places if place] + sorted(Path("/usr/local").glob("cuda-*"), reverse=True)
-    return next((f / "include" for f in folders if (f / "include/cuda_runtime_api.h").is_file()), None)
-
-
-def configure(build: Path, *options: str) -> Path:
-    for tool in ("cmake", "c++"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"needs {tool} to build the plugin")
-    include = _cuda_include()
-    if include is None:
-        pytest.skip("needs cuda_runtime_api.h, which TensorRT's headers include: set CUDA_HOME")
-    command = ["cmake", "-S", str(ROOT / "plugins"), "-B", str(build), f"-DCUDA_INCLUDE={include}", *options]
-    for step in (command, ["cmake", "--build", str(build), "-j", "2"]):
-        done = subprocess.run(step, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return build
 
 
 @pytest.fixture(scope="module")

@@ -12,31 +12,12 @@ import torch
 from torch import Tensor
 
 from dvdquant.errors import CheckpointError
-from dvdquant.export.options import ExportOptions
-from dvdquant.export.pipeline import run_export
-from dvdquant.export.plan import plan_export
-from dvdquant.numerics.hadamard import Rotation, rotate
 from dvdquant.quantize.backends import torch_grid
 from dvdquant.quantize.backends.torch_grid import quantize_rows
 from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight, relative_mse
-from dvdquant.recipe import WeightSpec, get_recipe
-from dvdquant.system.progress import Progress
+from dvdquant.recipe import WeightSpec
 from tests.support.bounds import assert_same_grid
-
-ROOT = Path(__file__).resolve().parents[2]
-
-GRIDS = [("midrise", 0), ("midrise", 64), ("midrise", 128), ("symmetric", 0), ("symmetric", 16), ("float", 0)]
-GRIDS += [("float", 32), ("float", 128)]
-
-
-def weights(kind: str, rows: int = 32, features: int = 1024) -> Tensor:
-    """Gaussian, or heavy-tailed with outlier channels, plain or rotated."""
-    torch.manual_seed(3)
-    if kind == "gaussian":
-        return torch.randn(rows, features)
-    w = torch.distributions.StudentT(4.0).sample((rows, features))
-    w[:, :: features // 8] *= 10
-    return rotate(w, Rotation.for_features(features, "auto")) if kind == "rotated" else w
+from tests.support.grid_rows import CLOSENESS, GRIDS, assert_as_good, hostile_rows, layer_errors, weights
 
 
 def solve(w: Tensor, zero_point: str, group: int, solver: str = "search") -> QuantizedWeight:
@@ -74,20 +55,6 @@ def test_never_above_min_max(zero_point: str, group: int) -> None:
         for solver in ("search", "minmax")
     ]
     assert bool((errors[0] <= errors[1] * (1 + 1e-6)).all())
-
-
-def hostile_rows(largest: float) -> Tensor:
-    """Rows [9, 256] of zeros, denormals, equal values, half a row of zeros, one huge value, one sign, huge ratios, one value."""
-    w = torch.zeros(9, 256)
-    w[1] = 1e-44
-    w[2] = 3.0
-    w[3, :128] = torch.linspace(-1, 1, 128)
-    w[4, 0] = largest
-    w[5] = torch.linspace(0, 1, 256)
-    w[6, ::2], w[6, 1::2] = 1e-30, 1e30
-    w[7] = -1e-3
-    w[8, 17] = 1.0
-    return w
 
 
 @pytest.mark.parametrize(("zero_point", "group"), GRIDS)
@@ -141,33 +108,6 @@ def test_on_a_gpu(zero_point: str, group: int) -> None:
     there = quantize_weight(w.cuda(), WeightSpec(group_size=group, zero_point=zero_point))
     assert there.codes.is_cuda
     assert relative_mse(w, there.dequantize().cpu()) <= 1.001 * relative_mse(w, here)
-
-
-# Between two searches that agree within 1 ‰. Feedback turns a last bit of a grid into other codes further along the row:
-# single layers then differ either way by up to 3.1 % (6 ‰ root mean square over 42 layers), their mean by 1.2 ‰.
-CLOSENESS = [("weights-only", 0.001, 0.001), ("w4a4", 0.04, 0.002)]
-
-
-def layer_errors(folder: Path, recipe: str, device: str) -> dict[str, float]:
-    """An export of tiny-wan; the relative error of each of its layers."""
-    options = ExportOptions(
-        str(ROOT / "examples/tiny-wan"),
-        folder,
-        get_recipe(recipe),
-        targets=("graphs",),
-        latent="8x24x24",
-        text_tokens=5,
-        device=device,
-    )
-    manifest = run_export(plan_export(options), Progress("quiet")).manifest
-    return {entry["name"]: entry["relative_mse"] for entry in manifest.layers}
-
-
-def assert_as_good(errors: dict[str, float], reference: dict[str, float], single: float, mean: float) -> None:
-    """Every layer within ``single`` of the reference, and their mean ratio within ``mean`` of 1."""
-    ratios = [errors[layer] / error for layer, error in reference.items()]
-    assert all(abs(ratio - 1) <= single for ratio in ratios), ratios
-    assert abs(sum(ratios) / len(ratios) - 1) <= mean
 
 
 @pytest.mark.gpu

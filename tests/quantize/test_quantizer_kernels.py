@@ -18,16 +18,9 @@ from dvdquant.quantize.backends.cuda_grid import QuantizerKernels
 from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight, relative_mse
 from dvdquant.quantize.gptq import ErrorFeedback
 from dvdquant.recipe import WeightSpec
-from tests.quantize.test_bgr_device import (
-    CLOSENESS,
-    GRIDS,
-    assert_as_good,
-    hostile_rows,
-    layer_errors,
-    weights,
-)
 from tests.support.bounds import assert_same_grid
 from tests.support.emulated_kernels import library as library
+from tests.support.grid_rows import CLOSENESS, GRIDS, assert_as_good, hostile_rows, layer_errors, weights
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,15 @@ from torch import Tensor
 from dvdquant.backends import LEAN, RTX, Backend, BackendName, load_backend
 from dvdquant.deploy.sessions.engine_binding import torch_dtype
 
+HOST = torch.device("cpu")
+# The inputs and the output of an engine of the toy models: dtype, shape, whether it is an output.
+BF16 = {
+    "hidden_states": ("BF16", (1, 4, -1, -1, -1), False),
+    "timestep": ("FLOAT", (1,), False),
+    "encoder_hidden_states": ("BF16", (1, 12, 32), False),
+    "sample": ("BF16", (1, 4, -1, -1, -1), True),
+}
+
 Compute = Callable[[dict[str, Tensor], str], Tensor]
 _REAL = {"runtime": "Runtime", "engine": "ICudaEngine", "context": "IExecutionContext", "config": "IRuntimeConfig"}
 

@@ -17,7 +17,7 @@ from dvdquant.recipe import RECIPES
 from tests.support import tiny_models as tiny
 from tests.support.scripts import load_script
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 # Errors that have nothing but their class's remedy, and those whose remedy is to take one of what they list. They only get fewer.
 GENERAL, LISTING = 0, 143
 # Options of docker, of the hub's own command and of GGUF's, which remedies name.
