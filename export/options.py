@@ -249,7 +249,7 @@ def _check_layout(layout: str, recipe: Recipe) -> None:
     found = [f"rotation {recipe.rotation}"]
     found += [f"weight groups of {weight.group_size}"] * bool(weight.group_size)
     found += [f"zero-point {weight.zero_point}"] * (weight.zero_point != "symmetric")
-    found += ["balanced channels"] * recipe.smooth + ["shifted means"] * recipe.shift
+    found += ["smoothed channels"] * recipe.smooth + ["shifted means"] * recipe.shift
     raise UnsupportedError(
         f"--also-write {layout}: recipe {shown(recipe.name)} is on another grid than ConvRot ({', '.join(found)})",
         available=[name for name, each in RECIPES.items() if each.rotation == "regular"],

@@ -149,6 +149,8 @@ def finished(results: Path) -> set[str]:
     Args:
         results: The file; it need not exist.
     """
+    from benchmarks.quality.results.results_file import name_of_today
+
     keys = set()
     if results.exists():
         # A kill may have torn the last line; what is complete ends with a newline.
@@ -156,7 +158,8 @@ def finished(results: Path) -> set[str]:
         if not whole.endswith(b"\n"):
             results.write_bytes(whole[: whole.rfind(b"\n") + 1])
     for line in results.read_text().splitlines() if results.exists() else ():
-        keys.add(json.loads(line).get("job"))
+        key = json.loads(line).get("job")
+        keys.add(name_of_today(key) if key and key.startswith("study/") else key)
     return keys
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dvdquant.artifact.commit import walk_files
 from dvdquant.artifact.entries import LayerEntry
 from dvdquant.artifact.layout import MANIFEST
 from dvdquant.artifact.manifest import Manifest
@@ -41,6 +42,8 @@ from dvdquant.recipe import error_name, looks_at_inputs
 from dvdquant.system.files import FileEntry, hash_file
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_reader import read_header
+from dvdquant.system.whole_file import write_whole
+from dvdquant.text import amount, count_in_words
 
 if TYPE_CHECKING:
     from dvdquant.deploy.report.run_trace import RunClip
@@ -213,8 +216,6 @@ def _template() -> Any:
     """Return the template of the page, compiled once: that takes longer than to fill it in."""
     import jinja2
 
-    from dvdquant.text import amount, count_in_words
-
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -235,8 +236,6 @@ def write_report(path: Path, report: Report) -> None:
         path: The path of the file.
         report: The content of the page.
     """
-    from dvdquant.system.whole_file import write_whole
-
     write_whole(path, render_report(report).encode())
 
 
@@ -287,8 +286,6 @@ def add_report(
         checkpoint_bytes: tensors of the source.
         progress: where progress and notes go.
     """
-    from dvdquant.artifact.commit import walk_files
-
     for name in sorted(walk_files(tree)):
         entry = known.get(name)
         if name not in (MANIFEST, REPORT) and (entry is None or entry["bytes"] != (tree / name).stat().st_size):

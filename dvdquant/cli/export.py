@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dvdquant.export.options import ExportOptions
     from dvdquant.export.plan import ExportPlan
 
-REALIZE = (
+PRECISIONS = (
     "auto",
     "int8",
     "int4-weight-only",
@@ -171,7 +171,7 @@ def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 )
 @click.option(
     "--precision",
-    type=click.Choice(REALIZE),
+    type=click.Choice(PRECISIONS),
     default="auto",
     show_default=True,
     help="How rtx engines run the quantized layers.",

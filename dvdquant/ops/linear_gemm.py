@@ -85,7 +85,7 @@ def _linear_gemm_fake(codes: Tensor, scales: Tensor, sums: Tensor, prepared: Ten
 
 @linear_gemm.register_kernel("cuda")
 def _linear_gemm_cuda(codes: Tensor, scales: Tensor, sums: Tensor, prepared: Tensor, *rest: Any) -> Tensor:
-    *described, path, dtype = rest  # rows, weight_groups, real_zero, act_group
+    *described, path, dtype = rest  # rows, weight_groups, float_zero_point, act_group
     if dtype not in DTYPE_NAMES:
         raise UnsupportedError(f"the kernels write no {dtype}", available=DTYPE_NAMES.values())
     kernels = require_kernels(codes.device)

@@ -14,7 +14,7 @@ __all__ = ["packed_shape", "prepare_weight"]
 
 
 def packed_shape(weight: Tensor, weight_group_scale: Tensor, weight_zero: Tensor) -> LayerShape:
-    """Return n, k, weight_groups and real_zero of a packed weight.
+    """Return n, k, weight_groups and float_zero_point of a packed weight.
 
     Args:
         weight: int8 [N, K/2].

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,16 +12,30 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dvdquant.errors import UnsupportedError
 from dvdquant.numerics.hadamard import hadamard_matrix
+from dvdquant.ops.cuda.arguments import LayerPlan
 from dvdquant.ops.cuda.errors import KernelError
 from dvdquant.ops.packed_layer import PackedLayer
 from dvdquant.ops.repack import LayerShape
 from dvdquant.ops.smooth import pack_pre_quant
 from dvdquant.system.torch_hooks import tensor_version
 
-if TYPE_CHECKING:
-    from dvdquant.ops.cuda_linear import CudaKernels
-
 __all__ = ["PreparedCache", "refuse_capture", "synchronize"]
+
+
+class Preparing(Protocol):
+    """Kernels as the cache needs them: :class:`dvdquant.ops.cuda_linear.CudaKernels`, or a double."""
+
+    @property
+    def plan(self) -> Callable[[LayerShape], LayerPlan]:
+        """What the kernels do with a layer."""
+
+    def prepare(self, layer: LayerShape, packed: tuple[Tensor, ...]) -> Tensor:
+        """Return the prepared weight, uint8 [plan.prepared_bytes].
+
+        Args:
+            layer: Shape and grids of the layer.
+            packed: The stored tensors of the layer.
+        """
 
 
 class PreparedCache:
@@ -40,7 +55,7 @@ class PreparedCache:
     def __len__(self) -> int:
         return sum(len(paths) for paths in self._entries.values())
 
-    def get(self, kernels: CudaKernels, layer: LayerShape, packed: PackedLayer) -> Tensor:
+    def get(self, kernels: Preparing, layer: LayerShape, packed: PackedLayer) -> Tensor:
         """Return the prepared weight of a layer, uint8 [plan.prepared_bytes]; make it if it is not there.
 
         Args:

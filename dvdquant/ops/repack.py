@@ -125,12 +125,12 @@ def prepare(
     """Make a prepared weight from a packed one; arrays are numpy or CPU tensors.
 
     Args:
-        layer: Its n, k, weight_groups and real_zero are read.
+        layer: Its n, k, weight_groups and float_zero_point are read.
         path: One of :data:`PATHS`.
         codes: int8 or uint8 [N, K/2], low nibble = even k.
         scale: fp32 [N].
         group_scale: uint8 [N, groups].
-        zero: fp32 [N], or uint8 [N, groups] with real_zero.
+        zero: fp32 [N], or uint8 [N, groups] with float_zero_point.
         bias: fp32 [N], or None for zeros.
 
     Raises:
@@ -221,7 +221,7 @@ def from_bytes(layer: LayerShape, path: str, buffer: bytes) -> PreparedWeight:
     """Return the prepared weight in a buffer, as views of it: the inverse of :func:`to_bytes`.
 
     Args:
-        layer: Its n, k, weight_groups and real_zero are read.
+        layer: Its n, k, weight_groups and float_zero_point are read.
         path: One of :data:`PATHS`, the path it was prepared for.
         buffer: The bytes of the prepared weight.
 
@@ -243,7 +243,7 @@ def prepared_bytes(layer: LayerShape, path: str) -> int:
     """Return the size of a prepared buffer in bytes.
 
     Args:
-        layer: Its n, k, weight_groups and real_zero are read.
+        layer: Its n, k, weight_groups and float_zero_point are read.
         path: One of :data:`PATHS`.
     """
     return sum(padded(np.dtype(dtype).itemsize * math.prod(shape)) for dtype, shape in _sections(layer, path))
@@ -279,7 +279,7 @@ def added_error(
         codes: int8 or uint8 [N, K/2], low nibble = even k.
         scale: fp32 [N].
         group_scale: uint8 [N, groups].
-        zero: fp32 [N], or uint8 [N, groups] with real_zero.
+        zero: fp32 [N], or uint8 [N, groups] with float_zero_point.
 
     Raises:
         ShapeError: An array has another shape or dtype than the layer says.

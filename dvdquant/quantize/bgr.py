@@ -37,8 +37,8 @@ __all__ = ["Grid", "QuantizedWeight", "quantize_weight", "refine_grid", "relativ
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
-_REAL = 3
-_MODES = {"midrise": 0, "symmetric": 1, "paper": 2, "float": _REAL}
+_FLOAT = 3
+_MODES = {"midrise": 0, "symmetric": 1, "paper": 2, "float": _FLOAT}
 _SOLVER_CODES = {"minmax": 0, "paper": 1, "search": 2}
 # Weights converted to fp32 and handed to the threads at a time: 16 MiB.
 _BLOCK = 1 << 22
@@ -155,12 +155,12 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
     rows, features = w.shape
     codes = torch.empty(rows, features, dtype=torch.int8)
     scale, group_scale = torch.empty(rows), torch.empty(rows, groups, dtype=torch.uint8)
-    zero = torch.empty_like(group_scale) if mode == _REAL else torch.empty(rows)
+    zero = torch.empty_like(group_scale) if mode == _FLOAT else torch.empty(rows)
     outputs = [t.numpy() for t in (codes, scale, group_scale, zero)]
 
     def work(v: F32, units: F64, rows: slice) -> None:
         out = [o[rows] for o in outputs]
-        if mode == _REAL:
+        if mode == _FLOAT:
             numba_float_zero.quantize_rows(v, units, solver, _STEPS, *out)
         else:
             numba_search.quantize_rows(v, units, mode, solver, starts, _STEPS, *out)
@@ -200,7 +200,7 @@ def refine_grid(
 
     def work(v: F32, units: F64, rows: slice) -> None:
         scale, zero = (a[rows] for a in arrays)
-        if mode == _REAL:
+        if mode == _FLOAT:
             numba_float_zero.solve_rows(v, units, solver_code, iterations, scale, zero)
         else:
             numba_search.solve_rows(v, units, mode, solver_code, _STARTS, iterations, scale, zero)

@@ -20,14 +20,14 @@ FEATURES = (256, 1024, 1536, 1920, 2048, 3072, 5120, 8192, 8960, 12288, 13824, 1
 # The pairs (M, N) hold every M with some N and every N with some M, the largest of both together, and odd tails on both
 # sides.
 PAIRS = ((1, 8), (7, 136), (33, 3080), (127, 8), (129, 136), (4095, 8), (1, 3080), (4095, 3080))
-ZEROS = ("midrise", "paper", "symmetric", "row-real", "free", "float")
+ZEROS = ("midrise", "paper", "symmetric", "row-float", "free", "float")
 
 
 @dataclass(frozen=True)
 class Grid:
     """One combination of grids.
 
-    The kinds of zero-points are: ``midrise`` −0.5, ``paper`` an integer per row, ``symmetric`` 0, ``row-real`` a byte
+    The kinds of zero-points are: ``midrise`` −0.5, ``paper`` an integer per row, ``symmetric`` 0, ``row-float`` a byte
     per row, ``free`` any fp32 number per row (legal, though no solver makes it), ``float`` a byte per group.
 
     Args:
@@ -58,7 +58,7 @@ GRIDS = (
     Grid(8, 128, 0, "midrise"),
     Grid(4, 0, 0, "midrise"),
     Grid(4, 0, 0, "paper"),
-    Grid(4, 0, 0, "row-real"),
+    Grid(4, 0, 0, "row-float"),
     Grid(4, 0, 16, "symmetric"),
     Grid(4, 128, 0, "midrise"),
     Grid(4, 128, 0, "paper"),
@@ -95,9 +95,9 @@ def layer_of(grid: Grid, features: int, rows: int, rotation: Rotation, dtype: st
         dtype: ``bf16`` or ``fp16``.
     """
     groups = features // grid.weight_group if grid.weight_group else 1
-    real = grid.zero in ("float", "row-real")
+    float_zero = grid.zero in ("float", "row-float")
     return LayerShape(
-        rows, features, groups, real, rotation.inner, rotation.outer, grid.act_bits, grid.act_group, dtype
+        rows, features, groups, float_zero, rotation.inner, rotation.outer, grid.act_bits, grid.act_group, dtype
     )
 
 

@@ -145,10 +145,10 @@ class HostLibrary:
 
     def _expanded(self, layer: LayerShape, plan: LayerPlan, weight: WeightPointers, rows: int) -> bytes:
         codes = _view(weight.codes, (layer.n, layer.k // 2), torch.int8)
-        cells, (factors, zeros) = (layer.n, layer.weight_groups), group_bytes(layer)
-        factor = _view(weight.group_scale, cells, torch.uint8) if factors else None
+        cells, (scales, zeros) = (layer.n, layer.weight_groups), group_bytes(layer)
+        group_scale = _view(weight.group_scale, cells, torch.uint8) if scales else None
         zero = _view(weight.zero, cells, torch.uint8) if zeros else None
-        return to_bytes(expand(layer, plan.path, codes, ctypes.string_at(rows, rows_bytes(layer)), factor, zero))
+        return to_bytes(expand(layer, plan.path, codes, ctypes.string_at(rows, rows_bytes(layer)), group_scale, zero))
 
     def packed_workspace_bytes(self, layer: LayerShape, sm: int, tokens: int) -> int:
         """Return the size of codes, scales, sums and the expanded weight.
@@ -448,7 +448,7 @@ class HostLibrary:
             view.copy_(tensor)
 
     def gptq_round(
-        self, grid: GridShape, weight: int, out: GridPointers, group_scales: int, block: int, stream: int
+        self, grid: GridShape, weight: int, out: GridPointers, factors: int, block: int, stream: int
     ) -> None:
         """Round codes with GPTQ by the compiled loop.
 
@@ -456,12 +456,12 @@ class HostLibrary:
             grid: The shape and the kind of the grid.
             weight: The address of the weight, fp32 [N, K].
             out: The addresses of the grid and of the codes, which are written.
-            group_scales: The address of the factors of GPTQ's error feedback, fp32 [K/block, block, block].
+            factors: The address of those of GPTQ's error feedback, fp32 [K/block, block, block].
             block: The size of the blocks.
             stream: Ignored.
         """
         views = _grid_views(grid, out)
-        gptq = ErrorFeedback.of_factors(_view(group_scales, (grid.k // block, block, block), torch.float32).double())
+        gptq = ErrorFeedback.of_factors(_view(factors, (grid.k // block, block, block), torch.float32).double())
         w = _view(weight, (grid.n, grid.k), torch.float32)
         views[0].copy_(gptq.round(w, QuantizedWeight(*views)).codes)
 
@@ -517,13 +517,13 @@ def _stored(layer: LayerShape, weight: WeightPointers) -> tuple[Tensor | None, .
 
 def _grid_views(grid: GridShape, out: GridPointers) -> list[Tensor]:
     """Return tensors over the memory of a grid's result: codes, scale, group scale and zero."""
-    real = grid.zero_point == "float"
+    float_zero = grid.zero_point == "float"
     shape = (grid.n, grid.groups)
     return [
         _view(out.codes, (grid.n, grid.k), torch.int8),
         _view(out.scale, (grid.n,), torch.float32),
         _view(out.group_scale, shape, torch.uint8),
-        _view(out.zero, shape if real else (grid.n,), torch.uint8 if real else torch.float32),
+        _view(out.zero, shape if float_zero else (grid.n,), torch.uint8 if float_zero else torch.float32),
     ]
 
 

@@ -52,7 +52,7 @@ dvdq_status check_stored(const char* function, const dvdq_layer& layer, const dv
   if (weight == nullptr) return fail(DVDQ_BAD_ARGUMENT, "%s: weight is null", function);
   const unsigned zero_alignment = layer.float_zero_point ? 1 : 4;
   const Named pointers[] = {{"weight.codes", weight->codes, false, 16}, {"weight.scale", weight->scale, false, 4},
-                            {"weight.factor", weight->factor, false, 1}, {"weight.zero", weight->zero, false, zero_alignment},
+                            {"weight.group_scale", weight->group_scale, false, 1}, {"weight.zero", weight->zero, false, zero_alignment},
                             {"weight.bias", weight->bias, true, 4},      {name, to, false, 256}};
   return check_pointers(function, pointers);
 }
@@ -98,7 +98,7 @@ dvdq_status multiply(const dvdq_layer& layer, const dvdq_plan& plan, int32_t sm,
   args.row_scale = weight.row_scale;
   args.row_zero = weight.row_zero;
   args.bias = weight.bias;
-  args.factor = weight.factor;
+  args.group_scale = weight.group_scale;
   args.group_zero = weight.group_zero;
   args.y = y;
   args.m = m;

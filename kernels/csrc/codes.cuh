@@ -63,7 +63,7 @@ DVDQ_DEVICE uint32_t codes_to_e4m3(uint32_t codes) {
 
 // Eight channels of x times their scales plus their offsets, both at `pre_quant`.
 template <bool Half>
-DVDQ_DEVICE void balance_8(uint4& x, const uint16_t* pre_quant) {
+DVDQ_DEVICE void pre_quant_8(uint4& x, const uint16_t* pre_quant) {
   const uint4 scale = load_16(pre_quant), offset = load_16(pre_quant + 8);
   x.x = multiply_add_16bit2<Half>(x.x, scale.x, offset.x);
   x.y = multiply_add_16bit2<Half>(x.y, scale.y, offset.y);

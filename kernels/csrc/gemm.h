@@ -20,7 +20,7 @@ struct GemmArgs {
   const float* row_scale;  // [n]
   const float* row_zero;   // [n]; zeros where the codes carry the zero-point
   const float* bias;       // [n]; zeros where the layer has none
-  const uint8_t* factor;   // S4_GROUP with weight_groups > 1: [n, weight_groups], 255 = 1; else null
+  const uint8_t* group_scale;  // S4_GROUP with weight_groups > 1: [n, weight_groups], 255 = 1; else null
   const void* group_zero;  // S4_GROUP with float_zero_point: uint8 [n, weight_groups], z = byte / 16 - 8; else null
   void* y;                 // [m, n] of dtype
   int64_t m, n, k;

@@ -18,7 +18,7 @@ struct Params {
   const float* weight;  // [n, k]
   signed char* codes;   // [n, k]
   const float* scale;   // [n]
-  const unsigned char* factor;  // [n, groups]
+  const unsigned char* group_scale;  // [n, groups]
   const float* row_zero;        // [n], or
   const unsigned char* byte_zero;  // [n, groups]; the other one is null
   const float* factors;            // [k / block, block, block]
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(32) round_rows(const Params p) {
     if ((first + i) / p.size != group) {
       group = (first + i) / p.size;
       const int64_t at = row * p.groups + group;
-      step = multiply(scale, divide(int_to_float(p.factor[at]), 255.0f));
+      step = multiply(scale, divide(int_to_float(p.group_scale[at]), 255.0f));
       zero = p.byte_zero != nullptr ? multiply_add(int_to_float(p.byte_zero[at]), 0.0625f, -8.0f) : p.row_zero[row];
     }
     const float value = left[i * kPitch + lane];
@@ -77,10 +77,10 @@ dvdq_status gptq_round(const dvdq_grid& grid, const float* weight, const dvdq_gr
   p.weight = weight;
   p.codes = static_cast<signed char*>(out.codes);
   p.scale = out.scale;
-  p.factor = static_cast<const unsigned char*>(out.factor);
-  const bool real = grid.zero_point == DVDQ_ZERO_REAL;
-  p.row_zero = real ? nullptr : static_cast<const float*>(out.zero);
-  p.byte_zero = real ? static_cast<const unsigned char*>(out.zero) : nullptr;
+  p.group_scale = static_cast<const unsigned char*>(out.group_scale);
+  const bool float_zero = grid.zero_point == DVDQ_ZERO_FLOAT;
+  p.row_zero = float_zero ? nullptr : static_cast<const float*>(out.zero);
+  p.byte_zero = float_zero ? static_cast<const unsigned char*>(out.zero) : nullptr;
   p.factors = factors;
   p.n = grid.n;
   p.k = static_cast<int>(grid.k);

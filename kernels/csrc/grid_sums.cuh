@@ -99,12 +99,12 @@ DVDQ_DEVICE float error_of(const float* w, int n, float step, float zero) {
   return total;
 }
 
-// The grid of least error for the codes of (step, zero), and its gain; z is fitted too where it is `real`.
-DVDQ_DEVICE Gain regress(const float* w, int n, const Statistics& of, float step, float zero, bool real) {
+// The grid of least error for the codes of (step, zero), and its gain; z is fitted too with `float_zero`.
+DVDQ_DEVICE Gain regress(const float* w, int n, const Statistics& of, float step, float zero, bool float_zero) {
   const Sums s = sums_of(w, n, step, zero);
   const float count = int_to_float(n);
   float moved = zero;
-  if (real) {
+  if (float_zero) {
     const float along = add(s.s2, -divide(multiply(s.s0, of.total), count));
     const float across = add(s.s1, -divide(multiply(s.s0, s.s0), count));
     if (along > kTiny && across > kTiny) {

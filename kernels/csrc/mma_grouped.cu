@@ -33,7 +33,7 @@ dvdq_status prepare(const GemmArgs& args, int bits, const char* name, Params* pa
   params->row_scale = args.row_scale;
   params->row_zero = args.row_zero;
   params->bias = args.bias;
-  params->factor = args.factor;
+  params->group_scale = args.group_scale;
   params->group_zero = args.float_zero_point ? static_cast<const uint8_t*>(args.group_zero) : nullptr;
   params->y = static_cast<uint16_t*>(args.y);
   params->m = args.m;

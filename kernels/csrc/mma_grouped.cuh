@@ -28,7 +28,7 @@ enum class Kind {
   kS8,          // group sums may reach 2^31
   kS8Small,     // group sums below 2^22
   kS4,          // one weight group per row: the zero-point is corrected once, at the end
-  kS4Weighted,  // factors and zero-points per weight group, in the loop
+  kS4Weighted,  // group scales and zero-points per weight group, in the loop
 };
 
 struct Params {
@@ -39,7 +39,7 @@ struct Params {
   const float* row_scale;
   const float* row_zero;
   const float* bias;
-  const uint8_t* factor;      // [n, weight_groups] or null
+  const uint8_t* group_scale;  // [n, weight_groups] or null
   const uint8_t* group_zero;  // [n, weight_groups] or null: z = byte / 16 - 8
   uint16_t* y;
   int64_t m, n, row_bytes, weight_groups;
@@ -84,7 +84,7 @@ struct Group {
   static constexpr int kColumns = kWeighted ? 2 * kTilesN : 1;
   float scale[2 * kTilesM];
   float sum[kSums ? 2 * kTilesM : 1];
-  float factor[kColumns], zero[kColumns];
+  float group_scale[kColumns], zero[kColumns];
 
   // row0, column0: first row and column of this thread; rows 8 apart, columns in pairs 8 apart.
   DVDQ_DEVICE void load(const Params& p, int group, int64_t row0, int64_t column0) {
@@ -107,10 +107,10 @@ struct Group {
     for (int i = 0; i < kColumns; ++i) {
       const int64_t column = column0 + (i >> 1) * 8 + (i & 1);
       const int64_t at = column * p.weight_groups + weight_group;
-      factor[i] = 1.0f;
+      group_scale[i] = 1.0f;
       zero[i] = 0.0f;
       if (column < p.n) {
-        if (p.factor != nullptr) factor[i] = divide(int_to_float(p.factor[at]), 255.0f);
+        if (p.group_scale != nullptr) group_scale[i] = divide(int_to_float(p.group_scale[at]), 255.0f);
         zero[i] = p.group_zero != nullptr ? add(multiply(int_to_float(p.group_zero[at]), 0.0625f), -8.0f)
                                           : p.row_zero[column];
       }
@@ -159,7 +159,7 @@ struct Accumulators {
           if constexpr (Group<kind>::kWeighted) {
             const int column = 2 * j + (e & 1);
             value = multiply_add(-group.zero[column], group.sum[row], value);
-            scale = multiply(scale, group.factor[column]);
+            scale = multiply(scale, group.group_scale[column]);
           }
           total[i][j][e] = multiply_add(scale, value, total[i][j][e]);
           partial[i][j][e] = 0;
@@ -206,7 +206,7 @@ DVDQ_DEVICE void store_columns(const Params& p, const Accumulators<kind>& acc, i
     scale[c] = p.row_scale[column + c];
     bias[c] = p.bias[column + c];
     if constexpr (kind == Kind::kS4) {
-      if (p.factor != nullptr) scale[c] = multiply(scale[c], divide(int_to_float(p.factor[column + c]), 255.0f));
+      if (p.group_scale != nullptr) scale[c] = multiply(scale[c], divide(int_to_float(p.group_scale[column + c]), 255.0f));
       zero[c] = p.group_zero != nullptr ? add(multiply(int_to_float(p.group_zero[column + c]), 0.0625f), -8.0f)
                                         : p.row_zero[column + c];
     }

@@ -43,11 +43,11 @@ dvdq_status quantize_into(const char* function, const dvdq_layer* layer, const d
                           int64_t m, const WorkspaceLayout& at, int64_t needed, void* workspace, int64_t workspace_bytes,
                           dvdq_stream stream, Quantized* to);
 
-// The parts of a weight as the launchers take them (gemm.h); factor and group_zero may be null.
+// The parts of a weight as the launchers take them (gemm.h); group_scale and group_zero may be null.
 struct WeightView {
   const void* weight;
   const float *row_scale, *row_zero, *bias;
-  const uint8_t* factor;
+  const uint8_t* group_scale;
   const void* group_zero;
 };
 
@@ -59,7 +59,7 @@ inline WeightView view_of(const void* prepared, const PreparedLayout& at) {
   view.row_scale = reinterpret_cast<const float*>(base + at.row_scale);
   view.row_zero = reinterpret_cast<const float*>(base + at.row_zero);
   view.bias = reinterpret_cast<const float*>(base + at.bias);
-  view.factor = at.factor < 0 ? nullptr : base + at.factor;
+  view.group_scale = at.group_scale < 0 ? nullptr : base + at.group_scale;
   view.group_zero = at.group_zero < 0 ? nullptr : base + at.group_zero;
   return view;
 }

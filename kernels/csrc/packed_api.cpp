@@ -26,12 +26,12 @@ dvdq_status packed_workspace(const dvdq_layer& layer, const dvdq_plan& plan, int
   return DVDQ_OK;
 }
 
-// Codes are read by rows of k / 2 bytes, which are multiples of 16; factors and zero-points byte by byte.
+// Codes are read by rows of k / 2 bytes, which are multiples of 16; group scales and zero-points byte by byte.
 dvdq_status check_weight(const char* function, const dvdq_layer& layer, const dvdq_weight* weight, const void* rows) {
   if (weight == nullptr) return fail(DVDQ_BAD_ARGUMENT, "%s: weight is null", function);
   const bool grouped = layer.weight_groups > 1;
   const Named pointers[] = {{"weight.codes", weight->codes, false, 16},
-                            {"weight.factor", weight->factor, !grouped, 1},
+                            {"weight.group_scale", weight->group_scale, !grouped, 1},
                             {"weight.zero", weight->zero, !grouped || !layer.float_zero_point, 1},
                             {"rows", rows, false, 256}};
   return check_pointers(function, pointers);
@@ -47,7 +47,7 @@ WeightView view_of_packed(const dvdq_layer& layer, const dvdq_weight& weight, co
   view.row_scale = reinterpret_cast<const float*>(base + at.row_scale);
   view.row_zero = reinterpret_cast<const float*>(base + at.row_zero);
   view.bias = reinterpret_cast<const float*>(base + at.bias);
-  view.factor = groups.factor;
+  view.group_scale = groups.group_scale;
   view.group_zero = groups.zero;
   return view;
 }

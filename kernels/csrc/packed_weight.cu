@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) make_rows_kernel(const RowsParams p)
 struct ExpandParams {
   const unsigned char* packed;  // [n, k / 2]
   const float *scale, *zero, *bias, *int8_scale;
-  const unsigned char *factor, *group_zero;  // null where the layer has none
+  const unsigned char *group_scale, *group_zero;  // null where the layer has none
   unsigned char* codes;
   float *to_scale, *to_zero, *to_bias;
   int k, groups, width, shift;  // width = k / groups = 1 << shift; shift < 0 where it is no power of two
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) expand_packed_kernel(const ExpandPar
 #pragma unroll 1
     for (int entry = thread; entry < 16 * count; entry += kThreads) {
       const int64_t cell = row * p.groups + group + entry / 16;
-      const float step = p.groups > 1 ? scaled_step(row_step, p.factor[cell]) : row_step;
+      const float step = p.groups > 1 ? scaled_step(row_step, p.group_scale[cell]) : row_step;
       const float zero = p.group_zero != nullptr ? zero_of_byte(p.group_zero[cell]) : row_zero;
       tables[entry] = static_cast<unsigned char>(expand(rule, p.e4m3, zero, step, ((entry & 15) ^ 8) - 8));
     }
@@ -134,7 +134,7 @@ dvdq_status expand_packed(const dvdq_layer& layer, const dvdq_plan& plan, const 
   p.bias = reinterpret_cast<const float*>(base + at.bias);
   p.int8_scale = reinterpret_cast<const float*>(base + at.int8_scale);
   const PackedGroups groups = packed_groups(layer, weight);
-  p.factor = groups.factor;
+  p.group_scale = groups.group_scale;
   p.group_zero = groups.zero;
   p.codes = static_cast<unsigned char*>(prepared);
   p.to_scale = floats(prepared, to.row_scale);

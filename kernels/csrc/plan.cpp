@@ -86,7 +86,7 @@ dvdq_path choose(const dvdq_layer& layer, Family family) {
   // The epilogue of the e4m3 path writes 8 outputs at a time.
   const bool e4m3 = layer.act_group == 128 && by_row && layer.n % 8 == 0;
   if (family == kHopper) return e4m3 ? DVDQ_PATH_E4M3_GROUP : DVDQ_PATH_S8_GROUP;
-  // One weight factor per step of the loop: a weight group has to cover whole activation groups.
+  // One group scale of the weight per step of the loop: a weight group has to cover whole activation groups.
   const bool whole = by_row || layer.k / layer.weight_groups % layer.act_group == 0;
   return family == kAmpereAda && whole ? DVDQ_PATH_S4_GROUP : DVDQ_PATH_S8_GROUP;
 }

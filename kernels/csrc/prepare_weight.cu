@@ -16,7 +16,7 @@ struct Params {
   const float* bias;  // may be null
   unsigned char* codes;
   float *to_scale, *to_zero, *to_bias;
-  unsigned char *to_factor, *to_group_zero;  // null where the path has none
+  unsigned char *to_group_scale, *to_group_zero;  // null where the path has none
   int path;
 };
 
@@ -45,7 +45,7 @@ DVDQ_DEVICE void copy_row(const Params& p, int64_t row) {
   for (int i = 16 * static_cast<int>(threadIdx.x); i < bytes; i += 16 * kThreads) {
     store_16(p.codes + row * bytes + i, load_16(w.packed + row * bytes + i));
   }
-  if (p.to_factor != nullptr) copy_bytes<kThreads>(p.to_factor + row * w.groups, w.factor + row * w.groups, w.groups);
+  if (p.to_group_scale != nullptr) copy_bytes<kThreads>(p.to_group_scale + row * w.groups, w.group_scale + row * w.groups, w.groups);
   if (p.to_group_zero != nullptr) copy_bytes<kThreads>(p.to_group_zero + row * w.groups, w.byte_zero + row * w.groups, w.groups);
 }
 
@@ -82,7 +82,7 @@ dvdq_status prepare_weight(const dvdq_layer& layer, const dvdq_plan& plan, const
   p.to_scale = reinterpret_cast<float*>(base + at.row_scale);
   p.to_zero = reinterpret_cast<float*>(base + at.row_zero);
   p.to_bias = reinterpret_cast<float*>(base + at.bias);
-  p.to_factor = at.factor < 0 ? nullptr : base + at.factor;
+  p.to_group_scale = at.group_scale < 0 ? nullptr : base + at.group_scale;
   p.to_group_zero = at.group_zero < 0 ? nullptr : base + at.group_zero;
   p.path = plan.path;
   return check_cuda(launch(expand_weight, dim3(static_cast<unsigned>(layer.n)), dim3(kThreads), 16, stream, p), "prepare_weight");

@@ -21,17 +21,17 @@ dvdq_status check_grid(const char* function, const dvdq_grid* grid) {
   if (groups < 1 || k % groups || (groups > 1 && (k / groups % 16 || k / groups > kMaxGroup)))
     return fail(DVDQ_BAD_ARGUMENT, "%s: %lld groups of %lld columns; groups of 16 to %lld columns in multiples of 16", function,
                 static_cast<long long>(groups), static_cast<long long>(k), static_cast<long long>(kMaxGroup));
-  if (grid->zero_point < DVDQ_ZERO_MIDRISE || grid->zero_point > DVDQ_ZERO_REAL || grid->solver < DVDQ_SOLVER_MINMAX ||
+  if (grid->zero_point < DVDQ_ZERO_MIDRISE || grid->zero_point > DVDQ_ZERO_FLOAT || grid->solver < DVDQ_SOLVER_MINMAX ||
       grid->solver > DVDQ_SOLVER_SEARCH)
     return fail(DVDQ_BAD_ARGUMENT, "%s: zero_point %d or solver %d is unknown", function, grid->zero_point, grid->solver);
   return DVDQ_OK;
 }
 
 dvdq_status check_buffers(const char* function, const dvdq_grid& grid, const void* weight, const dvdq_grid_out* out) {
-  if (out == nullptr || weight == nullptr || out->codes == nullptr || out->scale == nullptr || out->factor == nullptr ||
+  if (out == nullptr || weight == nullptr || out->codes == nullptr || out->scale == nullptr || out->group_scale == nullptr ||
       out->zero == nullptr)
     return fail(DVDQ_BAD_ARGUMENT, "%s: a buffer is null", function);
-  const bool bytes = grid.zero_point == DVDQ_ZERO_REAL;
+  const bool bytes = grid.zero_point == DVDQ_ZERO_FLOAT;
   const uintptr_t words = reinterpret_cast<uintptr_t>(weight) | reinterpret_cast<uintptr_t>(out->scale) |
                           (bytes ? 0 : reinterpret_cast<uintptr_t>(out->zero));
   if (words % 4) return fail(DVDQ_BAD_ARGUMENT, "%s: a buffer of floats is not aligned to 4 bytes", function);

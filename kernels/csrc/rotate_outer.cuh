@@ -36,7 +36,7 @@ DVDQ_DEVICE void load_row(const Params& p, int64_t token, float* row) {
   const float unit = bits_float(static_cast<uint32_t>(127 - (p.log2_block >> 1)) << 23);
   for (int channel = 8 * static_cast<int>(threadIdx.x); channel < p.channels; channel += 8 * static_cast<int>(blockDim.x)) {
     uint4 raw = load_once_16(from + channel);
-    if (p.pre_quant != nullptr) balance_8<Half>(raw, p.pre_quant + 2 * channel);
+    if (p.pre_quant != nullptr) pre_quant_8<Half>(raw, p.pre_quant + 2 * channel);
     float v[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {

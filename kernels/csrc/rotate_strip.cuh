@@ -141,7 +141,7 @@ DVDQ_DEVICE void rotate_units(const Params& p, const Place& place, uint4 (&raw)[
 #pragma unroll
     for (int i = bit5; i < 8; i += 2) {
       const int channel = place.channel + 32 * i + 8 * t;
-      if (p.pre_quant != nullptr && channel < p.channels) balance_8<Half>(raw[i], p.pre_quant + 2 * channel);
+      if (p.pre_quant != nullptr && channel < p.channels) pre_quant_8<Half>(raw[i], p.pre_quant + 2 * channel);
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e) {

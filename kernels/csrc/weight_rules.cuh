@@ -13,7 +13,7 @@ DVDQ_DEVICE int nibble(uint32_t packed, int i) { return static_cast<int>(packed 
 // The zero-point that a byte stands for.
 DVDQ_DEVICE float zero_of_byte(unsigned char byte) { return add(multiply(int_to_float(byte), 0.0625f), -8.0f); }
 
-DVDQ_DEVICE float scaled_step(float scale, unsigned char factor) { return multiply(scale, divide(int_to_float(factor), 255.0f)); }
+DVDQ_DEVICE float scaled_step(float scale, unsigned char group_scale) { return multiply(scale, divide(int_to_float(group_scale), 255.0f)); }
 
 DVDQ_DEVICE bool is_integer(float value) { return value == round_half_even(value); }
 
@@ -67,7 +67,7 @@ DVDQ_DEVICE uint32_t expand(const RowRule& rule, bool e4m3, float zero, float st
 struct StoredWeight {
   const unsigned char* packed;  // [n, k / 2]
   const float* scale;           // [n]
-  const unsigned char* factor;  // [n, groups]
+  const unsigned char* group_scale;  // [n, groups]
   const float* row_zero;
   const unsigned char* byte_zero;
   int k, groups, width;  // width = k / groups
@@ -77,7 +77,7 @@ inline StoredWeight stored_weight(const dvdq_layer& layer, const dvdq_weight& we
   StoredWeight w{};
   w.packed = static_cast<const unsigned char*>(weight.codes);
   w.scale = weight.scale;
-  w.factor = static_cast<const unsigned char*>(weight.factor);
+  w.group_scale = static_cast<const unsigned char*>(weight.group_scale);
   w.row_zero = layer.float_zero_point ? nullptr : static_cast<const float*>(weight.zero);
   w.byte_zero = layer.float_zero_point ? static_cast<const unsigned char*>(weight.zero) : nullptr;
   w.k = static_cast<int>(layer.k);
@@ -91,7 +91,7 @@ DVDQ_DEVICE float zero_of(const StoredWeight& w, int64_t row, int group) {
 }
 
 DVDQ_DEVICE float step_of(const StoredWeight& w, int64_t row, int group) {
-  return scaled_step(w.scale[row], w.factor[row * w.groups + group]);
+  return scaled_step(w.scale[row], w.group_scale[row * w.groups + group]);
 }
 
 // Copies bytes by all threads of a block of Threads.

@@ -71,17 +71,17 @@ extern "C" {
 // A dvdq_status, or -1 where the kernel read what it was not given.
 DVDQ_API int run_grouped(int bits, const int64_t* sizes, const void* codes, const float* scales, const float* sums,
                          const void* weight, const float* row_scale, const float* row_zero, const float* bias,
-                         const uint8_t* factor, const void* group_zero, void* y, uint64_t schedule) {
+                         const uint8_t* group_scale, const void* group_zero, void* y, uint64_t schedule) {
   using dvdq::Guarded;
   const int64_t m = sizes[0], n = sizes[1], k = sizes[2], weight_groups = sizes[4];
   const int64_t row = k * bits / 8, groups = sizes[3] > 0 ? k / sizes[3] : 1;
   const Guarded a(codes, m * row), b(weight, n * row), s(scales, groups * m * 4), t(sums, groups * m * 4);
   const Guarded step(row_scale, n * 4), zero(row_zero, n * 4), add(bias, n * 4);
-  const Guarded f(factor, n * weight_groups), z(group_zero, n * weight_groups);
+  const Guarded f(group_scale, n * weight_groups), z(group_zero, n * weight_groups);
   dvdq::GemmArgs args{};
   args.codes = a.get<void>(), args.weight = b.get<void>(), args.scales = s.get<float>(), args.sums = t.get<float>();
   args.row_scale = step.get<float>(), args.row_zero = zero.get<float>(), args.bias = add.get<float>();
-  args.factor = f.get<uint8_t>(), args.group_zero = z.get<void>(), args.y = y;
+  args.group_scale = f.get<uint8_t>(), args.group_zero = z.get<void>(), args.y = y;
   args.m = m, args.n = n, args.k = k, args.act_group = static_cast<int32_t>(sizes[3]);
   args.weight_groups = weight_groups, args.float_zero_point = sizes[5] != 0, args.dtype = static_cast<dvdq_dtype>(sizes[6]);
   args.sm = static_cast<int>(sizes[7]);

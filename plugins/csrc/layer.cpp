@@ -22,7 +22,7 @@ std::vector<DataType> accepted_types(int32_t position) {
   switch (position) {
     case kX: return {DataType::kBF16, DataType::kHALF};
     case kWeight: return {DataType::kINT8};
-    case kFactor: return {DataType::kINT8, DataType::kINT32};
+    case kGroupScale: return {DataType::kINT8, DataType::kINT32};
     case kZero: return {DataType::kFLOAT, DataType::kINT8, DataType::kINT32};
     default: return {DataType::kFLOAT};
   }
@@ -287,12 +287,12 @@ dvdq_layer describe_layer(Fields const& fields, Tensor const* inputs) {
   if (x.nbDims < 1 || x.d[x.nbDims - 1] != layer.k) {
     refuse(fields, "x has shape " + shape_text(x), "[..., " + std::to_string(layer.k) + "], the K of the weight");
   }
-  nvinfer1::Dims const& factor = inputs[kFactor].dims;
-  if (factor.nbDims != 2 || factor.d[0] != layer.n || factor.d[1] < 1 || layer.k % factor.d[1] != 0) {
-    refuse(fields, "weight_group_scale has shape " + shape_text(factor),
+  nvinfer1::Dims const& group_scale = inputs[kGroupScale].dims;
+  if (group_scale.nbDims != 2 || group_scale.d[0] != layer.n || group_scale.d[1] < 1 || layer.k % group_scale.d[1] != 0) {
+    refuse(fields, "weight_group_scale has shape " + shape_text(group_scale),
            "[" + std::to_string(layer.n) + ", groups], groups a divisor of " + std::to_string(layer.k));
   }
-  layer.weight_groups = factor.d[1];
+  layer.weight_groups = group_scale.d[1];
   layer.float_zero_point = inputs[kZero].type == DataType::kFLOAT ? 0 : 1;
   if (layer.float_zero_point) {
     expect_shape(fields, inputs, kZero, {layer.n, layer.weight_groups}, "bytes, per row and group");

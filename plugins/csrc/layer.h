@@ -12,7 +12,7 @@
 namespace dvdquant::plugin {
 
 // Inputs of both nodes, in the order of the ONNX operator's schema.
-enum Input : int32_t { kX = 0, kWeight, kScale, kFactor, kZero, kBias, kHadamard, kOuter, kInputs };
+enum Input : int32_t { kX = 0, kWeight, kScale, kGroupScale, kZero, kBias, kHadamard, kOuter, kInputs };
 
 // What a FusedQuantLinear node reads behind them, in this order; its attribute "reads" names those that are there.
 enum Extra : int32_t { kY = 0, kGate, kMultiplier, kAddend, kPreQuant, kExtras };

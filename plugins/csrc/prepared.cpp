@@ -41,10 +41,10 @@ void narrow(void const* values, void* to, int64_t count, char const* name, Strea
   synchronize(stream);
 }
 
-// Bytes of factors and zero-points that came in as INT32, and lie narrowed behind the rows of a packed weight.
+// Bytes of group scales and zero-points that came in as INT32, and lie narrowed behind the rows of a packed weight.
 int64_t narrowed_bytes(PreparedKey const& key) {
   bool const kept = key.codes < 0 && key.groups > 1;
-  return kept ? key.n * key.groups * (int{key.factor_int32} + int{key.zero_int32}) : 0;
+  return kept ? key.n * key.groups * (int{key.group_scale_int32} + int{key.zero_int32}) : 0;
 }
 
 Prepared make(PreparedKey const& key, dvdq_layer const& layer, Stream stream) {
@@ -54,14 +54,14 @@ Prepared make(PreparedKey const& key, dvdq_layer const& layer, Stream stream) {
   // Narrowed behind the rows, where products read them; else for the time of making.
   std::unique_ptr<DeviceBuffer> apart;
   auto* narrow_to = static_cast<uint8_t*>(buffer->data()) + key.bytes;
-  if (kept == 0 && (key.factor_int32 || key.zero_int32)) {
+  if (kept == 0 && (key.group_scale_int32 || key.zero_int32)) {
     apart = std::make_unique<DeviceBuffer>(static_cast<size_t>(2 * cells), "the bytes of groups of " + key.layer);
     narrow_to = static_cast<uint8_t*>(apart->data());
   }
   dvdq_weight weight = packed_weight(key, *buffer);
-  if (key.factor_int32) {
-    narrow(key.inputs[kFactor], narrow_to, cells, "weight_group_scale", stream);
-    weight.factor = narrow_to;
+  if (key.group_scale_int32) {
+    narrow(key.inputs[kGroupScale], narrow_to, cells, "weight_group_scale", stream);
+    weight.group_scale = narrow_to;
     narrow_to += cells;
   }
   if (key.zero_int32) {
@@ -90,13 +90,13 @@ dvdq_weight packed_weight(PreparedKey const& key, DeviceBuffer const& buffer) {
   dvdq_weight weight{};
   weight.codes = key.inputs[kWeight];
   weight.scale = static_cast<float const*>(key.inputs[kScale]);
-  weight.factor = key.inputs[kFactor];
+  weight.group_scale = key.inputs[kGroupScale];
   weight.zero = key.inputs[kZero];
   weight.bias = static_cast<float const*>(key.inputs[kBias]);
   if (narrowed_bytes(key) == 0) return weight;
   auto const* const narrowed = static_cast<uint8_t const*>(buffer.data()) + key.bytes;
-  if (key.factor_int32) weight.factor = narrowed;
-  if (key.zero_int32) weight.zero = narrowed + (key.factor_int32 ? key.n * key.groups : 0);
+  if (key.group_scale_int32) weight.group_scale = narrowed;
+  if (key.zero_int32) weight.zero = narrowed + (key.group_scale_int32 ? key.n * key.groups : 0);
   return weight;
 }
 

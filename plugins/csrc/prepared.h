@@ -23,10 +23,10 @@ struct PreparedKey {
   std::array<void const*, kInputs> inputs;  // addresses of weight .. bias; others null
   int64_t n, k, groups, bytes;
   int32_t float_zero_point, codes;  // codes is -1 for the rows of a packed weight, which serve every path
-  bool factor_int32, zero_int32;  // the type inputs came in as
+  bool group_scale_int32, zero_int32;  // the type inputs came in as
 
   auto tied() const {
-    return std::tie(device, sm, layer, inputs, n, k, groups, bytes, float_zero_point, codes, factor_int32, zero_int32);
+    return std::tie(device, sm, layer, inputs, n, k, groups, bytes, float_zero_point, codes, group_scale_int32, zero_int32);
   }
   bool operator<(PreparedKey const& other) const { return tied() < other.tied(); }
   bool operator==(PreparedKey const& other) const { return tied() == other.tied(); }

@@ -87,7 +87,7 @@ nvinfer1::IPluginV3* QuantLinear::clone() noexcept {
     copy->sm_ = sm_;
     copy->form_ = form_;
     copy->rows_bytes_ = rows_bytes_;
-    copy->factor_int32_ = factor_int32_;
+    copy->group_scale_int32_ = group_scale_int32_;
     copy->zero_int32_ = zero_int32_;
   });
   return copy;
@@ -174,7 +174,7 @@ int32_t QuantLinear::onShapeChange(PluginTensorDesc const* in, int32_t inputs, P
     sm_ = sm_of(device_);
     plan_ = plan_of(layer, sm_, fields_.layer);
     check_kernels(kernels().rows_bytes(&layer, sm_, &rows_bytes_), "size of the rows");
-    factor_int32_ = in[kFactor].type == DataType::kINT32;
+    group_scale_int32_ = in[kGroupScale].type == DataType::kINT32;
     zero_int32_ = in[kZero].type == DataType::kINT32;
     layer_ = layer;
   });
@@ -270,7 +270,7 @@ void QuantLinear::use_weight(void const* const* inputs, Stream stream) {
   bool const capturing = is_capturing(stream);
   if (!same) {
     PreparedKey key{device_,  sm_, fields_.layer, {}, layer_->n, layer_->k, layer_->weight_groups, bytes,
-                    layer_->float_zero_point, codes, factor_int32_, zero_int32_};
+                    layer_->float_zero_point, codes, group_scale_int32_, zero_int32_};
     for (int32_t i = kWeight; i <= kBias; ++i) key.inputs[i] = inputs[i];
     Prepared weight = find_prepared(key);
     if (!weight && capturing) {

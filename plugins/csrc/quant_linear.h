@@ -82,7 +82,7 @@ class QuantLinear final : public nvinfer1::IPluginV3,
   dvdq_plan plan_{};
   int device_ = 0;
   int32_t sm_ = 0;
-  bool factor_int32_ = false, zero_int32_ = false;
+  bool group_scale_int32_ = false, zero_int32_ = false;
 
   bool attached_ = false;
   Form form_ = Form::kPacked;  // read when the context is made

@@ -5,7 +5,7 @@
 
 namespace dvdquant::plugin {
 
-// Packed: the bound codes, and the factors and byte zero-points of groups, are the only copy, and what is made of them are their
+// Packed: the bound codes, and the group scales and byte zero-points of groups, are the only copy, and what is made of them are their
 // rows, the same for all widths (dvdq_make_rows). Expanded: as the path multiplies it (dvdq_prepare_weight), where that is not
 // what is bound.
 enum class Form { kPacked, kExpanded };

@@ -20,7 +20,7 @@ struct Node {
   DynamicPluginTensorDesc tensors[kTensors];  // 8 inputs and y
 };
 
-// x [2, dynamic (up to 100), 96] and N = 64, groups of 32, rotation 3 * 16, real zeros.
+// x [2, dynamic (up to 100), 96] and N = 64, groups of 32, rotation 3 * 16, float zero-points.
 Node good_node() {
   Node node{};
   std::vector<std::vector<int64_t>> const shapes{{2, -1, 96}, {64, 48}, {64}, {64, 3}, {64, 3},

@@ -53,7 +53,7 @@ uint16_t narrow(double value, int32_t dtype) {
 // Prepared: the dequantized weight [N, K] and the bias [N], in double.
 int64_t prepared_bytes(dvdq_layer const& layer) { return static_cast<int64_t>(sizeof(double)) * layer.n * (layer.k + 1); }
 
-// Rows of a packed weight: scale, zero-point and bias, in double. A row of one group has its factor and its zero-point there;
+// Rows of a packed weight: scale, zero-point and bias, in double. A row of one group has its group scale and its zero-point there;
 // what several groups have is read from the weight.
 int64_t rows_bytes(dvdq_layer const& layer) { return static_cast<int64_t>(sizeof(double)) * layer.n * 3; }
 
@@ -67,9 +67,9 @@ void expand(dvdq_layer const& layer, dvdq_weight const& weight, double const* ro
     for (int64_t k = 0; k < layer.k; ++k) {
       int64_t const cell = n * layer.weight_groups + k / width;
       int const nibble = (codes[(n * layer.k + k) / 2] >> (k % 2 ? 4 : 0)) & 15;
-      double const factor = grouped ? static_cast<uint8_t const*>(weight.factor)[cell] / 255.0 : 1.0;
+      double const group_scale = grouped ? static_cast<uint8_t const*>(weight.group_scale)[cell] / 255.0 : 1.0;
       double const zero = grouped && layer.float_zero_point ? zero_of_byte(weight.zero, cell) : rows[layer.n + n];
-      out[n * layer.k + k] = ((nibble ^ 8) - 8 - zero) * rows[n] * factor;
+      out[n * layer.k + k] = ((nibble ^ 8) - 8 - zero) * rows[n] * group_scale;
     }
     out[layer.n * layer.k + n] = rows[2 * layer.n + n];
   }
@@ -180,10 +180,10 @@ DVDQ_API dvdq_status dvdq_workspace_bytes(const dvdq_layer* layer, int32_t sm, i
 DVDQ_API dvdq_status dvdq_prepare_weight(const dvdq_layer* layer, int32_t, const dvdq_weight* weight, void* prepared,
                                          int64_t bytes, dvdq_stream) {
   if (bytes < prepared_bytes(*layer)) return fail(DVDQ_WORKSPACE, "prepared buffer too small");
-  if (!weight->codes || !weight->scale || !weight->factor || !weight->zero) return fail(DVDQ_BAD_ARGUMENT, "null");
+  if (!weight->codes || !weight->scale || !weight->group_scale || !weight->zero) return fail(DVDQ_BAD_ARGUMENT, "null");
   auto* out = static_cast<double*>(prepared);
   auto const* codes = static_cast<uint8_t const*>(weight->codes);
-  auto const* factor = static_cast<uint8_t const*>(weight->factor);
+  auto const* group_scale = static_cast<uint8_t const*>(weight->group_scale);
   int64_t const width = layer->k / layer->weight_groups;
   for (int64_t n = 0; n < layer->n; ++n) {
     for (int64_t k = 0; k < layer->k; ++k) {
@@ -191,7 +191,7 @@ DVDQ_API dvdq_status dvdq_prepare_weight(const dvdq_layer* layer, int32_t, const
       int const nibble = (codes[(n * layer->k + k) / 2] >> (k % 2 ? 4 : 0)) & 15;
       double const zero =
           layer->float_zero_point ? zero_of_byte(weight->zero, cell) : static_cast<float const*>(weight->zero)[n];
-      out[n * layer->k + k] = ((nibble ^ 8) - 8 - zero) * weight->scale[n] * (factor[cell] / 255.0);
+      out[n * layer->k + k] = ((nibble ^ 8) - 8 - zero) * weight->scale[n] * (group_scale[cell] / 255.0);
     }
     out[layer->n * layer->k + n] = weight->bias ? weight->bias[n] : 0;
   }
@@ -237,12 +237,12 @@ DVDQ_API dvdq_status dvdq_rows_bytes(const dvdq_layer* layer, int32_t sm, int64_
 DVDQ_API dvdq_status dvdq_make_rows(const dvdq_layer* layer, int32_t, const dvdq_weight* weight, void* rows, int64_t bytes,
                                     dvdq_stream) {
   if (bytes < rows_bytes(*layer)) return fail(DVDQ_WORKSPACE, "buffer for rows too small");
-  if (!weight->codes || !weight->scale || !weight->factor || !weight->zero) return fail(DVDQ_BAD_ARGUMENT, "null");
+  if (!weight->codes || !weight->scale || !weight->group_scale || !weight->zero) return fail(DVDQ_BAD_ARGUMENT, "null");
   auto* out = static_cast<double*>(rows);
-  auto const* factor = static_cast<uint8_t const*>(weight->factor);
+  auto const* group_scale = static_cast<uint8_t const*>(weight->group_scale);
   bool const grouped = layer->weight_groups > 1;
   for (int64_t n = 0; n < layer->n; ++n) {
-    out[n] = weight->scale[n] * (grouped ? 1.0 : factor[n] / 255.0);
+    out[n] = weight->scale[n] * (grouped ? 1.0 : group_scale[n] / 255.0);
     out[layer->n + n] = !layer->float_zero_point ? static_cast<float const*>(weight->zero)[n]
                         : grouped                ? 0.0
                                                  : zero_of_byte(weight->zero, n);
@@ -276,7 +276,7 @@ DVDQ_API dvdq_status dvdq_packed_linear(const dvdq_layer* layer, int32_t sm, con
   dvdq_workspace_bytes(layer, sm, m, &before);
   if (bytes < needed || workspace == nullptr) return fail(DVDQ_WORKSPACE, "workspace too small");
   bool const grouped = layer->weight_groups > 1;
-  if (weight == nullptr || weight->codes == nullptr || rows == nullptr || (grouped && weight->factor == nullptr) ||
+  if (weight == nullptr || weight->codes == nullptr || rows == nullptr || (grouped && weight->group_scale == nullptr) ||
       (grouped && layer->float_zero_point && weight->zero == nullptr)) {
     return fail(DVDQ_BAD_ARGUMENT, "the packed weight is null");
   }

@@ -27,7 +27,7 @@ from tests.support.quality_rows import (
     report,
     study,
 )
-from tests.support.quality_scripts import QUALITY
+from tests.support.quality_scripts import QUALITY, script
 
 README = QUALITY.parents[1] / "docs" / "quality" / "index.md"
 
@@ -330,3 +330,14 @@ def test_archive_gives_the_same_report(tmp_path: Path) -> None:
     (tmp_path / "torn.jsonl.xz").write_bytes((tmp_path / "kept.jsonl.xz").read_bytes()[:-40])
     with pytest.raises(report.ResultsError, match="cannot be read"):
         report.read_results(tmp_path / "torn.jsonl.xz")
+
+
+def test_entries_of_the_kept_rows_have_todays_names(tmp_path: Path) -> None:
+    """What was measured under former words stands in the tables, and is finished, under those of the studies."""
+    kept = script("results_file").read_lines(QUALITY / "results.jsonl.xz").splitlines()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(line + "\n" for line in kept if '"kind":"study"' in line))
+    entries = {(study, name) for study, names in script("studies").STUDIES.items() for name in names}
+    assert {(s, name) for s, places in report.read_results(rows).studies.items() for name, _, _ in places} == entries
+    keys = [key.split("/") for key in script("run").finished(rows) - {None}]
+    assert {(key[2], "/".join(key[3:-1])) for key in keys} == entries

@@ -214,8 +214,8 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "SMs of two targets": (["--sm", "9.0", "--sm", "89", *SIZES], ["9.0", "--target graphs"]),
     "a card that is not in the table": (["--gpu", "RTX 4099", *SIZES], ["RTX 4099", "RTX 4090", "--sm"]),
     "a card that is too old": (["--gpu", "Tesla T4", *SIZES], ["T4", "7.5", "bf16", "fix: "]),
-    "unknown realization": (["--precision", "int3", *SIZES], ["int3", "nvfp4"]),
-    "realization this SM lacks": (["--precision", "nvfp4", *SIZES], ["nvfp4", "8.9", "int8"]),
+    "unknown precision": (["--precision", "int3", *SIZES], ["int3", "nvfp4"]),
+    "precision this SM lacks": (["--precision", "nvfp4", *SIZES], ["nvfp4", "8.9", "int8"]),
     "TensorRT built here, without its plugin": (
         ["--target", "tensorrt", "--build", "here", *SIZES],
         ["tensorrt"],

@@ -93,10 +93,10 @@ def test_no_command_line_of_all_ends_in_a_traceback(server: CommandServer) -> No
     _judge(server, list(command_lines()))
 
 
-def test_the_choices_of_realize_are_those_there_are() -> None:
-    from dvdquant.cli.export import REALIZE
+def test_the_choices_of_precision_are_those_there_are() -> None:
+    from dvdquant.cli import export
 
-    assert REALIZE == PRECISIONS
+    assert export.PRECISIONS == PRECISIONS
 
 
 # ------------------------------------------------------------------------------------------------------------- streams

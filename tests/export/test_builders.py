@@ -1,4 +1,4 @@
-"""Engine builders: every realization on every SM, packing proved by size and listing, and how builds can fail."""
+"""Engine builders: every precision on every SM, packing proved by size and listing, and how builds can fail."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_every_sm_builds_what_the_table_says(grid: str, dtype: str, override: st
 
 
 @pytest.mark.parametrize("sm", [pytest.param(sm, marks=[] if sm == "12.0" else [pytest.mark.stress]) for sm in RTX_SMS])
-def test_every_realization_builds_alone_on_every_sm_that_takes_it(sm: str, tmp_path: Path) -> None:
+def test_every_precision_builds_alone_on_every_sm_that_takes_it(sm: str, tmp_path: Path) -> None:
     for precision in LOWER:
         if precision == "nvfp4" and not sm.startswith("12"):
             continue

@@ -206,7 +206,7 @@ def also(*layouts: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 REFUSED = [
-    (["--recipe", "w4a4", *also("comfy")], ["another grid than ConvRot", "balanced channels", "--recipe convrot"]),
+    (["--recipe", "w4a4", *also("comfy")], ["another grid than ConvRot", "smoothed channels", "--recipe convrot"]),
     (["--recipe", "w4a8", *also("comfy-a8")], ["weight groups of 32", "zero-point float", "--recipe convrot"]),
     (also("modelopt"), ["FP8 or NVFP4", "ModelOpt itself"]),
     (also("sglang"), ["reads the one of ComfyUI", "--also-write comfy"]),

@@ -127,7 +127,7 @@ def test_ranges_build_one_engine_with_a_profile(model: Path, tmp_path: Path) -> 
         ("auto", "12.0", "nvfp4", "FLOAT4E2M1"),
     ],
 )
-def test_realize(precision: str, sm: str, chosen: str, stored: str, model: Path, tmp_path: Path) -> None:
+def test_precision(precision: str, sm: str, chosen: str, stored: str, model: Path, tmp_path: Path) -> None:
     """The override, or the choice, reaches the manifest and the types of the weights in the graph that was built."""
     out = tmp_path / "out"
     recipe = ("--recipe", "w4a4", "--activations", "4")  # engines with 8 show nothing

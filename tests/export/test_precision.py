@@ -14,7 +14,7 @@ from tests.support import quant_linear_graphs as qg
 from tests.support.engine_building import save, unparsable
 
 
-def test_table_of_realizations() -> None:
+def test_table_of_precisions() -> None:
     token8, token4, group4 = ActivationSpec(8), ActivationSpec(4), ActivationSpec(4, 128)
     assert {choose_precision("tensorrt_rtx", sm, token8) for sm in RTX_SMS} == {"int8"}
     assert choose_precision("tensorrt_rtx", "8.9", token4) == "int8"
@@ -39,7 +39,7 @@ def test_table_of_realizations() -> None:
         ("tensorrt", "8.9", ActivationSpec(6), "auto", "(?s)no 6-bit activations.*available: 4, 8"),
     ],
 )
-def test_realizations_that_cannot_be(
+def test_precisions_that_cannot_be(
     backend: str, sm: str, activation: ActivationSpec, override: str, message: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=message):

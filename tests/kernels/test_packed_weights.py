@@ -47,9 +47,9 @@ def make_rows(
     for buffer in (*buffers, rows):
         buffer.check_guards()
     grouped = layer.weight_groups > 1
-    factor = buffers[2].address if grouped else 0
+    group_scale = buffers[2].address if grouped else 0
     zero = buffers[3].address if grouped and layer.float_zero_point else 0
-    return WeightPointers(buffers[0].address, 0, factor, zero), rows, [*buffers, rows]
+    return WeightPointers(buffers[0].address, 0, group_scale, zero), rows, [*buffers, rows]
 
 
 # More than 256 groups: their tables do not fit shared memory at once; groups of 24 channels: no power of two.
@@ -180,7 +180,7 @@ def test_pointers_and_sizes_are_checked(library: KernelLibrary) -> None:
             layer, HOPPER, here, 0, WeightPointers(here + 8, 0, 0, 0), here, here, 1, here, 1 << 15, 0
         )
     grouped = LayerShape(8, 256, 8, True, 1, 1, 8, 0)
-    for weight, name in ((codes, "factor"), (WeightPointers(here, 0, here, 0), "zero")):
+    for weight, name in ((codes, "group_scale"), (WeightPointers(here, 0, here, 0), "zero")):
         with pytest.raises(ShapeError, match=f"weight.{name} is null"):
             library.packed_linear(grouped, HOPPER, here, 0, weight, here, here, 1, here, 1 << 15, 0)
     with pytest.raises(ResourceError, match=r"need \d+ bytes of workspace, the buffer has 256"):

@@ -41,7 +41,7 @@ def row_errors(w: Tensor, quantized: QuantizedWeight) -> Tensor:
 )
 @pytest.mark.parametrize(("zero_point", "group"), [*GRIDS, ("float", 64), ("float", 16)])
 def test_as_good_as_the_compiled_search(kernels: QuantizerKernels, kind: str, zero_point: str, group: int) -> None:
-    """All rows together at most 1 ‰ worse. Of a single row with a real zero-point, which has dozens of minima a per cent apart,
+    """All rows together at most 1 ‰ worse. Of a single row with a float zero-point, which has dozens of minima a per cent apart,
     either may find the better one."""
     w = weights(kind)
     loops = quantize_weight(w, WeightSpec(group_size=group, zero_point=zero_point))

@@ -166,15 +166,15 @@ STUDIES: dict[str, dict[str, Callable[[Layer, int], Simulated]]] = {
         "row": _grid(weight=SEARCH, rotation="auto"),
         **{f"{g}": _grid(weight=_groups(g), rotation="auto") for g in (128, 64, 32, 16)},
         "64, activations too": _grid(weight=_groups(64), rotation="auto", act_group=64),
-        "64, real zero-points": _grid(weight=_groups(64, "float"), rotation="auto"),
-        "32, real zero-points": _grid(weight=_groups(32, "float"), rotation="auto"),
+        "64, float zero-points": _grid(weight=_groups(64, "float"), rotation="auto"),
+        "32, float zero-points": _grid(weight=_groups(32, "float"), rotation="auto"),
     },
     "rotation": {
         "none": _grid(weight=SEARCH),
         **{f"{b}": _grid(weight=SEARCH, rotation=b) for b in (64, 128, 256)},
         "full": _grid(weight=SEARCH, rotation="full"),
         **{
-            f"{b}, feedback, balance, signs, shift": from_recipe(replace(RECIPES["w4a4"], rotation=b))
+            f"{b}, GPTQ, smoothing, random signs, shift": from_recipe(replace(RECIPES["w4a4"], rotation=b))
             for b in (64, 128, 256)
         },
     },
@@ -191,49 +191,47 @@ STUDIES: dict[str, dict[str, Callable[[Layer, int], Simulated]]] = {
         "activations clipped at 0.9": partial(clipped, keep=0.9),
         "activations clipped at 0.8": partial(clipped, keep=0.8),
         "activations on 16 levels": sixteen_levels,
-        "feedback": partial(with_hessian, source="smooth run"),
-        "balance": partial(with_hessian, source="smooth run", gptq=False, smooth=True),
-        "balance to the nearest power of two": partial(
+        "GPTQ": partial(with_hessian, source="smooth run"),
+        "smoothing": partial(with_hessian, source="smooth run", gptq=False, smooth=True),
+        "smoothing to the nearest power of two": partial(
             with_hessian, source="smooth run", gptq=False, smooth=True, rounding="round"
         ),
-        "feedback and balance": from_recipe(UNFITTED),
-        "feedback, balance, signs": from_recipe(replace(UNFITTED, random_signs=True)),
-        "feedback, balance, shift": from_recipe(replace(UNFITTED, shift=True)),
-        "feedback, balance, signs, shift (recipe w4a4)": from_recipe(RECIPES["w4a4"]),
+        "GPTQ and smoothing": from_recipe(UNFITTED),
+        "GPTQ, smoothing, random signs": from_recipe(replace(UNFITTED, random_signs=True)),
+        "GPTQ, smoothing, shift": from_recipe(replace(UNFITTED, shift=True)),
+        "GPTQ, smoothing, random signs, shift (recipe w4a4)": from_recipe(RECIPES["w4a4"]),
         "recipe w4a4, activations clipped at 0.9": partial(clipped, keep=0.9, recipe=RECIPES["w4a4"]),
         "recipe w4a4, activations clipped at 0.8": partial(clipped, keep=0.8, recipe=RECIPES["w4a4"]),
         "recipe w4a4, activations clipped at 2.5 root mean squares": partial(clipped, rms=2.5, recipe=RECIPES["w4a4"]),
-        "feedback and balance, unrotated": partial(with_hessian, source="smooth run", smooth=True, rotation="none"),
-        "feedback and balance, whole rows": partial(with_hessian, source="smooth run", smooth=True),
-        "feedback and balance, moments of the modulation alone": partial(
+        "GPTQ and smoothing, unrotated": partial(with_hessian, source="smooth run", smooth=True, rotation="none"),
+        "GPTQ and smoothing, whole rows": partial(with_hessian, source="smooth run", smooth=True),
+        "GPTQ and smoothing, moments of the modulation alone": partial(
             with_hessian, source="modulation", smooth=True, block=256
         ),
-        "feedback and balance, moments of pure noise": partial(
-            with_hessian, source="noise run", smooth=True, block=256
-        ),
-        "feedback and balance, moments of the model's own clips of random words": partial(
+        "GPTQ and smoothing, moments of pure noise": partial(with_hessian, source="noise run", smooth=True, block=256),
+        "GPTQ and smoothing, moments of the model's own clips of random words": partial(
             with_hessian, source="own run", smooth=True, block=256
         ),
-        "feedback and balance, measured moments (needs data)": partial(
+        "GPTQ and smoothing, measured moments (needs data)": partial(
             with_hessian, source="data", smooth=True, block=256
         ),
         "groups of 64 on both sides": _grid(weight=_groups(64), rotation="auto", act_group=64),
-        "groups of 64, feedback and balance": partial(
+        "groups of 64, GPTQ and smoothing": partial(
             with_hessian, source="smooth run", smooth=True, block=256, weight=_groups(64), act_group=64
         ),
-        "groups of 64, feedback, balance, real zero-points": from_recipe(
+        "groups of 64, GPTQ, smoothing, float zero-points": from_recipe(
             replace(RECIPES["w4a4-g64"], random_signs=False, shift=False)
         ),
-        "groups of 64, feedback, balance, signs, shift, real zero-points (recipe w4a4-g64)": from_recipe(
+        "groups of 64, GPTQ, smoothing, random signs, shift, float zero-points (recipe w4a4-g64)": from_recipe(
             RECIPES["w4a4-g64"]
         ),
         "recipe w4a4-g64, activations clipped at 0.9": partial(clipped, keep=0.9, recipe=RECIPES["w4a4-g64"]),
-        "groups of 32, real zero-points": _grid(weight=_groups(32, "float"), rotation="auto"),
-        "groups of 32, feedback and balance (recipe w4a8)": from_recipe(RECIPES["w4a8"]),
-        "groups of 32, feedback, balance, signs, shift": from_recipe(
+        "groups of 32, float zero-points": _grid(weight=_groups(32, "float"), rotation="auto"),
+        "groups of 32, GPTQ and smoothing (recipe w4a8)": from_recipe(RECIPES["w4a8"]),
+        "groups of 32, GPTQ, smoothing, random signs, shift": from_recipe(
             replace(RECIPES["w4a8"], random_signs=True, shift=True)
         ),
-        "groups of 16, feedback and balance": partial(
+        "groups of 16, GPTQ and smoothing": partial(
             with_hessian, source="smooth run", smooth=True, block=256, weight=_groups(16, "float")
         ),
     },

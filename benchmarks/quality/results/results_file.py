@@ -16,7 +16,7 @@ from typing import Any
 
 from dvdquant.errors import DvdquantError
 
-__all__ = ["FIELDS", "Results", "ResultsError", "Row", "read_lines", "read_results", "write_archive"]
+__all__ = ["FIELDS", "Results", "ResultsError", "Row", "name_of_today", "read_lines", "read_results", "write_archive"]
 
 NUMBER, OPTIONAL, TEXT, WHOLE = (int, float), (int, float, type(None)), (str,), (int,)
 RIGHT = ("shape", "colour", "motion", "size", "background", "speed")
@@ -31,6 +31,15 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "none": {},  # a finished job without rows
     "run": {"commit": TEXT, "hardware": TEXT, "date": TEXT, "seconds": NUMBER, "command": TEXT},
 }  # fmt: skip
+
+# Words for parts of the method in names of studies that were measured before 2026-11-30, and those of today.
+FORMER_WORDS = {
+    "feedback": "GPTQ",
+    "balance": "smoothing",
+    ", signs": ", random signs",
+    "real zero-points": "float zero-points",
+    "real, search": "float, search",
+}
 
 Row = dict[str, Any]
 
@@ -66,7 +75,7 @@ class Results:
         if row["kind"] == "run":
             self.runs.append(row)
         elif row["kind"] == "study":
-            place = (row["name"], row["model"], row["width"])
+            place = (name_of_today(row["name"]), row["model"], row["width"])
             self.studies.setdefault(row["study"], {}).setdefault(place, {})[row["clip"]] = row["error"]
         elif row["kind"] == "delta":
             variant = (row["name"], row["delta"], row["bits"] if row["delta"] is None else None)
@@ -81,6 +90,17 @@ class Results:
     def places(self) -> list[tuple[str, str, str]]:
         """Return every (model, method, width) with clips or steps, in the order of the file."""
         return list(dict.fromkeys([*self.clips, *self.steps]))
+
+
+def name_of_today(name: str) -> str:
+    """Return the name of a study's entry, or the key of its job, in the words of today.
+
+    Args:
+        name: As it was recorded.
+    """
+    for former, word in FORMER_WORDS.items():
+        name = name.replace(former, word)
+    return name
 
 
 def read_results(path: Path) -> Results:

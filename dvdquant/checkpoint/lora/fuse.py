@@ -10,21 +10,18 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from dvdquant.checkpoint.lora.file import OWN_FUSE, LoraFile
 from dvdquant.checkpoint.lora.keys import Layer, foreign_kind, group
 from dvdquant.checkpoint.lora.names import Place, aliases
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.checkpoint.lora.terms import FusedLora, Loras, Term
+from dvdquant.checkpoint.reader import Checkpoint, count_nonfinite
 from dvdquant.checkpoint.untrusted import few
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.system.recognize import recognize_tensors
 from dvdquant.system.safetensors_reader import TensorInfo
 from dvdquant.text import shown
-
-if TYPE_CHECKING:
-    from dvdquant.checkpoint.reader import Checkpoint
 
 __all__ = ["components_of", "lora_lines", "model_fingerprint", "read_loras", "with_loras"]
 
@@ -298,8 +295,6 @@ class _Reader:
         )
 
     def _check_values(self, info: TensorInfo) -> None:
-        from dvdquant.checkpoint.reader import count_nonfinite
-
         count, first = count_nonfinite(self.file.read(info))
         if count:
             raise self._unfit(info, f"holds {count} NaN or infinite values, the first at index {list(first)}", "")

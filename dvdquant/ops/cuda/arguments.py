@@ -44,7 +44,7 @@ class GridShape:
     Args:
         n: Rows of the weight.
         k: Input features of the weight.
-        groups: Segments per row; each has its own factor.
+        groups: Segments per row; each has its own group scale.
         zero_point: One of :data:`GRID_ZERO_POINTS`.
         solver: One of :data:`GRID_SOLVERS`.
     """

@@ -1,4 +1,4 @@
-"""The compiled loops of ``bgr.py`` for grids with a real zero-point: ``w ≈ Δ·(c − z)``, c in −8..7, per segment.
+"""The compiled loops of ``bgr.py`` for grids with a float zero-point: ``w ≈ Δ·(c − z)``, c in −8..7, per segment.
 
 A segment is a group, or the whole row, normalized by ``backends/torch_rows.py``. Of given codes the best (Δ, z) is the
 linear regression of w on them: ``Δ = cov(c, w)/var(c)``, ``z = mean(c) − mean(w)/Δ``. Where z leaves −8..7 15/16 it stays
@@ -6,7 +6,7 @@ on that end and ``Δ = ⟨c − z, w⟩/⟨c − z, c − z⟩``. The *gain* ``�
 
 Many grids are scored together: SIMD lanes hold grids, not weights. A search is a scan of ranges laid over the weights,
 one regression of each, descent (nearest codes and regression in turn) from the best, and at last every stored grid around
-the result, with codes of its own: 8-bit factor by z in steps of 1/16.
+the result, with codes of its own: 8-bit group scale by z in steps of 1/16.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ _PEAKS, _APART = 2, 4
 _SIDE, _ZOOMS, _NEAR_SCALE, _NEAR_ZERO = 8, 3, 0.025, 0.5
 # Bounded init of the paper solver: each end of the range moves inwards in so many steps of 4 %.
 _SHRINKS, _SHRINK = 14, 0.04
-# Stored grids tried around a solution: factors and zero-points on either side.
-_FACTORS, _ZEROS = 8, 8
+# Stored grids tried around a solution: group scales and zero-points on either side.
+_GROUP_SCALES, _ZEROS = 8, 8
 
 
 @jit_part
@@ -299,9 +299,9 @@ def _code(zero: float) -> int:
 
 @jit_part
 def _stored_near(v: F32, step: float, near: float, zero: float, grids: F64, lanes: F32, sums: F64) -> tuple[int, int]:
-    """Return the best factor and zero-point byte around (near, z), each grid with its own codes; Δ = step · factor."""
-    total, count = _extent(v)[2], _FACTORS * _ZEROS
-    first = min(max(int(np.rint(near)) - _FACTORS // 2, 1), 256 - _FACTORS)
+    """Return the best group scale and zero-point byte around (near, z), each grid with its own codes; Δ = step · group scale."""
+    total, count = _extent(v)[2], _GROUP_SCALES * _ZEROS
+    first = min(max(int(np.rint(near)) - _GROUP_SCALES // 2, 1), 256 - _GROUP_SCALES)
     lowest = min(max(_code(zero) - _ZEROS // 2, 0), 256 - _ZEROS)
     scale, zeros = grids[0, :count], grids[1, :count]
     for i in range(count):
@@ -336,9 +336,18 @@ def _row_near(v: F32, scale: float, zero: float, grids: F64, lanes: F32, sums: F
 
 @jit_part
 def _fit(
-    v: F32, units: F64, solver: int, grids: F64, lanes: F32, sums: F64, scales: F64, zeros: F64, factors: U8, bytes_: U8
+    v: F32,
+    units: F64,
+    solver: int,
+    grids: F64,
+    lanes: F32,
+    sums: F64,
+    scales: F64,
+    zeros: F64,
+    group_scales: U8,
+    bytes_: U8,
 ) -> tuple[float, float]:
-    """Write factors and zero-point bytes beside the row's fp32 scale; return (row scale, squared error of the row)."""
+    """Write group scales and zero-point bytes beside the row's fp32 scale; return (row scale, squared error of the row)."""
     groups = units.shape[0]
     size = v.shape[0] // groups
     if groups == 1:
@@ -349,7 +358,7 @@ def _fit(
     row_scale, total = _f(max(scales.max(), SCALE_FLOOR)), 0.0
     for g in range(groups):
         near = 255.0 * scales[g] / row_scale if groups > 1 else 255.0
-        factors[g] = min(max(int(np.rint(near)), 1), 255)
+        group_scales[g] = min(max(int(np.rint(near)), 1), 255)
         if units[g] == 0.0:
             bytes_[g] = _code(0.0)
             continue
@@ -358,18 +367,18 @@ def _fit(
             bytes_[g] = _code(zeros[g])
             if solver != MINMAX:
                 step = row_scale / 255.0 / units[g]
-                factors[g], bytes_[g] = _stored_near(part, step, near, zeros[g], grids, lanes, sums)
-        stored = _f(float(row_scale * (_f(factors[g]) / _f(255.0))) / units[g])
+                group_scales[g], bytes_[g] = _stored_near(part, step, near, zeros[g], grids, lanes, sums)
+        stored = _f(float(row_scale * (_f(group_scales[g]) / _f(255.0))) / units[g])
         total += _error(part, stored, _f(bytes_[g]) / _f(16.0) - _f(8.0)) * units[g] * units[g]
     return float(row_scale), total
 
 
 @jit_part
-def _encode(v: F32, units: F64, scale: Real, factors: U8, bytes_: U8, codes: I8) -> None:
+def _encode(v: F32, units: F64, scale: Real, group_scales: U8, bytes_: U8, codes: I8) -> None:
     """Write the codes of the nearest levels under the stored grids; 0, whose level is 0, for a group of zeros."""
     size = v.shape[0] // units.shape[0]
     for g in range(units.shape[0]):
-        stored = float(scale * (_f(factors[g]) / _f(255.0)))
+        stored = float(scale * (_f(group_scales[g]) / _f(255.0)))
         inverse = _f(1.0) / _f(stored / units[g]) if units[g] > 0.0 else _f(1.0)
         zero = _f(bytes_[g]) / _f(16.0) - _f(8.0)
         for k in range(g * size, (g + 1) * size):
@@ -378,7 +387,7 @@ def _encode(v: F32, units: F64, scale: Real, factors: U8, bytes_: U8, codes: I8)
 
 @jit
 def solve_rows(v: F32, units: F64, solver: int, steps: int, scales: F64, zeros: F64) -> None:
-    """Find the scale and the real zero-point of every group of normalized rows.
+    """Find the scale and the float zero-point of every group of normalized rows.
 
     Args:
         v: fp32 [R, K], normalized by :func:`dvdquant.quantize.backends.torch_rows.load_rows`.
@@ -399,9 +408,9 @@ def solve_rows(v: F32, units: F64, solver: int, steps: int, scales: F64, zeros: 
 
 @jit
 def quantize_rows(
-    v: F32, units: F64, solver: int, steps: int, codes: I8, row_scales: F32, factors: U8, row_zeros: U8
+    v: F32, units: F64, solver: int, steps: int, codes: I8, row_scales: F32, group_scales: U8, row_zeros: U8
 ) -> None:
-    """Quantize normalized rows on grids with a real zero-point per group.
+    """Quantize normalized rows on grids with a float zero-point per group.
 
     The min-max grid comes first and wins ties.
 
@@ -412,21 +421,21 @@ def quantize_rows(
         steps: Most descent steps.
         codes: int8 [R, K], written: −8..7.
         row_scales: fp32 [R], written: the scale of each row.
-        factors: uint8 [R, groups], written: 1..255.
+        group_scales: uint8 [R, groups], written: 1..255.
         row_zeros: uint8 [R, groups], written: zero-point bytes, z = byte/16 − 8.
     """
-    groups = factors.shape[1]
+    groups = group_scales.shape[1]
     # Scratch for up to _MOST grids at once, one grid a column.
     # grids, fp64 [3, _MOST]: scale, zero-point, gain.
     # lanes, fp32 [5, _MOST]: 1/Δ, z, and the sums Σc, Σc², Σcw of one run of weights.
     # sums, fp64 [3, _MOST]: Σc, Σc², Σcw of the whole segment.
     grids, lanes, sums = np.empty((3, _MOST)), np.empty((5, _MOST), np.float32), np.empty((3, _MOST))
-    # One value a group: solved scale and zero-point, then the stored factor and zero-point byte of this attempt.
+    # One value a group: solved scale and zero-point, then the stored group scale and zero-point byte of this attempt.
     scales, zeros = np.empty(groups), np.empty(groups)
     trial, trial_bytes = np.empty(groups, np.uint8), np.empty(groups, np.uint8)
     for r in range(v.shape[0]):
         row_scale, least = SCALE_FLOOR, math.inf
-        factors[r].fill(255)
+        group_scales[r].fill(255)
         row_zeros[r].fill(128)
         if units[r].max() > SCALE_FLOOR:
             # Attempt 0 is min-max, attempt 1 the solver.
@@ -437,8 +446,8 @@ def quantize_rows(
                 if error < least:
                     row_scale, least = scale, error
                     for g in range(groups):
-                        factors[r, g], row_zeros[r, g] = trial[g], trial_bytes[g]
-            _encode(v[r], units[r], _f(row_scale), factors[r], row_zeros[r], codes[r])
+                        group_scales[r, g], row_zeros[r, g] = trial[g], trial_bytes[g]
+            _encode(v[r], units[r], _f(row_scale), group_scales[r], row_zeros[r], codes[r])
         else:
             codes[r].fill(0)  # zeros, or too small for any grid
         row_scales[r] = _f(row_scale)

@@ -241,7 +241,7 @@ def _solve_row(
 ) -> None:
     """Write scale (in the weight's own units; 0 for a group of zeros) and integer zero-point of every group.
 
-    starts 0 is for grids whose factors are searched afterwards, around each scale: there a rough scale is enough,
+    starts 0 is for grids whose group scales are searched afterwards, around each scale: there a rough scale is enough,
     except in the group of the largest scale, which becomes the scale of the row.
     """
     size = v.shape[0] // units.shape[0]
@@ -267,7 +267,7 @@ def _solve_row(
 
 @jit_part
 def _best_group_scale(v: F32, first: int, last: int, step: float, half: Real, work: F32) -> int:
-    """Return the factor in first..last of least error at scale step·factor, on a grid with a fixed zero-point."""
+    """Return the group scale in first..last of least error at scale step · group scale, on a grid with a fixed zero-point."""
     count = last - first + 1
     for i in range(count):
         work[0, i] = _f(1.0 / (step * (first + i)))
@@ -285,7 +285,7 @@ def _best_group_scale(v: F32, first: int, last: int, step: float, half: Real, wo
 def _fit(
     v: F32, units: F64, scales: F64, zero: float, half: Real, solver: int, work: F32, group_scales: U8
 ) -> tuple[float, float]:
-    """Write the 8-bit factors beside the row's fp32 scale; return (row scale, squared error of the row)."""
+    """Write the 8-bit group scales beside the row's fp32 scale; return (row scale, squared error of the row)."""
     groups = units.shape[0]
     size = v.shape[0] // groups
     row_scale, total = _f(max(scales.max(), SCALE_FLOOR)), 0.0
@@ -294,7 +294,7 @@ def _fit(
         near = 255.0 * scales[g] / row_scale if groups > 1 else 255.0
         group_scales[g] = min(max(int(np.rint(near)), 1), 255)
         if units[g] == 0.0:
-            # The mid-rise grid has no level at zero: the smallest factor keeps the nearest ones small.
+            # The mid-rise grid has no level at zero: the smallest group scale keeps the nearest ones small.
             total += size * (float(half) * row_scale * group_scales[g] / 255.0) ** 2
             continue
         part = v[g * size : (g + 1) * size]
@@ -364,7 +364,7 @@ def quantize_rows(
         units: fp64 [R, groups], the unit of every group; 0 for a group of zeros.
         mode: MIDRISE, SYMMETRIC or INTEGER.
         solver: MINMAX, PAPER or SEARCH.
-        starts: Peaks of the scan from which the search descends; 0 for groups, whose factors are searched afterwards.
+        starts: Peaks of the scan from which the search descends; 0 for groups, whose scales are searched afterwards.
         steps: Most descent steps.
         codes: int8 [R, K], written: −8..7.
         row_scales: fp32 [R], written: the scale of each row.
@@ -377,7 +377,7 @@ def quantize_rows(
     # work, fp32 [3, _MOST]: 1/Δ, S1, S2.
     # memory, fp64 [2, _MOST]: gain, integer zero-point.
     work, memory = np.empty((3, _MOST), np.float32), np.empty((2, _MOST))
-    # One value a group: solved scale and zero-point, and the stored factor of this attempt.
+    # One value a group: solved scale and zero-point, and the stored group scale of this attempt.
     scales, zeros, trial = np.empty(groups), np.empty(groups), np.empty(groups, np.uint8)
     for r in range(v.shape[0]):
         row_scale, zero, least = SCALE_FLOOR, 0.0, math.inf

@@ -41,7 +41,7 @@ typedef enum dvdq_dtype { DVDQ_BF16 = 0, DVDQ_FP16 = 1 } dvdq_dtype;
 // How the multiplication of a layer runs on a device.
 typedef enum dvdq_path {
   DVDQ_PATH_S4_TOKEN = 0,     // s4 mma, scale per token (SM 8.x)
-  DVDQ_PATH_S4_GROUP = 1,     // s4 mma, scale per 64 or 128 channels, weight factors in the loop (SM 8.x)
+  DVDQ_PATH_S4_GROUP = 1,     // s4 mma, scale per 64 or 128 channels, group scales of the weight in the loop (SM 8.x)
   DVDQ_PATH_S8_TOKEN = 2,     // s8 mma, weights expanded to int8 per row (SM 8.x, 10.0 and later)
   DVDQ_PATH_S8_GROUP = 3,     // s8 mma, activation scale per group, weights expanded to int8 per row (any SM >= 8.0)
   DVDQ_PATH_S8_WGMMA = 4,     // s8 wgmma, scale per token, weights expanded to int8 per row (SM 9.0: mode T)
@@ -55,7 +55,7 @@ typedef struct dvdq_layer {
   int64_t n;               // output features
   int64_t k;               // input features; a multiple of 32, and of block * outer
   int64_t weight_groups;   // groups per weight row; 1 = scale per row
-  int32_t float_zero_point;       // 0: weight_zero is fp32 [N]; 1: uint8 [N, groups], z = byte / 16 - 8
+  int32_t float_zero_point; // 0: weight_zero is fp32 [N]; 1: uint8 [N, groups], z = byte / 16 - 8
   int32_t block;           // b, order of the inner (Sylvester) Hadamard factor: 1 (none) or a power of two up to 2048
   int32_t outer;           // p, order of the outer factor; 1 = block-diagonal. k = q * p * b
   int32_t act_bits;        // 4 or 8
@@ -67,7 +67,7 @@ typedef struct dvdq_layer {
 typedef struct dvdq_weight {
   const void* codes;     // int8 [N, K/2], low nibble = even k, signed -8..7
   const float* scale;    // [N]
-  const void* factor;    // uint8 [N, groups]; 255 = 1
+  const void* group_scale;  // uint8 [N, groups]; 255 = 1
   const void* zero;      // fp32 [N] or uint8 [N, groups]
   const float* bias;     // [N], may be null
 } dvdq_weight;
@@ -121,7 +121,7 @@ DVDQ_API dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, cons
 
 // ---- weights that stay packed ------------------------------------------------------------------------------------------
 //
-// Half a byte a weight, on every SM and for all activation grids: the codes of dvdq_weight where they are, with groups its factors
+// Half a byte a weight, on every SM and for all activation grids: the codes of dvdq_weight where they are, with groups its group scales
 // and byte zero-points as well, and `rows`, a small buffer that is made once. S4 paths multiply the codes themselves. For the others the weight is expanded into the workspace
 // just before the product, byte for byte to what dvdq_prepare_weight makes, so that y has the same bits. The workspace belongs
 // to the call, so calls on several streams need several, and nothing else is shared.
@@ -130,7 +130,7 @@ DVDQ_API dvdq_status dvdq_quant_linear(const dvdq_layer* layer, int32_t sm, cons
 DVDQ_API dvdq_status dvdq_rows_bytes(const dvdq_layer* layer, int32_t sm, int64_t* bytes);
 
 // Stored weight -> its rows (256-byte aligned), on the current device. Of `weight` the codes are needed afterwards; with
-// weight_groups > 1 the factors too, and with float_zero_point the zero-points. Scale and bias are in the rows.
+// weight_groups > 1 the group scales too, and with float_zero_point the zero-points. Scale and bias are in the rows.
 DVDQ_API dvdq_status dvdq_make_rows(const dvdq_layer* layer, int32_t sm, const dvdq_weight* weight, void* rows,
                                     int64_t rows_bytes, dvdq_stream stream);
 
@@ -222,10 +222,10 @@ DVDQ_API dvdq_status dvdq_rope_quantize(const dvdq_rope* rope, const void* x, vo
 
 // ---- quantizing: rotated weights -> 4-bit grids -----------------------------------------------------------------------
 
-typedef enum dvdq_zero_point { DVDQ_ZERO_MIDRISE = 0, DVDQ_ZERO_SYMMETRIC = 1, DVDQ_ZERO_REAL = 2 } dvdq_zero_point;
+typedef enum dvdq_zero_point { DVDQ_ZERO_MIDRISE = 0, DVDQ_ZERO_SYMMETRIC = 1, DVDQ_ZERO_FLOAT = 2 } dvdq_zero_point;
 typedef enum dvdq_solver { DVDQ_SOLVER_MINMAX = 0, DVDQ_SOLVER_SEARCH = 1 } dvdq_solver;
 
-// What is searched for. W[n, k] = scale[n] * (factor[n, g] / 255) * (codes[n, k] - z).
+// What is searched for. W[n, k] = scale[n] * (group_scale[n, g] / 255) * (codes[n, k] - z).
 typedef struct dvdq_grid {
   int64_t n;           // rows
   int64_t k;           // columns, a multiple of 16, up to 20480
@@ -238,15 +238,15 @@ typedef struct dvdq_grid {
 typedef struct dvdq_grid_out {
   void* codes;   // int8 [n, k], -8..7
   float* scale;  // [n], at least 2^-118
-  void* factor;  // uint8 [n, groups], 1..255; 255 for a scale per row
-  void* zero;    // fp32 [n], or uint8 [n, groups] with DVDQ_ZERO_REAL: z = byte / 16 - 8
+  void* group_scale;  // uint8 [n, groups], 1..255; 255 for a scale per row
+  void* zero;    // fp32 [n], or uint8 [n, groups] with DVDQ_ZERO_FLOAT: z = byte / 16 - 8
 } dvdq_grid_out;
 
 // BGR: the grid of least squared error of each row or group of `weight` [n, k], fp32 and finite. Writes all of `out`.
 DVDQ_API dvdq_status dvdq_search_grid(const dvdq_grid* grid, const float* weight, const dvdq_grid_out* out,
                                       dvdq_stream stream);
 
-// Rounds `weight` to the grid in `out` with feedback and overwrites its codes; reads scale, factor and zero. factors:
+// Rounds `weight` to the grid in `out` by GPTQ and overwrites its codes; reads scale, group_scale and zero. factors:
 // fp32 [k / block, block, block], unit upper triangular, row i says how the columns after i of a block take up the error of
 // column i. block: 16 to 256, divides k.
 DVDQ_API dvdq_status dvdq_gptq_round(const dvdq_grid* grid, const float* weight, const dvdq_grid_out* out,
