@@ -21,7 +21,7 @@ from benchmarks.quality.run import MODEL
 from benchmarks.quality.toy.clips import generate
 from benchmarks.quality.work import Worker, find_method
 from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents
-from dvdquant.deploy.generation.video import psnr
+from dvdquant.deploy.generation.psnr import psnr
 
 ROWS = (
     "RTN",

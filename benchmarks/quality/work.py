@@ -22,7 +22,7 @@ from benchmarks.switching.measure import place_high
 from benchmarks.switching.metrics import ssim
 from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.checkpoint.prompt_table import frames_from_latents
-from dvdquant.deploy.generation.video import psnr
+from dvdquant.deploy.generation.psnr import psnr
 from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.deploy.switching.gbs import Weighting, delta_for_average_bits, relative_change, weighted_changes

@@ -126,7 +126,7 @@ class Worker:
 
     def _one(self, base: Any, variant: Variant, reference: Any, done: dict[str, Row]) -> Row:
         from benchmarks.switching.metrics import ssim
-        from dvdquant.deploy.generation.video import psnr
+        from dvdquant.deploy.generation.psnr import psnr
         from dvdquant.deploy.switching import step_cache
         from dvdquant.deploy.switching.schedule import Schedule, average_bits
 

@@ -15,7 +15,7 @@ from dvdquant.deploy.comfyui import places
 from dvdquant.deploy.comfyui.sampling import OPTION, Settings, Trace
 from dvdquant.deploy.comfyui.trace_text import trace_json, trace_picture, trace_table
 from dvdquant.deploy.generation.video import enlarge
-from dvdquant.deploy.kinds import is_number
+from dvdquant.deploy.number_checks import is_number
 from dvdquant.deploy.switching.defaults import CACHE_POLICIES, DEFAULT_DELTA, LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.system.records import brief

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.comfyui.calls import BranchNames, step_of
-from dvdquant.deploy.kinds import is_whole
+from dvdquant.deploy.number_checks import is_whole
 from dvdquant.deploy.pipelines.adapters import Adapter
 from dvdquant.deploy.switching.controller import StepRecord
 from dvdquant.deploy.switching.defaults import CACHE_POLICIES, DEFAULT_DELTA, LAST_HIGH, WEIGHTINGS, CachePolicy

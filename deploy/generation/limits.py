@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from dvdquant.deploy.generation.request import GenerateRequest
-from dvdquant.deploy.kinds import is_whole
+from dvdquant.deploy.number_checks import is_whole
 from dvdquant.errors import ShapeError
 from dvdquant.system.records import brief
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvdquant.clashes import Clash, refuse_clashes
 from dvdquant.deploy.generation.images import ImageSource, image_words
-from dvdquant.deploy.kinds import is_number, is_whole
+from dvdquant.deploy.number_checks import is_number, is_whole
 from dvdquant.deploy.switching.defaults import CACHE_POLICIES, LAST_HIGH, WEIGHTINGS, CachePolicy
 from dvdquant.deploy.switching.gbs import Stair, Weighting, delta_of_stair
 from dvdquant.errors import OutputError, ShapeError, UnsupportedError

@@ -1,4 +1,4 @@
-"""Clips as files: mp4, GIF and a strip of frames, each written whole or not at all; PSNR.
+"""Clips as files: mp4, GIF and a strip of frames, each written whole or not at all.
 
 A clip is an array [F, H, W, 3] uint8. Tiny clips are enlarged by whole factors with nearest neighbour, so that a player
 shows the pixels the model made and not a blur.
@@ -24,7 +24,6 @@ __all__ = [
     "atomic_path",
     "check_target",
     "enlarge",
-    "psnr",
     "side_by_side",
     "write_gif",
     "write_mp4",
@@ -51,27 +50,6 @@ class Row:
     frames: Clip
     title: str
     note: str = ""
-
-
-def psnr(clip: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> float:
-    """Compute the peak signal-to-noise ratio of two clips in dB, 10 · log10(255² / mean((clip − reference)²)).
-
-    It is infinite for equal clips.
-
-    Args:
-        clip: The clip, uint8 of any shape.
-        reference: The clip it is compared with, of the same shape.
-
-    Raises:
-        ShapeError: One is of another dtype, or the shapes differ.
-    """
-    if clip.dtype != np.uint8 or reference.dtype != np.uint8 or clip.shape != reference.shape or not clip.size:
-        raise ShapeError(
-            f"PSNR of {clip.dtype} {list(clip.shape)} and {reference.dtype} {list(reference.shape)}",
-            available="two uint8 arrays of one shape",
-        )
-    mse = float(np.mean((clip.astype(np.float64) - reference.astype(np.float64)) ** 2))
-    return math.inf if mse == 0 else 10 * math.log10(255**2 / mse)
 
 
 def enlarge(clip: Clip, min_side: int = MIN_SIDE) -> Clip:

@@ -10,9 +10,9 @@ from typing import Any
 from dvdquant.checkpoint.lora.spec import parse_loras
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import Generator, open_generator
+from dvdquant.deploy.generation.psnr import psnr
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
-from dvdquant.deploy.generation.video import psnr
-from dvdquant.deploy.kinds import is_number, is_whole
+from dvdquant.deploy.number_checks import is_number, is_whole
 from dvdquant.deploy.planning.recording import ClipRecording, Recorder, median_seconds
 from dvdquant.deploy.switching.controller import StepRecord
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS

@@ -28,9 +28,10 @@ from dvdquant.deploy.generation.check import sampling_defaults
 from dvdquant.deploy.generation.generate import Generator, open_generator
 from dvdquant.deploy.generation.original import load_original
 from dvdquant.deploy.generation.original_calls import OriginalRunner
+from dvdquant.deploy.generation.psnr import psnr
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
 from dvdquant.deploy.generation.run_report import average_bits_text, steps_of
-from dvdquant.deploy.generation.video import enlarge, psnr
+from dvdquant.deploy.generation.video import enlarge
 from dvdquant.deploy.sessions.base import EngineSession, WrappedSession
 from dvdquant.deploy.switching.defaults import DEFAULT_DELTA, LAST_HIGH, WEIGHTINGS
 from dvdquant.deploy.switching.runner import TIMESTEP

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
-from dvdquant.deploy.kinds import is_number, is_whole
+from dvdquant.deploy.number_checks import is_number, is_whole
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.deploy.switching.forecasts import NOT_GROWN, NOT_MOVED, ChangeForecast, Growth, Moved, SkipForecast
 from dvdquant.deploy.switching.gbs import BitSwitch, Weighting, step_weight

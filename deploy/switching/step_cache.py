@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from dvdquant.deploy.kinds import is_number, is_whole
+from dvdquant.deploy.number_checks import is_number, is_whole
 from dvdquant.deploy.switching.defaults import CACHE_POLICIES, CachePolicy
 from dvdquant.deploy.switching.forecasts import FORECASTS, SkipForecast
 from dvdquant.deploy.switching.gbs import Weighting, step_weight

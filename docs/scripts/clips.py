@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 from dvdquant.deploy.artifact import Artifact  # noqa: E402
 from dvdquant.deploy.generation.generate import GenerateRequest, Generator, open_generator  # noqa: E402
-from dvdquant.deploy.generation.video import FAINT, INK, PAPER, psnr  # noqa: E402
+from dvdquant.deploy.generation.psnr import psnr  # noqa: E402
+from dvdquant.deploy.generation.video import FAINT, INK, PAPER  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 KEPT = ROOT / "build" / "clips"

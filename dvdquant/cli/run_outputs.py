@@ -89,8 +89,9 @@ class Writer:
             fps: Frames a second.
             progress: Where the files are named.
         """
+        from dvdquant.deploy.generation.psnr import psnr
         from dvdquant.deploy.generation.run_report import clip_json
-        from dvdquant.deploy.generation.video import enlarge, psnr, side_by_side
+        from dvdquant.deploy.generation.video import enlarge, side_by_side
 
         compare = len(results) > 1
         values = [psnr(r.frames, results[0].frames) if compare and i else None for i, r in enumerate(results)]

@@ -24,7 +24,8 @@ from dvdquant.artifact.verify_files import verify_files
 from dvdquant.errors import DvdquantError, OutputError, ResourceError, UnsupportedError
 from tests.support.changed_bytes import mutated
 from tests.support.costs import Costs
-from tests.support.helpers_checkpoint import manifest, memory_folder
+from tests.support.folders import memory_folder
+from tests.support.written_exports import manifest
 
 CONTENTS = {"config.json": b"{}\n", "onnx/transformer.safetensors": bytes(range(256)) * 40, "onnx/empty.bin": b""}
 # A plugin library by its head and its marks: for aarch64 and TensorRT 10.

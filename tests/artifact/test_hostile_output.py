@@ -23,20 +23,11 @@ from dvdquant.artifact.manifest import Manifest, load_manifest
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.errors import DvdquantError, OutputError
+from tests.support.children import in_child
 from tests.support.costs import Costs
-from tests.support.helpers_checkpoint import (
-    KEY,
-    content,
-    export,
-    hashes,
-    in_child,
-    manifest,
-    memory_folder,
-    names_in,
-    no_exchange,
-    state,
-    state_of,
-)
+from tests.support.folders import memory_folder
+from tests.support.interrupted_exports import no_exchange
+from tests.support.written_exports import KEY, content, export, hashes, manifest, names_in, state, state_of
 
 STAGE = ".tmp-" + "0" * 16
 SIBLING = ".out.dvdquant-" + "0" * 16

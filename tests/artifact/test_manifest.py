@@ -17,8 +17,8 @@ from dvdquant.artifact.manifest import FORMAT_VERSION, Manifest, check_relpath, 
 from dvdquant.artifact.verify_files import read_verified, verify_files
 from dvdquant.errors import OutputError, ResourceError
 from dvdquant.system.files import hash_file
-from tests.support import helpers_checkpoint as made
-from tests.support.helpers_checkpoint import manifest
+from tests.support import written_exports as made
+from tests.support.written_exports import manifest
 
 HASH = "a" * 64
 ENGINE = {

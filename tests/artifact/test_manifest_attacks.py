@@ -31,7 +31,7 @@ from dvdquant.recipe import Recipe, error_name
 from tests.support import tiny_models as tiny
 from tests.support.commands import refused
 from tests.support.costs import Costs
-from tests.support.helpers_checkpoint import manifest
+from tests.support.written_exports import manifest
 
 HASH = "a" * 64
 ENGINE: dict[str, Any] = {

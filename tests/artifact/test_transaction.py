@@ -16,17 +16,9 @@ from dvdquant.artifact.manifest import load_manifest
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.artifact.verify_files import verify_files
 from dvdquant.errors import OutputError, ResourceError
-from tests.support.helpers_checkpoint import (
-    KEY,
-    content,
-    export,
-    hashes,
-    in_child,
-    manifest,
-    names_in,
-    no_exchange,
-    state,
-)
+from tests.support.children import in_child
+from tests.support.interrupted_exports import no_exchange
+from tests.support.written_exports import KEY, content, export, hashes, manifest, names_in, state
 
 
 def seen(version: int) -> dict[str, str]:

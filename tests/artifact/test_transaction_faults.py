@@ -20,17 +20,9 @@ from dvdquant.artifact.lock import FolderLock
 from dvdquant.artifact.manifest import load_manifest
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
 from dvdquant.errors import OutputError, ResourceError
-from tests.support.helpers_checkpoint import (
-    CleanChildren,
-    content,
-    export,
-    hashes,
-    manifest,
-    memory_folder,
-    names_in,
-    state,
-    state_of,
-)
+from tests.support.folders import memory_folder
+from tests.support.interrupted_exports import CleanChildren
+from tests.support.written_exports import content, export, hashes, manifest, names_in, state, state_of
 
 
 def seen(version: int) -> dict[str, str]:

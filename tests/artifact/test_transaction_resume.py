@@ -21,19 +21,10 @@ from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.artifact.unfinished import differences
 from dvdquant.artifact.verify_files import verify_files
 from dvdquant.errors import OutputError
-from tests.support.helpers_checkpoint import (
-    KEY,
-    CleanChildren,
-    abandoned_work,
-    export,
-    export_resumable,
-    in_child,
-    manifest,
-    memory_folder,
-    names_in,
-    six_steps,
-    state,
-)
+from tests.support.children import in_child
+from tests.support.folders import memory_folder
+from tests.support.interrupted_exports import CleanChildren, abandoned_work
+from tests.support.written_exports import KEY, export, export_resumable, manifest, names_in, six_steps, state
 
 
 @pytest.fixture

@@ -21,18 +21,18 @@ from dvdquant.artifact.lock import FolderLock
 from dvdquant.artifact.manifest import load_manifest
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.errors import DvdquantError, OutputError, ResourceError
+from tests.support.children import in_child
 from tests.support.faults import ERRORS, FULL, WRITES, Faults
-from tests.support.helpers_checkpoint import (
+from tests.support.folders import memory_folder
+from tests.support.interrupted_exports import no_exchange
+from tests.support.written_exports import (
     KEY,
     content,
     export,
     export_resumable,
     hashes,
-    in_child,
     manifest,
-    memory_folder,
     names_in,
-    no_exchange,
     six_steps,
     state,
 )

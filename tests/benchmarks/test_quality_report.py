@@ -16,18 +16,7 @@ import numpy as np
 import pytest
 
 from benchmarks.page import PageError
-from tests.support.quality_rows import (
-    OURS,
-    RIGHT,
-    WIDTHS,
-    cells,
-    clip,
-    figure,
-    made_up,
-    read,
-    report,
-    study,
-)
+from tests.support.quality_rows import OURS, RIGHT, WIDTHS, cells, clip, figure, made_up, read, report, study
 from tests.support.quality_scripts import QUALITY, script
 
 README = QUALITY.parents[1] / "docs" / "quality" / "index.md"

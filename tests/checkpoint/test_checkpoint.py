@@ -22,7 +22,7 @@ from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.checkpoint.reader import Checkpoint, count_nonfinite, fingerprint_hint
 from dvdquant.errors import CheckpointError
 from dvdquant.system.safetensors_reader import DTYPES
-from tests.support.helpers_checkpoint import CONFIG, SHARD1, SHARD2, SINGLE, save_checkpoint, save_pipeline
+from tests.support.checkpoint_folders import CONFIG, SHARD1, SHARD2, SINGLE, save_checkpoint, save_pipeline
 
 ROOT = Path(__file__).parents[2]
 TINY_WAN = ROOT / "examples" / "tiny-wan"

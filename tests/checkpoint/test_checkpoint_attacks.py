@@ -16,21 +16,21 @@ import pytest
 
 from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.errors import CheckpointError, DvdquantError
-from tests.support.costs import Costs
-from tests.support.helpers_checkpoint import (
+from tests.support.checkpoint_folders import (
     CONFIG,
     INDEX,
     SHARD1,
     SHARD2,
     SINGLE,
     entry,
-    memory_folder,
     raw_safetensors,
     save_checkpoint,
     save_pipeline,
     tensors,
     write_index,
 )
+from tests.support.costs import Costs
+from tests.support.folders import memory_folder
 from tests.support.opened_files import watch_opened
 
 ROOT = Path(__file__).parents[2]

@@ -22,8 +22,8 @@ from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.checkpoint.reader import Checkpoint
 from dvdquant.errors import CheckpointError, DvdquantError
 from tests.support import tiny_models as tiny
+from tests.support.checkpoint_folders import raw_safetensors
 from tests.support.costs import Costs
-from tests.support.helpers_checkpoint import raw_safetensors
 
 Q = "diffusion_model.blocks.0.self_attn.q"
 RANK = 2

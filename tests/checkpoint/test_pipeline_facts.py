@@ -29,7 +29,7 @@ from dvdquant.system.progress import Progress
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, in_process, refused, run
 from tests.support.exporting import TINY_WAN, with_changes
-from tests.support.helpers_checkpoint import manifest
+from tests.support.written_exports import manifest
 
 WAN21, WAN22 = (4, 8, 8), (4, 16, 16)
 

@@ -27,20 +27,20 @@ from dvdquant.checkpoint.untrusted import UntrustedFolder
 from dvdquant.deploy.pipelines.parts import open_pipeline_folder
 from dvdquant.deploy.pipelines.schedulers import open_table_scheduler
 from dvdquant.errors import CheckpointError, DvdquantError
-from tests.support.costs import Costs
-from tests.support.helpers_checkpoint import (
+from tests.support.checkpoint_folders import (
     INDEX,
     SHARD1,
     SINGLE,
     entry,
-    in_child,
-    memory_folder,
     raw_safetensors,
     save_checkpoint,
     save_pipeline,
     tensors,
     write_index,
 )
+from tests.support.children import in_child
+from tests.support.costs import Costs
+from tests.support.folders import memory_folder
 
 ROOT = Path(__file__).parents[2]
 TINY_WAN = ROOT / "examples" / "tiny-wan"

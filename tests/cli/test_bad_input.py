@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support import tiny_models as tiny
+from tests.support.checkpoint_folders import SHARD1, SHARD2
 from tests.support.commands import (
     SINGLE,
     SIZES,
@@ -30,7 +31,6 @@ from tests.support.commands import (
     truncate,
 )
 from tests.support.exporting import REPOSITORY, state_of
-from tests.support.helpers_checkpoint import SHARD1, SHARD2
 from tests.support.traces import without_graphs
 
 INDEX = f"{SINGLE}.index.json"

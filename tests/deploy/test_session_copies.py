@@ -23,7 +23,7 @@ from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import OutputError, ResourceError
 from dvdquant.system.files import hash_file
 from tests.support import session_exports as made
-from tests.support.helpers_checkpoint import in_child
+from tests.support.children import in_child
 
 NAME = "onnx/transformer.safetensors"
 WHERE = ["memory", "disk"]

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from dvdquant.deploy.generation import encoder, video
-from dvdquant.deploy.generation.video import Row, atomic_path, check_target, enlarge, psnr, side_by_side
+from dvdquant.deploy.generation.psnr import psnr
+from dvdquant.deploy.generation.video import Row, atomic_path, check_target, enlarge, side_by_side
 from dvdquant.errors import DvdquantError, OutputError, ShapeError
-from tests.support.helpers_checkpoint import in_child
+from tests.support.children import in_child
 from tests.support.running import decode
 
 Clip = np.ndarray[Any, np.dtype[np.uint8]]

@@ -30,10 +30,10 @@ from dvdquant.model.plan import build_skeleton, plan_model
 from dvdquant.recipe import RECIPES, get_recipe
 from dvdquant.system.files import hash_file
 from tests.support import tiny_models as tiny
+from tests.support.children import in_child
 from tests.support.commands import SIZES, refused, run
 from tests.support.costs import Costs
 from tests.support.exporting import with_changes
-from tests.support.helpers_checkpoint import in_child
 
 CONFIGS: dict[str, dict[str, Any]] = {
     **tiny.CONFIGS,

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["STORE", "process_folder", "shared_folder"]
+__all__ = ["STORE", "memory_folder", "process_folder", "shared_folder"]
 
 # The variable that names the store of a test run; conftest.py makes it before test processes start.
 STORE = "DVDQUANT_TEST_STORE"
@@ -40,3 +40,8 @@ def shared_folder(name: str, make: Callable[[Path], object]) -> Path:
             make(folder)
             done.touch()
     return folder
+
+
+def memory_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder in memory where there is one: thousands of small files in a row spend their time waiting for a disk."""
+    return tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)

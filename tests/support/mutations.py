@@ -11,7 +11,7 @@ import torch
 from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.errors import DvdquantError
 from tests.support.costs import Costs
-from tests.support.helpers_checkpoint import memory_folder
+from tests.support.folders import memory_folder
 
 __all__ = ["open_mutations"]
 

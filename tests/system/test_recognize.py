@@ -13,7 +13,7 @@ import pytest
 from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.errors import CheckpointError
 from dvdquant.system.recognize import BLOCK_SCALED, CONTENTS, FOLDERS, TENSORS, recognize_tensors
-from tests.support.helpers_checkpoint import CONFIG, entry, raw_safetensors, save_plain, write_index
+from tests.support.checkpoint_folders import CONFIG, entry, raw_safetensors, save_plain, write_index
 
 ROOT = Path(__file__).parents[2]
 SINGLE = "diffusion_pytorch_model.safetensors"

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from dvdquant.errors import CheckpointError
 from dvdquant.system.safetensors_reader import DTYPES, read_header, read_tensor
 from dvdquant.system.safetensors_writer import StreamingWriter
+from tests.support.checkpoint_folders import entry, raw_safetensors, tensors
 from tests.support.costs import Costs
-from tests.support.helpers_checkpoint import entry, memory_folder, raw_safetensors, tensors
+from tests.support.folders import memory_folder
 
 DATA = bytes(range(24))
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from dvdquant.errors import DvdquantError, OutputError, ResourceError
 from dvdquant.system.safetensors_reader import DTYPES, read_header
 from dvdquant.system.safetensors_writer import ALIGNMENT, StreamingWriter
-from tests.support.helpers_checkpoint import in_child
+from tests.support.children import in_child
 
 PLAN = [
     ("a", "F32", (3,)),
