@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from dvdquant.artifact.manifest import Manifest
-from dvdquant.artifact.provenance import lora_room, model_name, sampling_sentence, source_words
+from dvdquant.artifact.provenance import lora_room, model_name, sampling_sentence, source_text
 from dvdquant.artifact.verified import verified_text
 from dvdquant.recipe import fitted_text, looks_at_inputs
 from dvdquant.text import markdown, shown
@@ -37,7 +37,7 @@ def model_card(manifest: Manifest) -> str:
         f"{code(manifest.source['class_name'])}, quantized by dvdquant {markdown(manifest.dvdquant_version)} "
         "without calibration data.",
         "",
-        *([f"- made from: {markdown(words)}"] if (words := source_words(manifest.source)) else []),
+        *([f"- made from: {markdown(words)}"] if (words := source_text(manifest.source)) else []),
         f"- recipe {code(recipe['name'])}: 4-bit weights ({markdown(grid)}, {markdown(weight['zero_point'])} "
         f"zero-point, {markdown(weight['solver'])} solver), activations {_activations(manifest)}, "
         f"rotation {markdown(recipe['rotation'])}",

@@ -34,10 +34,11 @@ from dvdquant.export.graph.trace import trace_graph
 from dvdquant.export.graph.writer import FLAVOURS, GraphWriter
 from dvdquant.export.layouts.comfy import comfy_path, write_comfy
 from dvdquant.export.model_card import model_card
+from dvdquant.export.passes.lowering.modelopt_hooks import check_nvfp4
 from dvdquant.export.plan import ExportPlan, check_previous, source_of
 from dvdquant.export.recorded import graph_tools, lora_entries, recorded_manifest
 from dvdquant.export.result import ExportResult, WriteReport
-from dvdquant.export.source_words import source_lines
+from dvdquant.export.source_text import source_lines
 from dvdquant.export.steps import is_step
 from dvdquant.export.verify.export import verify_export
 from dvdquant.export.verify.graph import GraphCheck
@@ -63,7 +64,7 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
         write_report: The writer of the report, needed where the options ask for one.
 
     Raises:
-        UnsupportedError: The options ask for a report, and there is no writer.
+        UnsupportedError: The options ask for a report, and there is no writer; or modelopt cannot pack NVFP4 weights.
         ResourceError: Disk or memory is too small or gets full.
         DvdquantError: The export failed in another way. The output folder is as it was. Finished steps are kept for
             ``--resume``, unless the checkpoint is at fault.
@@ -76,6 +77,8 @@ def run_export(plan: ExportPlan, progress: Progress, write_report: WriteReport |
         )
     require_memory(plan.estimate, plan.plans, plan.engines)
     require_disk(options.out, plan.estimate.disk_bytes, "the export")
+    if plan.makes_nvfp4:
+        check_nvfp4()
     with ExportTransaction(
         options.out, key=plan.key, resume=options.resume, keep_for_resume=True, accept=is_step
     ) as transaction:

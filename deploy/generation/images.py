@@ -32,9 +32,9 @@ __all__ = [
     "Picture",
     "PictureCache",
     "grey_picture",
-    "image_words",
+    "image_text",
     "open_picture",
-    "stretch_words",
+    "stretch_text",
 ]
 
 MAX_IMAGE_BYTES = 64 << 20
@@ -75,7 +75,7 @@ def grey_picture() -> Image:
     return Image.new("RGB", (64, 64), (128, 128, 128))
 
 
-def image_words(source: ImageSource | None) -> str | None:
+def image_text(source: ImageSource | None) -> str | None:
     """Return what a trace calls an image before it is decoded.
 
     Args:
@@ -103,7 +103,7 @@ def open_picture(source: ImageSource, option: str, pixels: int = MAX_IMAGE_PIXEL
     """
     from PIL import Image
 
-    name = image_words(source) or ""
+    name = image_text(source) or ""
     if isinstance(source, Image.Image):
         picture = source
         _check_size(picture, option, name, pixels)
@@ -148,7 +148,7 @@ class PictureCache:
             return picture, key
 
 
-def stretch_words(picture: Picture, height: int, width: int) -> str | None:
+def stretch_text(picture: Picture, height: int, width: int) -> str | None:
     """Return what is said of an image whose sides have another ratio than those of the clip; None where they agree.
 
     Args:

@@ -23,7 +23,7 @@ from dvdquant.deploy.generation.generator import (
     Generator,
     controller_of,
 )
-from dvdquant.deploy.generation.images import Picture, stretch_words
+from dvdquant.deploy.generation.images import Picture, stretch_text
 from dvdquant.deploy.generation.original import LOADING, load_original
 from dvdquant.deploy.generation.original_calls import recorded_calls
 from dvdquant.deploy.generation.pipeline_stages import decode_video, encode_text, frames_of, twin, words_of
@@ -31,6 +31,7 @@ from dvdquant.deploy.generation.request import GenerateRequest, OnStep
 from dvdquant.deploy.generation.session_options import SessionOptions
 from dvdquant.deploy.generation.text_embeds import save_text_embeds
 from dvdquant.deploy.generation.text_encoder import narrow_text, release_memory
+from dvdquant.deploy.generation.text_four_bits import check_packed
 from dvdquant.deploy.pipelines.schedulers import CONDITIONS, FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer, at_step
 from dvdquant.deploy.sessions import EngineSession
@@ -81,7 +82,7 @@ class PipelineGenerator(Generator):
     def notes(self, request: GenerateRequest) -> list[str]:
         """See :class:`Generator`."""
         height, width = request.height or 1, request.width or 1
-        found = [stretch_words(picture, height, width) for picture in self.checker.pictures(request).values()]
+        found = [stretch_text(picture, height, width) for picture in self.checker.pictures(request).values()]
         if self.options.offload and resolve_device(self.options.device).type == "cpu":
             found.append("--offload saves nothing on a CPU: the parts are in the host's memory anyway")
         return [*super().notes(request), *(words for words in found if words is not None)]
@@ -368,6 +369,8 @@ class PipelineGenerator(Generator):
                 f"the pipeline {self.folder.root} cannot be loaded: {str(error).strip():.500}",
                 fix="download it again, or give another with --pipeline",
             ) from error
+        for name in encoders if self.options.text_bits == 4 else ():
+            check_packed(getattr(pipe, name))
         pipe.set_progress_bar_config(disable=True)
         if self.options.vae_tiling and getattr(pipe, "vae", None) is not None:
             pipe.vae.enable_tiling()

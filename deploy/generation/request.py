@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dvdquant.clashes import Clash, refuse_clashes
-from dvdquant.deploy.generation.images import ImageSource, image_words
+from dvdquant.deploy.generation.images import ImageSource, image_text
 from dvdquant.deploy.number_checks import is_number, is_whole
 from dvdquant.deploy.switching.defaults import CACHE_POLICIES, LAST_HIGH, WEIGHTINGS, CachePolicy
 from dvdquant.deploy.switching.gbs import Stair, Weighting, delta_of_stair
@@ -101,7 +101,7 @@ class GenerateRequest:
     def to_json(self) -> dict[str, Any]:
         """Return the request for the trace, with the schedule as its own JSON."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "schedule"}
-        images = {name: image_words(fields[name]) for name in ("image", "last_image")}
+        images = {name: image_text(fields[name]) for name in ("image", "last_image")}
         return {**fields, **images, "schedule": None if self.schedule is None else dataclasses.asdict(self.schedule)}
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from dvdquant.deploy.generation.text_four_bits import four_bit_config
+from dvdquant.deploy.generation.transformers_hooks import REQUIREMENT, check_packing_hooks
 from dvdquant.errors import UnsupportedError
+from dvdquant.system.versions import installed_versions
 
 __all__ = ["TEXT_BITS", "check_text_bits", "narrow_text", "release_memory", "usable_text_bits"]
 
@@ -30,7 +32,8 @@ def check_text_bits(bits: int) -> None:
         bits: Bits of the weights.
 
     Raises:
-        UnsupportedError: They are not one of :data:`TEXT_BITS`, or torchao is not installed for 8.
+        UnsupportedError: They are not one of :data:`TEXT_BITS`, torchao is not installed for 8, or transformers packs
+            weights in another way than we know for 4.
     """
     if bits not in TEXT_BITS:
         raise UnsupportedError(f"a text encoder in {bits} bits", available=[str(each) for each in TEXT_BITS])
@@ -40,6 +43,8 @@ def check_text_bits(bits: int) -> None:
             available=[str(each) for each in usable_text_bits()],
             fix="take --text-encoder-bits 4, or pip install 'dvdquant[text-int8]'",
         )
+    if bits == 4:
+        check_packing_hooks()
 
 
 def narrow_text(encoders: Sequence[str], bits: int) -> Any:
@@ -62,10 +67,11 @@ def narrow_text(encoders: Sequence[str], bits: int) -> Any:
         each = {name: _eight_bit_config() if bits == 8 else four_bit_config() for name in encoders}
         return PipelineQuantizationConfig(quant_mapping=each)
     except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        library, package = ("torchao", "'dvdquant[text-int8]'") if bits == 8 else ("transformers", "transformers")
+        library, package = ("torchao", "dvdquant[text-int8]") if bits == 8 else ("transformers", REQUIREMENT)
+        version = installed_versions(library).get(library, "of unknown version")
         raise UnsupportedError(
-            f"{library} does not work with the libraries that are installed: {str(error).strip():.300}",
-            fix=f"leave --text-encoder-bits out, or upgrade: pip install -U {package}",
+            f"{library} {version} does not work with the libraries that are installed: {str(error).strip():.300}",
+            fix=f"leave --text-encoder-bits out, or install another release: pip install -U '{package}'",
         ) from error
 
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dvdquant.deploy.generation.memory_plan import FOUR_BIT_GROUP, four_bit_bytes
+from dvdquant.deploy.generation.transformers_hooks import lost_packing, register_packing
 from dvdquant.numerics.packing import pack_int4
 from dvdquant.ops.reference import dequantize_weight
 from dvdquant.quantize.bgr import quantize_weight
 from dvdquant.recipe import WeightSpec
 
-__all__ = ["FourBitLinear", "four_bit_config", "pack"]
+__all__ = ["FourBitLinear", "check_packed", "four_bit_config", "pack"]
 
 _METHOD = "dvdquant-4-bit"
 _PART = 1 << 22  # weights that are expanded at a time
@@ -82,66 +83,48 @@ class FourBitLinear(nn.Module):
 
 
 def four_bit_config() -> Any:
-    """Return the configuration with which transformers loads a model with such layers, tensor by tensor."""
+    """Return the configuration with which transformers loads a model with such layers, tensor by tensor.
+
+    Raises:
+        UnsupportedError: This transformers does not load packed weights in the way we know.
+    """
     return _registered()()
 
 
 @functools.cache
 def _registered() -> type[Any]:
     """Tell transformers of the method, once in a process; the class of its configuration."""
-    from transformers.core_model_loading import ConversionOps
-    from transformers.quantizers.auto import register_quantization_config, register_quantizer
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
+    return register_packing(_METHOD, pack, _put_layers_in, FourBitLinear)
 
-    class Pack(ConversionOps):
-        """A weight as the checkpoint has it -> its packed rows."""
 
-        def convert(self, input_dict: dict[str, Any], **more: Any) -> dict[str, Tensor]:
-            del more
-            found = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
-            return {name: nn.Parameter(pack(value), requires_grad=False) for name, value in found.items()}
+def _put_layers_in(model: nn.Module) -> None:
+    """Replace linear layers before their weights are loaded."""
+    for name, module in _fitting(model):
+        weight = module.weight
+        packed = FourBitLinear(
+            module.in_features, module.out_features, module.bias is not None, weight.dtype, weight.device
+        )
+        model.set_submodule(name, packed)
 
-    @register_quantization_config(_METHOD)
-    class Config(QuantizationConfigMixin):
-        """Nothing is to be said: all linear layers are packed that can be."""
 
-        def __init__(self, **more: Any) -> None:
-            del more
-            self.quant_method = _METHOD
+def _fitting(model: Any) -> list[tuple[str, nn.Linear]]:
+    """Return the linear layers that can be packed, by name."""
+    output = model.get_output_embeddings()  # of a language model: no text encoder computes it
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module.in_features % FOUR_BIT_GROUP == 0 and module is not output
+    ]
 
-    @register_quantizer(_METHOD)
-    class Quantizer(HfQuantizer):
-        """Replaces linear layers before their weights are loaded."""
 
-        requires_calibration = False
+def check_packed(model: nn.Module) -> None:
+    """Refuse a text encoder that was to be loaded in 4 bits and whose layers are as they were.
 
-        def _process_model_before_weight_loading(self, model: Any, **more: Any) -> None:
-            del more
-            output = model.get_output_embeddings()  # of a language model: no text encoder computes it
-            for name, module in list(model.named_modules()):
-                fits = type(module) is nn.Linear and module.in_features % FOUR_BIT_GROUP == 0
-                if fits and module is not output:
-                    weight = module.weight
-                    packed = FourBitLinear(
-                        module.in_features, module.out_features, module.bias is not None, weight.dtype, weight.device
-                    )
-                    model.set_submodule(name, packed)
+    Args:
+        model: The text encoder, loaded.
 
-        def param_needs_quantization(self, model: nn.Module, param_name: str, **more: Any) -> bool:
-            del more
-            owner, _, kind = param_name.rpartition(".")
-            return kind == "weight" and isinstance(model.get_submodule(owner), FourBitLinear)
-
-        def get_quantize_ops(self) -> Any:
-            return Pack()
-
-        def is_serializable(self, **more: Any) -> bool:
-            del more
-            return False
-
-        @property
-        def is_trainable(self) -> bool:
-            return False
-
-    return Config
+    Raises:
+        UnsupportedError: transformers did not ask the method that four_bit_config names.
+    """
+    if _fitting(model):
+        raise lost_packing(type(model).__name__)

@@ -140,7 +140,7 @@ class RunClip:
         return "".join(block(step.bits) for step in self.steps)
 
     @property
-    def cache_words(self) -> str:
+    def cache_text(self) -> str:
         """Return the step cache and what it left out, in words."""
         if not self.cache:
             return "no step cache"
@@ -212,7 +212,7 @@ def trace_lines(clips: Sequence[RunClip]) -> Iterator[str]:
     for clip in clips:
         bits = "" if clip.average_bits is None else f", {clip.average_bits:.2f} bits on average over the computed steps"
         yield f"“{clip.prompt}”, seed {clip.seed}, {clip.mode}{bits}"
-        yield clip.cache_words
+        yield clip.cache_text
         yield clip.strip
         yield "step    bits  seconds  reason"
         for step in clip.steps:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dvdquant.artifact.entries import EngineEntry
 from dvdquant.artifact.manifest import Manifest
-from dvdquant.artifact.provenance import lora_room, lora_words, sampling_words
+from dvdquant.artifact.provenance import lora_room, lora_text, sampling_text
 from dvdquant.checkpoint.formats.files import names_file
 from dvdquant.hardware.capabilities import CAPABILITIES
 from dvdquant.model.families.base import ImageInputs
@@ -61,10 +61,10 @@ def lora_rows(manifest: Manifest) -> list[tuple[str, str]]:
     Args:
         manifest: The manifest of the export.
     """
-    rows = [("LoRA", shown(words.removeprefix("LoRA "))) for words in lora_words(manifest.lora)]
+    rows = [("LoRA", shown(words.removeprefix("LoRA "))) for words in lora_text(manifest.lora)]
     rows += [("LoRAs at run time", words) for words in lora_room(manifest.lora_rank)]
     if manifest.sampling is not None:
-        rows.append(("Defaults", sampling_words(manifest.sampling)))
+        rows.append(("Defaults", sampling_text(manifest.sampling)))
     return rows
 
 

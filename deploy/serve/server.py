@@ -27,6 +27,7 @@ from dvdquant.deploy.serve.service import Service
 from dvdquant.deploy.serve.settings import ServerSettings
 from dvdquant.deploy.serve.stores import open_store
 from dvdquant.deploy.serve.supervisor import WORKER_COMMAND, Pool
+from dvdquant.deploy.serve.uvicorn_hooks import ServerWithoutSignals
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.system.files import disk_error
 
@@ -198,16 +199,7 @@ def http_server(service: Service) -> uvicorn.Server:
         h11_max_incomplete_event_size=_HEAD_BYTES,
         timeout_graceful_shutdown=5,
     )
-    return _Http(config)
-
-
-class _Http(uvicorn.Server):
-    """uvicorn, but signals are ours."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone."""
-        yield
+    return ServerWithoutSignals(config)
 
 
 @contextlib.contextmanager

@@ -28,9 +28,9 @@ from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPE_NAMES
 from dvdquant.ops.repack import LayerShape
 from dvdquant.ops.rope import Rope, apply_rope, run_rope_quantize
-from dvdquant.system.torch_hooks import compiler_named
+from dvdquant.system.torch_hooks import check_example_values, compiler_named, set_example_value
 
-__all__ = ["fuse_graph", "fusing_backend", "fusion_words", "kernels_fuse", "why_not_fused"]
+__all__ = ["fuse_graph", "fusing_backend", "fusion_text", "kernels_fuse", "why_not_fused"]
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,11 @@ def fusing_backend(inner: str | None) -> Callable[[fx.GraphModule, Sequence[Any]
 
     Args:
         inner: The backend that compiles what is left, or None to run the operations one by one.
+
+    Raises:
+        UnsupportedError: This PyTorch does not note what the passes ask of a graph's nodes.
     """
+    check_example_values()
 
     def compile_fused(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         numbers = [_kernels_number(node) for node in graph.graph.nodes if is_call(node, _LAYERS)]
@@ -160,7 +164,7 @@ def why_not_fused(kernels: CudaKernels | None, device: torch.device, dtype: torc
     return NO_KERNELS if kernels is None else kernels_fuse(kernels, device, dtype)
 
 
-def fusion_words(device: torch.device, compile: bool, fuse: bool | None) -> str | None:
+def fusion_text(device: torch.device, compile: bool, fuse: bool | None) -> str | None:
     """Return in words what a PyTorch session will do, before it is opened; None where nothing asks for it.
 
     Args:
@@ -452,11 +456,11 @@ def _replace(graph: fx.Graph, layer: Any, found: _Found) -> None:
              pre_quant, number, rows, *grid),
         )  # fmt: skip
         out = graph.call_function(operator.getitem, (fused, 0))
-        out.meta["example_value"] = value_of(layer)
+        set_example_value(out, value_of(layer))
         hidden = None
         if found.hidden is not None:
             hidden = graph.call_function(operator.getitem, (fused, 1))
-            hidden.meta["example_value"] = value_of(found.hidden)
+            set_example_value(hidden, value_of(found.hidden))
     gone = _freed(layer)
     layer.replace_all_uses_with(out)
     graph.erase_node(layer)

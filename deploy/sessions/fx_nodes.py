@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from dvdquant.system.torch_hooks import example_value
+
 __all__ = ["as_float", "inverse_rms", "is_call", "is_method", "value_of"]
 
 
@@ -18,7 +20,7 @@ def value_of(node: Any) -> Any:
     Args:
         node: A node, or another argument of one.
     """
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return example_value(node) if isinstance(node, fx.Node) else None
 
 
 def is_call(node: Any, targets: Container[Any]) -> bool:

@@ -30,6 +30,7 @@ from dvdquant.ops.attention.ladder import Attention, rungs_for
 from dvdquant.ops.cuda_linear import CACHE, CudaKernels, usable_kernels
 from dvdquant.recipe import ATTENTION, Recipe
 from dvdquant.system.devices import cuda_sm
+from dvdquant.system.torch_hooks import check_example_values
 
 __all__ = ["PyTorchSession"]
 
@@ -105,6 +106,8 @@ class PyTorchSession(EngineSession):
         # A mask makes PyTorch take a slow kernel on a GPU, and no kernel in 8 bits takes one.
         masked = any(spec.name == MASK for spec in self.family.inputs(self.sizes))
         self._cuts = self.attention is not None or (masked and self.device.type == "cuda")
+        if kernels is not None and (compile if fuse is None else fuse):
+            check_example_values()
         # 2. Load the weights, and prepare those that kernels run.
         self._current: int | None = self.bits[0]
         self._ran: set[int] = set()

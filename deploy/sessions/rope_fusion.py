@@ -26,6 +26,7 @@ from dvdquant.deploy.sessions.fx_nodes import as_float, inverse_rms, is_call, is
 # Registers the operations.
 from dvdquant.ops.attention.operation import attention, rope_attention  # noqa: F401
 from dvdquant.ops.packed_layer import DTYPE_NAMES
+from dvdquant.system.torch_hooks import set_example_value
 
 __all__ = ["fuse_attention"]
 
@@ -444,7 +445,7 @@ def _replace(graph: fx.Graph, node: Any, q: _Found, k: _Found, number: int) -> N
             (q_part.x, k_part.x, value, *text, *weights, *biases, table(q.cosines), table(q.sines), bounds, q_part.kind,
              *epsilons, q.first, q.per_channel, scale, session, number),
         )  # fmt: skip
-        fused.meta["example_value"] = value_of(node)
+        set_example_value(fused, value_of(node))
     node.replace_all_uses_with(fused)
     graph.erase_node(node)
     gone = {*q.gone, *k.gone}

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dvdquant.artifact.entries import LoraEntry, Sampling, Source
 from dvdquant.text import shown
 
-__all__ = ["lora_room", "lora_words", "model_name", "source_of", "sampling_sentence", "sampling_words", "source_words"]
+__all__ = ["lora_room", "lora_text", "model_name", "source_of", "sampling_sentence", "sampling_text", "source_text"]
 
 
-def source_words(source: Source) -> str:
+def source_text(source: Source) -> str:
     """Return the format and the precision of the weights an export was made from, "" where its manifest does not say.
 
     Args:
@@ -20,7 +20,7 @@ def source_words(source: Source) -> str:
     return ", ".join(shown(part, 400) for part in (source.get("format"), source.get("precision")) if part)
 
 
-def sampling_words(sampling: Sampling) -> str:
+def sampling_text(sampling: Sampling) -> str:
     """Return the steps and the guidance that are recorded.
 
     Args:
@@ -40,7 +40,7 @@ def sampling_sentence(sampling: Sampling) -> str:
     Args:
         sampling: What the manifest records of steps and guidance.
     """
-    return f"defaults of dvdq-run and dvdq-plan: {sampling_words(sampling)}"
+    return f"defaults of dvdq-run and dvdq-plan: {sampling_text(sampling)}"
 
 
 def lora_room(rank: int) -> list[str]:
@@ -52,7 +52,7 @@ def lora_room(rank: int) -> list[str]:
     return [f"room for LoRAs at run time: up to rank {rank} in every quantized layer (dvdq-run --lora)"] if rank else []
 
 
-def lora_words(entries: Sequence[LoraEntry]) -> list[str]:
+def lora_text(entries: Sequence[LoraEntry]) -> list[str]:
     """Return a line for each LoRA: file, scale, transformer, what was found of it, and the start of its SHA-256.
 
     Args:

@@ -41,7 +41,7 @@ def build_line(manifest: Manifest, target: Path, library: PluginFile | None) -> 
         library: The plugin library that it holds, or None.
     """
     words = ["dvdq-build", target.name, "-o", _folder(target)]
-    return shell_line([*words, *_plugin_words(manifest, library, "bundled")])
+    return shell_line([*words, *_plugin_text(manifest, library, "bundled")])
 
 
 def bundle_page(
@@ -102,7 +102,7 @@ def _folder(target: Path) -> str:
     return target.name.removesuffix(".tar")
 
 
-def _plugin_words(manifest: Manifest, library: PluginFile | None, bundled: str) -> list[str]:
+def _plugin_text(manifest: Manifest, library: PluginFile | None, bundled: str) -> list[str]:
     """Return the option for the plugin library; ``bundled`` is what it says where the bundle holds it."""
     if not sms_of(manifest, "tensorrt"):
         return []
@@ -113,7 +113,7 @@ def _run_line(manifest: Manifest, folder: str, library: PluginFile | None) -> st
     """Return the line that draws a clip, without the prompt."""
     from dvdquant.artifact.layout import PLUGIN_PLACE
 
-    return shell_line(["dvdq-run", folder, *_plugin_words(manifest, library, f"{folder}/{PLUGIN_PLACE}")])
+    return shell_line(["dvdq-run", folder, *_plugin_text(manifest, library, f"{folder}/{PLUGIN_PLACE}")])
 
 
 def _sizes(manifest: Manifest) -> str:

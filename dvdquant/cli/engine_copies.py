@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from dvdquant.text import amount
 
-__all__ = ["copies_words", "sum_by_width"]
+__all__ = ["copies_text", "sum_by_width"]
 
 
 def sum_by_width(engines: Iterable[tuple[Iterable[str], int, int]]) -> dict[str, dict[int, int]]:
@@ -23,7 +23,7 @@ def sum_by_width(engines: Iterable[tuple[Iterable[str], int, int]]) -> dict[str,
     return held
 
 
-def copies_words(held: Mapping[str, Mapping[int, int]], sixteen: int, of: str) -> str:
+def copies_text(held: Mapping[str, Mapping[int, int]], sixteen: int, of: str) -> str:
     """Return what the engines of a compute capability take together, or "" where none has two widths.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dvdquant.cli.engine_copies import copies_words, sum_by_width
+from dvdquant.cli.engine_copies import copies_text, sum_by_width
 from dvdquant.hardware.advice import QUALITY
 from dvdquant.hardware.capabilities import capability, sm_number
 from dvdquant.hardware.find import find_gpu
@@ -102,7 +102,7 @@ def _copies(plan: ExportPlan) -> str:
 
     engines = [engine for engine in (*plan.engines, *plan.later) if engine.precision != "plugin"]
     held = sum_by_width((e.sms, e.act_bits, sum(held_bytes(each, e) for each in plan.plans)) for e in engines)
-    return copies_words(held, sum(2 * each.all_weights for each in plan.plans), "the model")
+    return copies_text(held, sum(2 * each.all_weights for each in plan.plans), "the model")
 
 
 def _auto(held: Mapping[str, Sequence[HeldWeights]]) -> str:

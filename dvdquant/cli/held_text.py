@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dvdquant.model.held_weights import HeldWeights
     from dvdquant.model.weight_choice import WeightChoice
 
-__all__ = ["choice_words", "held_json", "held_text"]
+__all__ = ["choice_text", "held_json", "held_text"]
 
 KEPT = 6
 
@@ -35,7 +35,7 @@ def held_text(artifact: Artifact) -> str:
             cost = f"{100 * held.cost:.1f} %" if held.cost else "-"
             plugin = [amount(held.plugin_bytes("packed")), amount(held.plugin_bytes("expanded"))]
             sizes = [amount(held.nbytes("packed")), amount(held.nbytes("expanded")), *plugin, amount(held.scratch)]
-            rows.append((f"SM {', '.join(sms)}", *sizes, cost, choice_words(choose_weights(held, "auto"))))
+            rows.append((f"SM {', '.join(sms)}", *sizes, cost, choice_text(choose_weights(held, "auto"))))
         header = (
             component,
             "packed",
@@ -82,7 +82,7 @@ def held_json(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def choice_words(choice: WeightChoice) -> str:
+def choice_text(choice: WeightChoice) -> str:
     """Return how weights are held, in words: ``packed``, or the form with its bytes and what a step pays.
 
     Args:

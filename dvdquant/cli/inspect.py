@@ -10,7 +10,7 @@ import click
 from dvdquant import __version__
 from dvdquant.clashes import Clash, refuse_clashes
 from dvdquant.cli.common import ExamplesCommand, echo, loading, paragraphs, setup_logging, table
-from dvdquant.cli.engine_copies import copies_words, sum_by_width
+from dvdquant.cli.engine_copies import copies_text, sum_by_width
 from dvdquant.cli.paths import EXPORT, PATH, WORD
 from dvdquant.errors import OutputError
 from dvdquant.text import amount, json_text, shown
@@ -233,9 +233,9 @@ def _check_files(out: Path, manifest: Manifest) -> str:
 
 
 def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
-    from dvdquant.artifact.provenance import lora_room, lora_words, sampling_sentence, source_words
+    from dvdquant.artifact.provenance import lora_room, lora_text, sampling_sentence, source_text
     from dvdquant.artifact.verified import verified_text
-    from dvdquant.ops.attention.libraries import ladders_words
+    from dvdquant.ops.attention.libraries import ladders_text
     from dvdquant.recipe import error_name, fitted_text, looks_at_inputs
 
     # 1. The model, the recipe, the files.
@@ -246,15 +246,15 @@ def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
     shapes = ", ".join(f"{axis} {_range(manifest.shapes[axis])}" for axis in ("frames", "height", "width"))
     lines = [
         f"{out}: {manifest.source['class_name']} from {manifest.source['model']}",
-        *([f"source: {words}"] if (words := source_words(manifest.source)) else []),
+        *([f"source: {words}"] if (words := source_text(manifest.source)) else []),
         f"exported {manifest.created} by dvdquant {manifest.dvdquant_version}; "
         + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
         f"recipe {recipe['name']}: rotation {recipe['rotation']}, weight groups {weight['group_size'] or 'row'}, "
         f"zero-point {weight['zero_point']}, solver {weight['solver']}, {', '.join(inputs)}",
-        *lora_words(manifest.lora),
+        *lora_text(manifest.lora),
         *lora_room(manifest.lora_rank),
         *([sampling_sentence(manifest.sampling)] if manifest.sampling else []),
-        *ladders_words(recipe["attention"]),
+        *ladders_text(recipe["attention"]),
         "before quantized layers, PyTorch sessions: norm, modulation, residual, GELU in the layers' kernels with --compile, on "
         "GPUs that the kernels are built for; --no-fuse leaves them apart",
         verified_text(manifest.verified),
@@ -287,7 +287,7 @@ def _copies(manifest: Manifest) -> str:
     engines = [engine for engine in manifest.engines if engine["precision"] != "plugin"]
     held = sum_by_width((e["sm"], e["act_bits"], manifest.files[e["path"]]["bytes"]) for e in engines)
     sixteen = sum(2 * entry["features_in"] * entry["features_out"] for entry in manifest.layers)
-    return copies_words(held, sixteen, "the quantized layers")
+    return copies_text(held, sixteen, "the quantized layers")
 
 
 def _needs(engine: EngineEntry) -> str:

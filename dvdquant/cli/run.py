@@ -320,7 +320,7 @@ def say_needs(
     from dvdquant.cli.held_text import held_json, held_text
     from dvdquant.cli.run_text import needs_text
     from dvdquant.deploy.generation.needs import parts_of_run
-    from dvdquant.deploy.sessions.fusion import fusion_words
+    from dvdquant.deploy.sessions.fusion import fusion_text
 
     how = generator.options
     parts = parts_of_run(
@@ -337,7 +337,7 @@ def say_needs(
     progress.event("needs", parts=[part.to_json() for part in parts], memory=arrangement.plan.to_json(), **held)
     echo(needs_text(parts, plan[0], len(plan), generator.checker.pipeline_of(plan[0][0]), arrangement.text()))
     if quantized:
-        if words := fusion_words(resolve_device(how.device), how.compile, how.fuse):
+        if words := fusion_text(resolve_device(how.device), how.compile, how.fuse):
             echo("\n" + words)
         echo("\n" + held_text(generator.artifact))
 

@@ -9,7 +9,7 @@ from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
 from dvdquant.hardware.gpus import GPUS, KINDS, Gpu
 from dvdquant.hardware.weights import slower_in_int8
 
-__all__ = ["HEADER", "SHORT_HEADER", "gpu_rows", "runs_words", "short_rows"]
+__all__ = ["HEADER", "SHORT_HEADER", "gpu_rows", "runs_text", "short_rows"]
 
 HEADER = ("GPU", "SM", "memory", "--target", "--recipe auto", "4-bit arithmetic", "has run")
 SHORT_HEADER = ("GPU", "SM", "`--target`", "`--recipe auto`", "4-bit arithmetic", "has run on it")
@@ -22,7 +22,7 @@ def short_rows() -> Iterator[tuple[str, ...]]:
             target, _ = choose_target([sm])
             recipe = choose_recipe([sm], [target]).recipe
             ran = "kernels and PyTorch sessions, on one H100" if found.measured else "nothing yet"
-            yield found.cards, sm, f"`{target}`", f"`{recipe}`", runs_words(sm), ran
+            yield found.cards, sm, f"`{target}`", f"`{recipe}`", runs_text(sm), ran
 
 
 def gpu_rows() -> Iterator[tuple[str, ...]]:
@@ -45,10 +45,10 @@ def _row(title: str, sm: str, gpus: list[Gpu]) -> tuple[str, ...]:
         return names, sm, memory, "none", "none", found.refused, "refused"
     target, _ = choose_target([sm])
     recipe = choose_recipe([sm], [target]).recipe
-    return names, sm, memory, target, recipe, runs_words(sm), "one H100" if found.measured else "nothing yet"
+    return names, sm, memory, target, recipe, runs_text(sm), "one H100" if found.measured else "nothing yet"
 
 
-def runs_words(sm: str) -> str:
+def runs_text(sm: str) -> str:
     """Return where 4-bit activations gain time or memory on a compute capability, in words.
 
     Args:

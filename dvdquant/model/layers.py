@@ -129,7 +129,7 @@ class RotationTable(nn.Module):
         for rotation in rotations:
             hadamard, outer = rotation.matrices(torch.float32)
             for name, matrix in ((f"hadamard_{rotation.inner}", hadamard), (f"outer_{rotation.outer}", outer)):
-                if name not in self._buffers:
+                if not hasattr(self, name):
                     self.register_buffer(name, matrix.contiguous(), persistent=False)
 
     def matrices(self, rotation: Rotation) -> tuple[Tensor, Tensor]:
@@ -233,7 +233,7 @@ class QuantLinear(nn.Module):
         grids = dict.fromkeys(self.spec.activation(asked) for asked in activations)
         self.kernel = KernelLayer(kernels, packed, grids, dtype, device, *self._pre_quant(), form)
         for name in TENSORS:
-            self._buffers[name] = None
+            setattr(self, name, None)
 
     def smooth(self, x: Tensor) -> Tensor:
         """Return the input of the op: ``x`` minus the shift, its channels multiplied by powers of two.
@@ -245,7 +245,7 @@ class QuantLinear(nn.Module):
 
     def _pre_quant(self) -> tuple[Tensor | None, Tensor | None]:
         """Return pre_quant_scale and pre_quant_shift, fp32 [K]; None for one that the layer does not have."""
-        scale, shift = (self._buffers.get(name) for name in ("pre_quant_scale", "pre_quant_shift"))
+        scale, shift = (getattr(self, name, None) for name in ("pre_quant_scale", "pre_quant_shift"))
         return scale, shift
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +11,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from dvdquant.system.hooks import hook
+
 __all__ = ["EndlessAnswerError", "limit_waiting", "one_listing"]
+
+REQUIREMENT = "huggingface_hub>=1.0,<3"
+_WHY = "to let requests of the hub end"
 
 SILENCE = 120.0  # seconds
 LONGEST_PAUSE = 600  # seconds
@@ -63,18 +67,22 @@ def limit_waiting() -> None:
     Requests that have a limit keep it. A server may ask for a pause of up to ``LONGEST_PAUSE`` seconds before the next
     attempt; longer ones are as if it had not asked. An answer that is no file is read for ``LONGEST_ANSWER`` seconds and
     ``LARGEST_ANSWER`` bytes, as a byte now and then is no silence. What Xet sends and fetches has the limits of its own library.
+
+    Raises:
+        UnsupportedError: The hub's client is made in another way than that of the releases we know.
     """
     import huggingface_hub
-    from huggingface_hub.utils import _http
 
     # The client is made anew after a failed connection, so its hooks are set where it is made.
     with _lock:
-        before = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
+        path = "huggingface_hub.utils._http:_GLOBAL_CLIENT_FACTORY"
+        before = hook("huggingface_hub", path, _WHY, REQUIREMENT)
         if getattr(before, "limits_waiting", False):
             return
 
         def factory() -> Any:
             client = before()
+            stream_class(client)  # asked before anything is sent
             client.event_hooks = {
                 "request": [*client.event_hooks["request"], _limit_silence],
                 "response": [*client.event_hooks["response"], _limit_pause, _limit_answer],
@@ -83,6 +91,21 @@ def limit_waiting() -> None:
 
         factory.limits_waiting = True  # type: ignore[attr-defined]
         huggingface_hub.set_client_factory(factory)
+
+
+def stream_class(sent: Any) -> type[Any]:
+    """Return the class of the streams of the HTTP library that a client or an answer comes from: the hub's has had two.
+
+    Args:
+        sent: The client or the answer.
+
+    Raises:
+        UnsupportedError: The library has no such class.
+    """
+    modules = [kind.__module__.partition(".")[0] for kind in type(sent).__mro__]
+    library = next((name for name in modules if name.startswith("httpx")), modules[0])
+    found: type[Any] = hook("huggingface_hub", f"{library}:SyncByteStream", _WHY, REQUIREMENT)
+    return found
 
 
 def _limit_silence(request: Any) -> None:
@@ -111,10 +134,9 @@ def _limit_answer(response: Any) -> None:
             raise EndlessAnswerError(f"the list of files has no end after {MOST_ANSWERS} pages")
         until = listing.until
     stream = response.stream
-    # The client has had two HTTP libraries, and each asks for a stream of its own class.
-    library = sys.modules[type(response).__module__.partition(".")[0]]
+    base = stream_class(response)
 
-    class Limited(library.SyncByteStream):  # type: ignore[name-defined]
+    class Limited(base):  # type: ignore[misc, valid-type]
         """The stream of an answer, until it has taken too long or too much."""
 
         def __iter__(self) -> Iterator[bytes]:

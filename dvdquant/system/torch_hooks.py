@@ -6,20 +6,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dvdquant.system.hooks import hook
+from dvdquant.system.hooks import hook, lost_hook
 
 __all__ = [
     "FAKE_TENSOR_LOG",
     "REQUIREMENT",
     "FakeTensorMode",
     "allow_recompiles",
+    "check_example_values",
     "compile_in_this_process",
     "compiler_named",
+    "example_value",
     "notice_module_hooks",
     "parse_to",
+    "set_example_value",
     "tensor_version",
     "trace_error",
     "without_stack_traces",
@@ -32,6 +36,7 @@ FAKE_TENSOR_LOG = "torch._subclasses.fake_tensor"
 
 if TYPE_CHECKING:
     import torch
+    from torch import fx
     from torch._subclasses.fake_tensor import FakeTensorMode
 else:
     FakeTensorMode = hook("torch", f"{FAKE_TENSOR_LOG}:FakeTensorMode", "to find the shapes of a model", REQUIREMENT)
@@ -57,9 +62,8 @@ def allow_recompiles(count: int) -> None:
     Args:
         count: The number of forms.
     """
-    why = "to compile a block for each of its forms"
-    present = hook("torch", "torch._dynamo.config:recompile_limit", why, REQUIREMENT)
-    hook("torch", "torch._dynamo.config", why, REQUIREMENT).recompile_limit = max(count, present)
+    path, why = "torch._dynamo.config:recompile_limit", "to compile a block for each of its forms"
+    _set_option(path, max(count, hook("torch", path, why, REQUIREMENT)), why)
 
 
 def notice_module_hooks() -> None:
@@ -67,16 +71,19 @@ def notice_module_hooks() -> None:
 
     By default they go on as if nothing had changed, and a LoRA that is attached after the first step would do nothing.
     """
-    hook(
-        "torch", "torch._dynamo.config", "to compile a layer anew that gets a LoRA", REQUIREMENT
-    ).skip_nnmodule_hook_guards = False
+    _set_option("torch._dynamo.config:skip_nnmodule_hook_guards", False, "to compile a layer anew that gets a LoRA")
 
 
 def compile_in_this_process() -> None:
     """Let torch.compile start no processes that compile: one after another, in this process."""
-    why = "to compile where no process can be started"
-    hook("torch", "torch._inductor.config:compile_threads", why, REQUIREMENT)
-    hook("torch", "torch._inductor.config", why, REQUIREMENT).compile_threads = 1
+    _set_option("torch._inductor.config:compile_threads", 1, "to compile where no process can be started")
+
+
+def _set_option(path: str, value: Any, why: str) -> None:
+    """Set an option of PyTorch's compiler, ``module:option``, that it has: another name would be set without an effect."""
+    hook("torch", path, why, REQUIREMENT)
+    module, _, option = path.partition(":")
+    setattr(hook("torch", module, why, REQUIREMENT), option, value)
 
 
 def compiler_named(name: str) -> Callable[..., Any]:
@@ -90,6 +97,52 @@ def compiler_named(name: str) -> Callable[..., Any]:
     return found
 
 
+_EXAMPLE = "example_value"
+
+
+@functools.cache
+def check_example_values() -> None:
+    """Refuse a PyTorch that notes no example tensors in the graphs it compiles; one addition is traced to see it.
+
+    Raises:
+        UnsupportedError: The nodes have none: no pass over a graph would recognise anything, without a word.
+    """
+    import torch
+
+    found: list[Any] = []
+
+    def note(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        del inputs
+        found.extend(example_value(node) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    def add(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    torch.compile(add, backend=note, fullgraph=True)(torch.zeros(2, device="cpu"))
+    if not found or not all(isinstance(value, torch.Tensor) for value in found):
+        raise lost_hook("torch", f"meta[{_EXAMPLE!r}] in the nodes of a graph", "to fuse layers", REQUIREMENT)
+
+
+def example_value(node: fx.Node) -> Any:
+    """Return the example tensor that a node was traced with; None for a node of which there is none.
+
+    Args:
+        node: A node of a graph that torch.compile made, see :func:`check_example_values`.
+    """
+    return node.meta.get(_EXAMPLE)
+
+
+def set_example_value(node: fx.Node, value: Any) -> None:
+    """Give a new node of a graph an example tensor, as torch.compile gives it to those it makes.
+
+    Args:
+        node: The node.
+        value: The tensor, or None.
+    """
+    node.meta[_EXAMPLE] = value
+
+
 def trace_error() -> type[Exception]:
     """Return the class of what torch.export raises about code that it cannot trace."""
     found: type[Exception] = hook("torch", "torch._dynamo.exc:UserError", "to report a failed trace", REQUIREMENT)
@@ -101,7 +154,7 @@ def without_stack_traces() -> Iterator[None]:
     """Let PyTorch note no line of code beside each node that it traces, which takes time in every trace."""
     config = hook("torch", "torch.fx.config", "to trace a model without the lines of its code", REQUIREMENT)
     name = "do_not_emit_stack_traces"
-    before = getattr(config, name, False)  # versions that do not know it pass over it
+    before = getattr(config, name, False)  # PyTorch before 2.12 passes over it: the trace is the same, and slower
     setattr(config, name, True)
     try:
         yield

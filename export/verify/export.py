@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dvdquant.artifact.entries import GraphEntry, LayerEntry
 from dvdquant.errors import ExportError
-from dvdquant.export.verify.graph import GraphCheck, Verifier, change_words, load_quantized
+from dvdquant.export.verify.graph import GraphCheck, Verifier, change_text, load_quantized
 from dvdquant.export.verify.layers import choose_layers
 from dvdquant.model.families import Sizes
 from dvdquant.model.plan import ModelPlan
@@ -70,7 +70,7 @@ def verify_export(
                 stage.update(0, entry["path"])
                 if (in_fp8 or as_fused) and not verifier.whole:
                     progress.say(
-                        f"{entry['path']} {change_words(in_fp8, as_fused)}: not checked, {verifier.tokens} tokens are too many "
+                        f"{entry['path']} {change_text(in_fp8, as_fused)}: not checked, {verifier.tokens} tokens are too many "
                         "to run here"
                     )
                     stage.update(len(verifier.chosen) + 1)

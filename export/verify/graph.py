@@ -55,7 +55,7 @@ __all__ = [
     "BetweenCheck",
     "GraphCheck",
     "Verifier",
-    "change_words",
+    "change_text",
     "load_quantized",
     "verify_graph",
 ]
@@ -233,7 +233,7 @@ def load_quantized(plan: ModelPlan, tensors: Mapping[str, tuple[str, TensorInfo]
     return model
 
 
-def change_words(fp8: bool, fused: bool) -> str:
+def change_text(fp8: bool, fused: bool) -> str:
     """Return how an engine runs a graph, in words; nothing where it runs it as it is.
 
     Args:
@@ -333,7 +333,7 @@ class Verifier:
             model, [spec.name for spec in self.plan.layers] if self.between else self.chosen
         )
         self.reference.use(bits)
-        title = f"{path.name} {change_words(fp8, fused)}".rstrip()
+        title = f"{path.name} {change_text(fp8, fused)}".rstrip()
         with with_fp8_attention(scales, attentions):
             wanted = attention_intermediates(model, scales) if self.whole else {}
             xs, seen = self._run(model, intermediates, path, wanted) if self.whole else (self._probed(bits), None)

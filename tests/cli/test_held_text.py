@@ -6,7 +6,7 @@ import json
 
 from click.testing import CliRunner
 
-from dvdquant.cli.held_text import choice_words
+from dvdquant.cli.held_text import choice_text
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.hardware.capabilities import CAPABILITIES
@@ -37,7 +37,7 @@ def test_both_forms_are_told_for_every_gpu() -> None:
         assert (told["packed"], told["expanded"]) == (held.nbytes("packed"), held.nbytes("expanded"))
         choice = choose_weights(held, "auto")
         assert (told["auto"], told["auto_bytes"]) == (choice.form, choice.nbytes)
-        assert choice_words(choice) in text
+        assert choice_text(choice) in text
         assert amount(held.nbytes("packed")) in text
         assert amount(held.plugin_bytes("expanded")) in text
     assert data["transformer"]["8.9"]["expanded"] > data["transformer"]["9.0"]["expanded"]

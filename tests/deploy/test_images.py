@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from dvdquant.deploy.generation import images
-from dvdquant.deploy.generation.images import PictureCache, open_picture, stretch_words
+from dvdquant.deploy.generation.images import PictureCache, open_picture, stretch_text
 from dvdquant.deploy.generation.request import GenerateRequest
 from dvdquant.errors import ShapeError
 from tests.support.image_pipelines import picture
@@ -150,8 +150,8 @@ def test_limits_and_other_objects(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_words_about_another_ratio() -> None:
     wide = open_picture(picture(0, 64, 32), "--image")
-    assert stretch_words(wide, 480, 960) is None
-    assert "64×32 pixels and is stretched to 832×480" in (stretch_words(wide, 480, 832) or "")
+    assert stretch_text(wide, 480, 960) is None
+    assert "64×32 pixels and is stretched to 832×480" in (stretch_text(wide, 480, 832) or "")
 
 
 def test_a_request_says_its_images_in_json(tmp_path: Path) -> None:

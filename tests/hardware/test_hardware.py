@@ -16,7 +16,7 @@ from dvdquant.hardware.advice import BOTH_BYTES, QUALITY, choose, choose_recipe
 from dvdquant.hardware.capabilities import CAPABILITIES, JETSONS, parse_sm, sm_number
 from dvdquant.hardware.find import find_gpu, installed_gpus
 from dvdquant.hardware.gpus import GPUS, KINDS, cards_with, machine_of
-from dvdquant.hardware.listing import HEADER, gpu_rows, runs_words
+from dvdquant.hardware.listing import HEADER, gpu_rows, runs_text
 from dvdquant.hardware.weights import slower_in_int8
 from dvdquant.recipe import RECIPES
 
@@ -166,7 +166,7 @@ def test_a_card_decides(
 def test_a_card_that_is_slow_in_eight_bits_is_not_praised(target: str) -> None:
     slow = [sm for sm, each in CAPABILITIES.items() if not each.refused and slower_in_int8(sm_number(sm))]
     assert slow == ["10.3"]
-    assert "slower than bf16" in runs_words("10.3")
+    assert "slower than bf16" in runs_text("10.3")
     assert "slower than 16 bit" in what_executes("plugin", 8, "10.3")
     notes = choose(("B300", "B200"), (), (target,)).notes
     assert [note for note in notes if "run it in bf16" in note] == [notes[-1]]

@@ -28,7 +28,7 @@ from dvdquant.ops.attention.definition import (
 )
 from dvdquant.ops.attention.e4m3 import e4m3_operands
 from dvdquant.ops.attention.ladder import Attention, exact, rungs_for
-from dvdquant.ops.attention.libraries import LADDERS, LIBRARIES, REFERENCE, Library, ladder, ladders_words
+from dvdquant.ops.attention.libraries import LADDERS, LIBRARIES, REFERENCE, Library, ladder, ladders_text
 from dvdquant.ops.attention.operation import attention, number_of
 
 
@@ -349,8 +349,8 @@ def test_ladders() -> None:
             assert rungs, (sm, wanted)
             assert all(sm in (rung.sms or ()) for rung in rungs), (sm, wanted)
             assert all(rung.kind in FORMATS for rung in rungs)
-    assert ladders_words("16") == []
-    words = "\n".join(ladders_words("int8"))
+    assert ladders_text("16") == []
+    words = "\n".join(ladders_text("int8"))
     assert all(f"{sm / 10}" in words for sm in LADDERS)
     assert "installed here" in words
 

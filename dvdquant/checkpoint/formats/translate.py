@@ -28,7 +28,7 @@ __all__ = [
     "SourceFormat",
     "Translated",
     "is_transformer",
-    "precision_words",
+    "precision_text",
     "translate",
 ]
 
@@ -158,7 +158,7 @@ def translate(
         found, assumed = scheme.config(shapes, found if config is not None else _metadata_config(metadata, place))
         notes += [f"assumed: {text}" for text in assumed]
     found.pop("quantization_config", None)
-    precision = precision_words(renamed.values())
+    precision = precision_text(renamed.values())
     has_scales = any(_has_scale(info) for info in renamed.values())
     if has_scales:
         notes.append("scales are applied in fp32")
@@ -190,7 +190,7 @@ def _few_bits(tensors: Iterable[ShardTensor]) -> tuple[str, ...]:
     return tuple(kind for kind in FEW_BITS if kind in kinds)
 
 
-def precision_words(tensors: Any) -> str:
+def precision_text(tensors: Any) -> str:
     """Return what the bytes of tensors are, such as ``fp8 (e4m3) with scales, bf16``; the most bytes first.
 
     Args:

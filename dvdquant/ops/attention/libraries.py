@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     # q, k, v [B, S, H, d], the scale of scores, the largest values of q and k (or None) -> [B, S, H, d].
     Kernel = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 
-__all__ = ["LADDERS", "LIBRARIES", "REFERENCE", "Library", "ladder", "ladders_words"]
+__all__ = ["LADDERS", "LIBRARIES", "REFERENCE", "Library", "ladder", "ladders_text"]
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def ladder(wanted: str, sm: int | None) -> tuple[Library, ...]:
     return LADDERS.get(sm or 0, {}).get(wanted, ())
 
 
-def ladders_words(wanted: str) -> list[str]:
+def ladders_text(wanted: str) -> list[str]:
     """Return in words what PyTorch sessions try on each SM, for people who ask before one runs.
 
     Args:

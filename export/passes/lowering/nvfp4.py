@@ -10,14 +10,13 @@ import torch
 
 from dvdquant.errors import ExportError
 from dvdquant.export.passes.lowering.common import Emitter, QuantLinearNode, lower_each
+from dvdquant.export.passes.lowering.modelopt_hooks import nvfp4_bytes
 from dvdquant.export.passes.lowering.store import TensorStore
 from dvdquant.numerics.activation_grid import AMAX_FLOOR
 from dvdquant.ops.reference import dequantize_weight
-from dvdquant.system.hooks import lost_hook
 
 __all__ = ["NVFP4_BLOCK", "WeightSource", "lower_nvfp4", "nvfp4_weight"]
 
-MODELOPT_REQUIREMENT = "nvidia-modelopt>=0.40,<0.50"  # its packed bytes are not public
 NVFP4_BLOCK = 16
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 CHUNK_ROWS = 1024
@@ -38,8 +37,6 @@ def nvfp4_weight(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray, float]:
     Raises:
         UnsupportedError: This release of modelopt does not give its packed bytes.
     """
-    from modelopt.torch.quantization.qtensor import NVFP4QTensor
-
     rows, features = weight.shape
     amax = float(weight.abs().max()) or 1.0
     unit = torch.tensor(1 / (E2M1_MAX * E4M3_MAX))
@@ -49,12 +46,8 @@ def nvfp4_weight(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray, float]:
         part = slice(start, start + CHUNK_ROWS)
         # Relative to its own amax a tensor needs no global scale of its own in the graph.
         chunk = weight[part].float() / amax
-        quantized, block_scale, _ = NVFP4QTensor.quantize(chunk, NVFP4_BLOCK, weights_scaling_factor_2=unit)
-        if not hasattr(quantized, "_quantized_data"):
-            raise lost_hook(
-                "nvidia-modelopt", "NVFP4QTensor._quantized_data", "to pack NVFP4 weights", MODELOPT_REQUIREMENT
-            )
-        packed[part] = quantized._quantized_data.numpy()
+        codes, block_scale = nvfp4_bytes(chunk, NVFP4_BLOCK, unit)
+        packed[part] = codes.numpy()
         scales[part] = block_scale.view(torch.uint8).numpy()
     return packed, scales.view(ir.DataType.FLOAT8E4M3FN.numpy()), amax
 

@@ -32,7 +32,7 @@ def plan_json(plan: ExportPlan, choice: Choice, fused: dict[str, int] | None) ->
         fused: The number of fused layers of each transformer, or None where none is asked for.
     """
     from dvdquant.cli.export_answers import answers, device_answers
-    from dvdquant.export.source_words import source_facts
+    from dvdquant.export.source_text import source_facts
 
     return {
         "gpus": list(choice.gpus),
@@ -86,8 +86,8 @@ def plan_text(plan: ExportPlan, choice: Choice, fused: dict[str, int] | None) ->
 def _made(plan: ExportPlan, choice: Choice) -> list[str]:
     """Return the model, what is made of it, and whether that fits the devices."""
     from dvdquant.cli.export_answers import answers, device_answers
-    from dvdquant.export.source_words import source_lines
-    from dvdquant.ops.attention.libraries import ladders_words
+    from dvdquant.export.source_text import source_lines
+    from dvdquant.ops.attention.libraries import ladders_text
 
     first = plan.plans[0]
     devices = device_answers(plan, choice)
@@ -104,7 +104,7 @@ def _made(plan: ExportPlan, choice: Choice) -> list[str]:
         f"in {plan.options.dtype}",
         f"sizes (latent): {plan.sizes.frames} × {plan.sizes.height} × {plan.sizes.width}, "
         f"{first.family.tokens(*plan.sizes.at('opt'))} video tokens, {plan.sizes.text_tokens} text tokens",
-        *ladders_words(plan.options.recipe.attention),
+        *ladders_text(plan.options.recipe.attention),
         *choice.notes,
         "",
         "what you get",
