@@ -1,6 +1,7 @@
 """The public functions of dvdquant: export a model, plan its bit schedule, inspect an export.
 
-They do the same as the commands, with the same defaults. ``import dvdquant`` offers them without importing PyTorch.
+They do what the commands do, with the same defaults, by the same code. ``import dvdquant`` offers them without importing
+PyTorch.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ def export_model(
     *,
     recipe: str | Recipe = "auto",
     activations: Literal[4, 8] | None = None,
+    modulation: Literal["keep", "a8"] | None = None,
+    attention: Literal["16", "int8", "fp8"] | None = None,
+    keep: str | Sequence[str] = (),
+    force: str | Sequence[str] = (),
     gpu: str | Sequence[str] | None = None,
     target: str | Sequence[str] | None = None,
     sm: str | Sequence[str] | None = None,
@@ -61,6 +66,10 @@ def export_model(
         out: Folder of the export. It holds the whole new export afterwards, or after an error what it held before.
         recipe: Name of a recipe, or a recipe of your own. ``auto`` takes what suits the cards, and SM 8.9 where none is named.
         activations: Bits of the activations that are made alone, 4 or 8: one engine, not two. None makes all of the recipe's.
+        modulation: ``keep`` (16 bit) or ``a8`` for the blocks' modulation linears. None takes the recipe's.
+        attention: ``16``, ``int8`` or ``fp8`` for self-attention of long sequences. None takes the recipe's.
+        keep: Globs of layers that stay in 16 bit besides the family's own, one or several.
+        force: Globs of layers that are quantized although the family keeps them, one or several.
         gpu: Names of the cards it is for, such as "RTX 4090"; ``auto`` is that of this machine.
         target: ``rtx``, ``tensorrt``, ``onnx`` or ``graphs``, or several of them. None given lets the cards decide.
         sm: Compute capabilities instead of cards, such as "8.9", the default where no card is named.
@@ -74,7 +83,7 @@ def export_model(
         verify: Run every graph in ONNX Runtime and judge it against PyTorch in float64.
         resume: Go on from an interrupted export with the same options.
         replace: Let the export take the place of a finished one of another model, another recipe or other sizes.
-        progress: Receiver of the progress. None reports nothing.
+        progress: Receiver of the progress, and of what was chosen and why. None reports nothing.
         lora: LoRAs to fuse into the weights: FILE, "FILE:SCALE", "transformer_2=FILE:SCALE", or several of them.
         steps: Number of denoising steps that the runtime takes if none is asked for, such as 4 of a distilled LoRA.
         guidance: Guidance scale that the runtime takes if none is asked for, such as 1.
@@ -88,10 +97,8 @@ def export_model(
             folder is unchanged.
     """
     from dvdquant.checkpoint.lora.spec import parse_loras
-    from dvdquant.deploy.report.page import add_report
     from dvdquant.export.options import ExportOptions
-    from dvdquant.export.pipeline import run_export
-    from dvdquant.export.plan import plan_export
+    from dvdquant.planned_export import plan_checked, run_planned
     from dvdquant.system.progress import Progress
 
     _path("model", model)
@@ -125,9 +132,17 @@ def export_model(
     choice = choose(
         cards, capabilities, _several("target", target), name, layouts, only=activations, precision=precision
     )
-    made = get_recipe(choice.recipe).with_activations(choice.activations) if own is None else own
-    if own is not None and activations is not None:
-        made = own.with_activations((activations,))
+    if own is None:
+        base, widths = get_recipe(choice.recipe), choice.activations
+    else:
+        base, widths = own, () if activations is None else (activations,)
+    made = base.with_options(
+        keep=_several("keep", keep),
+        force=_several("force", force),
+        activations=widths,
+        modulation=modulation,
+        attention=attention,
+    )
     arguments = ExportOptions(
         model=str(model),
         out=_path("out", out),
@@ -140,7 +155,7 @@ def export_model(
         lora=parse_loras(lora),
         **_typed(get_type_hints(ExportOptions), {**named, **options}),
     )
-    return run_export(plan_export(arguments), progress or Progress(), add_report)
+    return run_planned(plan_checked(arguments), choice, progress or Progress())
 
 
 def plan_schedule(
@@ -155,6 +170,7 @@ def plan_schedule(
     weighting: Literal["step", "none"] = "step",
     last_high: int = LAST_HIGH,
     output: str | Path | None = None,
+    revision: str | None = None,
     backend: str = "auto",
     device: str = "auto",
     lora: str | Path | LoraSpec | Sequence[str | Path | LoraSpec] = (),
@@ -167,7 +183,7 @@ def plan_schedule(
     At most one of ``average_bits``, ``seconds`` and ``delta`` is given.
 
     Args:
-        out: Folder of an export.
+        out: Folder of an export, or its name on the hub, ``user/name``.
         prompts: Prompts of the clips to record, two to eight. One text is one prompt.
         average_bits: Wanted average of activation bits. It is 6 if no goal is given.
         seconds: Wanted time of the transformer in one clip, in seconds on this machine.
@@ -176,7 +192,9 @@ def plan_schedule(
         steps: Number of denoising steps. None takes that of the model.
         weighting: ``step`` weighs a change by how far its step moves; ``none`` is the published rule.
         last_high: Number of steps at the end that stay on the engine with more bits.
-        output: File of the schedule. None takes ``schedule.json`` in the export.
+        output: File of the schedule. None takes ``schedule.json`` in the export, and NAME-schedule.json in the current folder
+            for an export of the hub.
+        revision: Branch, tag or commit of an export of the hub.
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         lora: LoRAs to run beside the weights: FILE, "FILE:SCALE", "transformer_2=FILE:SCALE", or several of them. Of a LoRA
@@ -190,11 +208,13 @@ def plan_schedule(
         The plan: δ, the predictions for it, and the measurements of one real run.
 
     Raises:
-        DvdquantError: The folder is no export, there is no prompt, more than one goal is given, the schedule cannot be
-            written, or a clip cannot be drawn.
+        DvdquantError: The folder or the repository is no export, there is no prompt, more than one goal is given, the
+            schedule cannot be written, or a clip cannot be drawn.
     """
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.planning.planner import CLIP, OPENING, Goal, plan
+    from dvdquant.deploy.switching.schedule import default_place
+    from dvdquant.hub.locate import locate_export
     from dvdquant.system.whole_file import check_writable
 
     named = signature(plan_schedule).parameters
@@ -202,8 +222,10 @@ def plan_schedule(
     if unknown := sorted(options.keys() - set(more)):
         known = [name for name in named if name != "options"]
         raise UnsupportedError(f"plan_schedule has no option {unknown[0]}", available=[*known, *more])
-    place = _path("out", out) / "schedule.json" if output is None else _path("output", output)
-    artifact = Artifact.open(_path("out", out))
+    given = _path("out", out)
+    folder = locate_export(out, revision)
+    place = default_place(given, folder) if output is None else _path("output", output)
+    artifact = Artifact.open(folder)
     check_writable(place, make_folder=False)  # before minutes of work
     if average_bits is None and seconds is None and delta is None:
         average_bits = 6.0
@@ -226,22 +248,27 @@ def plan_schedule(
     return found
 
 
-def inspect_export(out: str | Path, *, check: bool = False) -> Manifest:
+def inspect_export(out: str | Path, *, check: bool = False, revision: str | None = None) -> Manifest:
     """Return the manifest of an export: files, graphs, engines and the arithmetic they execute, error of every layer.
 
     Args:
-        out: Folder of an export. It is only read.
+        out: Folder of an export, which is only read, or its name on the hub, ``user/name``.
         check: Also compare every file with its SHA-256.
+        revision: Branch, tag or commit of an export of the hub.
 
     Raises:
-        OutputError: The folder is no export, or with ``check`` a file is missing or changed.
+        OutputError: The folder or the repository is no export, a revision is given for a folder, or with ``check`` a file is
+            missing or changed.
     """
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.artifact.verify_files import verify_files
+    from dvdquant.hub.locate import locate_export
 
-    manifest = load_manifest(_path("out", out))
+    _path("out", out)
+    folder = locate_export(out, revision)
+    manifest = load_manifest(folder)
     if check:
-        verify_files(out, manifest)
+        verify_files(folder, manifest)
     return manifest
 
 
@@ -283,7 +310,7 @@ def _several(name: str, value: Any) -> tuple[str, ...]:
     for each in several:
         if isinstance(each, bool) or not isinstance(each, (str, int, float, os.PathLike)):
             raise UnsupportedError(f"{name} holds {brief(each)}", available="texts")
-    if not several and name not in ("plugins", "also_write"):
+    if not several and name not in ("plugins", "also_write", "keep", "force"):
         raise UnsupportedError(f"{name} is empty", fix=f"give one or several, or leave {name} out")
     return tuple(str(each) for each in several)
 

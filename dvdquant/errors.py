@@ -32,6 +32,8 @@ class DvdquantError(Exception):
         available: The alternatives that exist, as text or as the list of accepted values.
         fix: The way to solve it, as an instruction. Where none is given, it is to take what is available, or
             :attr:`remedy`.
+        out_of_memory: An allocation failed, as a library said in a log. Where a library raised an error, raise this one
+            from it instead: :func:`dvdquant.system.out_of_memory.is_out_of_memory` asks the cause.
 
     Attributes:
         remedy: What helps against most errors of the class.
@@ -40,12 +42,20 @@ class DvdquantError(Exception):
 
     remedy = "run it again with -v, which says more"
 
-    def __init__(self, what: str, *, available: str | Iterable[str] | None = None, fix: str | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        *,
+        available: str | Iterable[str] | None = None,
+        fix: str | None = None,
+        out_of_memory: bool = False,
+    ) -> None:
         if available is not None and not isinstance(available, str):
             available = ", ".join(str(item) for item in available) or "nothing"
         self.what = _safe(what)
         self.available = None if available is None else _safe(available)
         self.has_own_fix = fix is not None
+        self.out_of_memory = out_of_memory
         general = self.remedy if available is None else "give what is available"
         self.fix = _safe(fix or general) or None
         super().__init__(self.what)

@@ -250,6 +250,31 @@ class Recipe:
         """
         return replace(self, keep=(*self.keep, *keep), force=(*self.force, *force))
 
+    def with_options(
+        self,
+        *,
+        keep: Sequence[str] = (),
+        force: Sequence[str] = (),
+        activations: Sequence[int] = (),
+        modulation: str | None = None,
+        attention: str | None = None,
+    ) -> Recipe:
+        """Return the same recipe with what the options of an export say of it.
+
+        Args:
+            keep: Globs of further layers that stay in 16 bit.
+            force: Globs of further layers that are quantized.
+            activations: Bits of the activations that are made; none leaves all of them.
+            modulation: ``keep`` or ``a8`` for the blocks' modulation linears; None leaves the recipe's.
+            attention: ``16``, ``int8`` or ``fp8`` for self-attention; None leaves the recipe's.
+
+        Raises:
+            RecipeError: The recipe has no such activations, or cannot have such a value.
+        """
+        changed = self.with_globs(tuple(keep), tuple(force)).with_activations(activations)
+        given = {"modulation": modulation, "attention": attention}
+        return replace(changed, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
 
 @functools.cache
 def _adapter() -> TypeAdapter[Recipe]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
+from click.testing import CliRunner
 
 import dvdquant
 from dvdquant.checkpoint.lora.spec import LoraSpec
+from dvdquant.cli.export import main as export_main
+from dvdquant.cli.plan import main as plan_main
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.request import GenerateRequest, check_request
 from dvdquant.deploy.planning import planner
@@ -17,7 +22,10 @@ from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import DvdquantError, ShapeError
+from dvdquant.hardware.advice import choose
 from dvdquant.recipe import get_recipe
+from dvdquant.system.progress import Progress
+from tests.support.commands import refused
 from tests.support.exporting import TINY_WAN
 from tests.support.running import short_wan_export
 
@@ -53,6 +61,7 @@ WRONG_PLANS: list[tuple[Any, dict[str, Any], str]] = [
     ("circle", {"seeds": None}, "seed"),
     ("circle", {"seeds": True}, "seed"),
     ("circle", {"average_bits": "6"}, "goal"),
+    ("circle", {"seconds": -1}, "goal seconds"),
     ("circle", {"average_bits": 6, "delta": 0.1}, "more than one goal"),
     ("circle", {"promts": ["a"]}, "promts"),
     ("circle", {"output": ""}, "output"),
@@ -104,6 +113,15 @@ def test_a_lora_that_is_not_there_is_named(out: Path, tmp_path: Path) -> None:
     assert caught.value.fix
 
 
+def test_goals_have_the_names_of_the_arguments_and_of_the_options(out: Path) -> None:
+    with pytest.raises(DvdquantError, match="more than one goal") as caught:
+        dvdquant.plan_schedule(out, "circle", seconds=3, delta=0.1)
+    assert caught.value.available == "average_bits, seconds, delta"
+    assert set(caught.value.available.split(", ")) <= signature(dvdquant.plan_schedule).parameters.keys()
+    told = CliRunner().invoke(plan_main, [str(out), "--prompt", "circle", "--time-budget", "3", "--delta", "0.1"])
+    refused(told, "more than one goal", "--average-bits, --time-budget, --delta")
+
+
 def test_one_text_is_one_prompt_and_one_number_one_seed(out: Path, tmp_path: Path) -> None:
     prompt = "circle red right small black"
     found = dvdquant.plan_schedule(
@@ -151,6 +169,10 @@ WRONG_EXPORTS: list[tuple[dict[str, Any], str]] = [
     ({"sms": ["8.9"]}, "sms"),
     ({"heigth": 480}, "heigth"),
     ({"activations": 6}, "6 bits"),
+    ({"modulation": "a4"}, "a4"),
+    ({"attention": "fp4"}, "fp4"),
+    ({"keep": [3.5, None]}, "keep"),
+    ({"force": True}, "force"),
     ({"activations": "8"}, "8' bits"),
     ({"activations": 8, "recipe": get_recipe("w4a4").with_activations((4,))}, "no 8-bit activations"),
 ]
@@ -186,6 +208,56 @@ def options_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[...,
 def test_one_width_of_activations_alone(options_of: Callable[..., Any], recipe: Any, bits: int) -> None:
     made = options_of(recipe=recipe, activations=bits, target="graphs").recipe
     assert [activation.bits for activation in made.activations] == [bits]
+
+
+def test_the_function_and_the_command_make_the_same_recipe(options_of: Callable[..., Any], tmp_path: Path) -> None:
+    """What changes a recipe, by itself and all at once; the command is stopped at the same place."""
+    given = {"modulation": "a8", "attention": "int8", "keep": "blocks.0.*", "force": ["proj_out", "blocks.1.*"]}
+    words = {
+        "modulation": ["--modulation", "a8"],
+        "attention": ["--attention", "int8"],
+        "keep": ["--keep", "blocks.0.*"],
+        "force": ["--force", "proj_out", "--force", "blocks.1.*"],
+    }
+    for names in ([], *([name] for name in given), list(given)):
+        made = options_of(recipe="w4a4", target="graphs", **{name: given[name] for name in names}).recipe
+        line = [str(TINY_WAN), "-o", str(tmp_path / "out"), "--recipe", "w4a4", "--target", "graphs"]
+        stopped = CliRunner().invoke(export_main, [*line, *(word for name in names for word in words[name])])
+        assert isinstance(stopped.exception, Planned), stopped.output
+        assert made == stopped.exception.args[0].recipe
+        assert (made == get_recipe("w4a4")) == (not names)
+    own = options_of(recipe=get_recipe("w4a4"), target="graphs", **given).recipe
+    assert own == made
+
+
+def test_a_pipeline_that_the_runtime_could_not_use_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DvdquantError) as asked:
+        dvdquant.export_model(
+            TINY_WAN, tmp_path / "out", recipe="w4a4", target="graphs", latent="8x24x24", text_tokens=5,
+            pipeline=str(tmp_path),
+        )  # fmt: skip
+    assert str(tmp_path) in asked.value.what
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_chosen_and_why_goes_to_the_progress(
+    options_of: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise Planned
+
+    class Said(Progress):
+        lines: ClassVar[list[str]] = []
+
+        def say(self, text: str) -> None:
+            self.lines.append(text)
+
+    monkeypatch.setattr("dvdquant.export.plan.plan_export", lambda options: SimpleNamespace(options=options))
+    monkeypatch.setattr("dvdquant.export.pipeline.run_export", stop)
+    with pytest.raises(Planned):
+        dvdquant.export_model(TINY_WAN, tmp_path / "out", sm="10.3", target="graphs", progress=Said())
+    assert tuple(Said.lines) == choose((), ("10.3",), ("graphs",)).notes
+    assert any("slow in 8 bits" in line for line in Said.lines)
 
 
 def test_a_number_stands_for_its_compute_capability(options_of: Callable[..., Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from dvdquant.checkpoint.lora.spec import parse_loras
@@ -62,13 +62,15 @@ class Goal:
         given = [v for v in (self.average_bits, self.seconds, self.delta) if v is not None]
         if len(given) != 1:
             raise UnsupportedError(
-                "more than one goal" if given else "no goal", available=_GOALS, fix="give one of them"
+                "more than one goal" if given else "no goal",
+                available=[each.name for each in fields(self)],
+                fix="give one of them",
             )
         if not (is_number(given[0]) and math.isfinite(given[0]) and given[0] >= 0):
-            raise UnsupportedError(f"the goal is {brief(given[0])}", available="a finite number from 0 up")
-
-
-_GOALS = ("--average-bits", "--time-budget", "--delta")
+            name = next(each.name for each in fields(self) if getattr(self, each.name) is not None)
+            raise UnsupportedError(
+                f"the goal {name} is {brief(given[0])}", available="a finite number from 0 up", fix="give such a number"
+            )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dvdquant.backends import Backend
 from dvdquant.errors import EngineError
+from dvdquant.system.out_of_memory import says_no_memory
 
 __all__ = [
     "BoundEngine",
@@ -62,6 +63,11 @@ class EngineLog:
     def tail(self) -> str:
         """Return the lines as one string, newest last."""
         return "; ".join(self.lines) or "the library gave no reason"
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Return whether the lines say that memory ran out."""
+        return says_no_memory(self.tail())
 
 
 def make_logger(module: Any, log: EngineLog) -> Any:
@@ -186,6 +192,7 @@ class BoundEngine:
             raise EngineError(
                 f"no execution context could be made: {self._log.tail()}",
                 fix="free memory of the GPU, or draw a smaller clip: dvdq-run --dry-run says what is needed",
+                out_of_memory=self._log.out_of_memory,
             )
         return context
 
@@ -219,6 +226,7 @@ class BoundEngine:
             raise EngineError(
                 f"the engine refused the memory of {name}: {self._log.tail()}",
                 fix="free memory of the GPU, or draw a smaller clip: dvdq-run --dry-run says what is needed",
+                out_of_memory=self._log.out_of_memory,
             )
 
     # ------------------------------------------------------------------------------------------------------- running
@@ -240,6 +248,7 @@ class BoundEngine:
                     raise EngineError(
                         f"the engine refused {name} {list(shape)}: {self._log.tail()}",
                         fix="draw a size that the engine was built for: dvdq-inspect OUT lists them",
+                        out_of_memory=self._log.out_of_memory,
                     )
             if unknown := self.context.infer_shapes():
                 raise EngineError(
@@ -282,6 +291,7 @@ class BoundEngine:
             raise EngineError(
                 f"the engine failed: {self._log.tail()}",
                 fix="run it again; if it fails again, --backend pytorch runs the same weights without the engine",
+                out_of_memory=self._log.out_of_memory,
             )
         return results[0]
 

@@ -20,6 +20,7 @@ from dvdquant.deploy.sessions import open_session
 from dvdquant.deploy.sessions.shared_tensors import Link
 from dvdquant.errors import DvdquantError
 from dvdquant.system.garbage import collect_less_often
+from dvdquant.system.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from dvdquant.deploy.sessions.base import EngineSession
@@ -87,10 +88,11 @@ def _facts(session: EngineSession) -> dict[str, Any]:
 
 def _said(error: Exception) -> dict[str, Any]:
     """Return an error as plain values."""
+    said: dict[str, Any] = {"out_of_memory": is_out_of_memory(error)}
     if isinstance(error, DvdquantError):
         fix = error.fix if error.has_own_fix else None
-        return {"name": type(error).__name__, "what": error.what, "available": error.available, "fix": fix}
-    return {"name": "EngineError", "what": f"{type(error).__name__}: {error}", "available": None, "fix": None}
+        return {**said, "name": type(error).__name__, "what": error.what, "available": error.available, "fix": fix}
+    return {**said, "name": "EngineError", "what": f"{type(error).__name__}: {error}", "available": None, "fix": None}
 
 
 def _end_with_parent() -> None:

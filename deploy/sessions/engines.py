@@ -327,6 +327,7 @@ def make_runtime(library: Backend, log: EngineLog) -> Any:
         raise EngineError(
             f"{library.name} {library.version} cannot start: {error}; {log.tail()}",
             fix="update the driver (dvdq doctor says which), or take --backend pytorch",
+            out_of_memory=log.out_of_memory,
         ) from error
     return runtime
 
@@ -360,7 +361,9 @@ def deserialize(artifact: Artifact, entry: EngineEntry, library: Backend, runtim
         if library.name == LEAN:
             claim = "; the manifest calls it version-compatible, and the lean runtime runs no other engine"
         raise EngineError(
-            f"{library.name} {library.version} could not deserialize {entry['path']}: {log.tail()}{claim}", fix=fix
+            f"{library.name} {library.version} could not deserialize {entry['path']}: {log.tail()}{claim}",
+            fix=fix,
+            out_of_memory=log.out_of_memory,
         )
     return engine
 
@@ -381,4 +384,5 @@ def _check_header(raw: bytes, entry: EngineEntry, library: Backend, runtime: Any
     raise EngineError(
         f"{library.name} {library.version} says {entry['path']} cannot run here: {', '.join(reasons) or log.tail()}",
         fix=fix,
+        out_of_memory=log.out_of_memory,
     )

@@ -184,6 +184,6 @@ class ProcessSession(EngineSession):
 def _error(said: dict[str, Any]) -> DvdquantError:
     """Return the error that the other process met."""
     kind = getattr(errors, said["name"], EngineError)
-    error = kind(said["what"], available=said["available"], fix=said["fix"])
+    error = kind(said["what"], available=said["available"], fix=said["fix"], out_of_memory=said["out_of_memory"])
     assert isinstance(error, DvdquantError)
     return error

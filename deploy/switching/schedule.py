@@ -54,6 +54,17 @@ class _Details(TypedDict, total=False):
     weighting: Literal["step", "none"]
 
 
+def default_place(name: str | Path, folder: Path) -> Path:
+    """Return where a schedule goes when nobody says it: into the export, or, for one of the hub, into the current folder.
+
+    Args:
+        name: The folder, or the name on the hub, as it was given.
+        folder: The folder where the export lies.
+    """
+    given = Path(name)
+    return folder / "schedule.json" if folder == given else Path(f"{given.name}-schedule.json")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The result of dvdq-plan.

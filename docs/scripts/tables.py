@@ -91,7 +91,7 @@ def _prose(docstring: str) -> str:
 
 def gpu_table() -> str:
     """Return every GPU of the table with what an export for it is."""
-    return markdown_table(HEADER, gpu_rows())
+    return markdown_table(HEADER, (row.cells() for row in gpu_rows()))
 
 
 def short_gpu_table() -> str:

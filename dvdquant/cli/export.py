@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,7 +19,6 @@ from dvdquant.text import json_text
 
 if TYPE_CHECKING:
     from dvdquant.export.options import ExportOptions
-    from dvdquant.export.plan import ExportPlan
 
 PRECISIONS = (
     "auto",
@@ -75,14 +73,14 @@ def _list_gpus(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted and not ctx.resilient_parsing:
         from dvdquant.hardware.listing import gpu_rows
 
-        for name, *facts in gpu_rows():
-            echo(name)
-            sm, memory, target, recipe, four_bits, ran = facts
-            if ran == "refused":
-                echo(f"    SM {sm}, {memory}: refused, {four_bits}")
+        for row in gpu_rows():
+            echo(row.names)
+            if row.refused:
+                echo(f"    SM {row.sm}, {row.memory}: refused, {row.four_bits}")
             else:
                 echo(
-                    f"    SM {sm}, {memory}; --target {target}, recipe {recipe}; 4-bit arithmetic: {four_bits}; has run: {ran}"
+                    f"    SM {row.sm}, {row.memory}; --target {row.target}, recipe {row.recipe}; "
+                    f"4-bit arithmetic: {row.four_bits}; has run: {row.ran}"
                 )
         echo("\nA card that is not here: --sm with its compute capability.")
         ctx.exit()
@@ -304,12 +302,8 @@ def main(**arguments: Any) -> None:
     only = None if (word := arguments.pop("activations")) is None else int(word)
     layouts, precision = arguments["also_write"], arguments["precision"]
     choice = choose(gpus, sms, targets, named, layouts, only=only, precision=precision)
-    recipe = get_recipe(choice.recipe).with_globs(arguments.pop("keep"), arguments.pop("force"))
-    recipe = recipe.with_activations(choice.activations)
-    if (modulation := arguments.pop("modulation")) is not None:
-        recipe = replace(recipe, modulation=modulation)
-    if (attention := arguments.pop("attention")) is not None:
-        recipe = replace(recipe, attention=attention)
+    changes = {name: arguments.pop(name) for name in ("keep", "force", "modulation", "attention")}
+    recipe = get_recipe(choice.recipe).with_options(activations=choice.activations, **changes)
     # PyTorch's threads wait for their next turn by spinning, and take the cores of the compiled loops in between. Read once,
     # when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -326,13 +320,10 @@ def main(**arguments: Any) -> None:
         check_writable(options.timing_cache)
     # 2. The plan, and what it says.
     loading("PyTorch and the exporter", log_format)
-    from dvdquant.deploy.report.page import add_report
-    from dvdquant.export.pipeline import run_export
-    from dvdquant.export.plan import plan_export
+    from dvdquant.planned_export import plan_checked, run_planned
     from dvdquant.system.progress import Progress
 
-    plan = plan_export(options)
-    _check_pipeline(plan)
+    plan = plan_checked(options)
     if dry_run:
         from dvdquant.export.fusable import planned_fusions
 
@@ -341,9 +332,7 @@ def main(**arguments: Any) -> None:
         echo(json_text(plan_json(plan, choice, fused)) if as_json else plan_text(plan, choice, fused))
         return
     progress = Progress(log_format)
-    for note in choice.notes:
-        progress.say(note)
-    result = run_export(plan, progress, add_report)
+    result = run_planned(plan, choice, progress)
     if log_format == "json":
         progress.event("done", **result_json(result, time.monotonic() - started))
     else:
@@ -368,16 +357,6 @@ def _check_early(options: ExportOptions) -> None:
         for name in Checkpoint.components(options.model, revision=options.revision):
             component = name.rpartition("/")[2]
             open_checkpoint(options.model, revision=options.revision, component=component, config=config)
-
-
-def _check_pipeline(plan: ExportPlan) -> None:
-    """Refuse a local --pipeline that the runtime could not use. One of the hub is left to it: nothing is downloaded here."""
-    from dvdquant.checkpoint.locate import is_remote
-    from dvdquant.deploy.pipelines.parts import open_pipeline_folder
-
-    place = plan.options.pipeline
-    if place is not None and not is_remote(place):
-        open_pipeline_folder(place, plan.plans[0].family.name)
 
 
 def _check_revision(model: str, revision: str | None) -> None:

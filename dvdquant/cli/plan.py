@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 FEW_STEPS = 8
 """Up to as many, what is left to δ is said: a distilled model has four."""
 
+GOALS = {"average_bits": "--average-bits", "time_budget": "--time-budget", "delta": "--delta"}
+"""The options of which one says what is wanted."""
 EXAMPLES = """
 # delta for 6 activation bits on average, into out/tiny-wan/schedule.json
 dvdq-plan out/tiny-wan --prompt "circle red right small black" --prompt "ring blue up large grey"
@@ -105,6 +107,7 @@ def main(out: Path, check: Path | None, revision: str | None, log_format: str, v
     setup_logging(verbose, log_format)
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.checkpoint.lora.spec import parse_loras
+    from dvdquant.deploy.switching.schedule import default_place
     from dvdquant.hub.locate import locate_export
 
     if check is not None:
@@ -121,14 +124,16 @@ def main(out: Path, check: Path | None, revision: str | None, log_format: str, v
         check_prompt("--negative-prompt", options["negative_prompt"], may_be_empty=True)
     _check_loading(options)
     name, out = out, locate_export(out, revision)
-    output = options.pop("output") or default_output(name, out)
+    output = options.pop("output") or default_place(name, out)
     plot = options.pop("plot")
     manifest = load_manifest(out)
     for path in (output, plot):
         if path is not None:
             check_writable(path, make_folder=False)
     loras = parse_loras(options.pop("lora"))
-    goal_options = {name: options.pop(name) for name in ("average_bits", "time_budget", "delta")}
+    goals = {name: options.pop(name) for name in GOALS}
+    if sum(value is not None for value in goals.values()) > 1:
+        raise UnsupportedError("more than one goal", available=GOALS.values(), fix="give one of them")
     check_device_word(options["device"])
     # 2. Record clips, and find δ.
     loading("PyTorch and the runtime", log_format)
@@ -136,9 +141,9 @@ def main(out: Path, check: Path | None, revision: str | None, log_format: str, v
     from dvdquant.deploy.planning.planner import Goal, plan
     from dvdquant.system.progress import Progress
 
-    if all(value is None for value in goal_options.values()):
-        goal_options["average_bits"] = 6.0
-    goal = Goal(goal_options["average_bits"], goal_options["time_budget"], goal_options["delta"])
+    if all(value is None for value in goals.values()):
+        goals["average_bits"] = 6.0
+    goal = Goal(goals["average_bits"], goals["time_budget"], goals["delta"])
     progress = Progress("json" if log_format == "json" else "text")
     options["text_encoder_bits"] = int(options["text_encoder_bits"] or 16)
     found = plan(Artifact.of(out, manifest), prompts, goal, seeds=seeds, progress=progress, lora=loras, **options)
@@ -151,16 +156,6 @@ def main(out: Path, check: Path | None, revision: str | None, log_format: str, v
     progress.event("plan", delta=found.delta, schedule=str(output), **found.schedule.details)
     echo(_summary(found))
     echo(f"schedule  {output}" + (f"\nplot      {plot}" if plot is not None else ""))
-
-
-def default_output(name: Path, out: Path) -> Path:
-    """Return where the schedule goes when nobody says it: into the export, or, for one of the hub, into the current folder.
-
-    Args:
-        name: The folder, or the name on the hub, as it was given.
-        out: The folder where it lies.
-    """
-    return out / "schedule.json" if out == name else Path(f"{name.name}-schedule.json")
 
 
 def _check_loading(options: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ import click
 from dvdquant.errors import DvdquantError, EngineError, ExportError, OutputError, ResourceError
 from dvdquant.system.files import disk_error
 from dvdquant.system.garbage import collect_less_often
-from dvdquant.system.out_of_memory import says_no_memory
+from dvdquant.system.out_of_memory import is_out_of_memory, says_no_memory
 from dvdquant.text import json_text, shown
 
 __all__ = ["ReaderGone", "Stopped", "echo", "require_folder", "run_as_process", "user_error"]
@@ -243,7 +243,7 @@ def user_error(error: BaseException) -> DvdquantError | None:
     Args:
         error: What ended the command.
     """
-    if isinstance(error, (EngineError, ExportError)) and says_no_memory(error.what):
+    if isinstance(error, (EngineError, ExportError)) and is_out_of_memory(error):
         return ResourceError(error.what, fix=_MEMORY_FIX)  # whatever it advised: the engine is not to blame
     if isinstance(error, DvdquantError):
         return error

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from dvdquant.hardware.advice import choose_recipe, choose_target
 from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
 from dvdquant.hardware.gpus import GPUS, KINDS, Gpu
 from dvdquant.hardware.weights import slower_in_int8
 
-__all__ = ["HEADER", "SHORT_HEADER", "gpu_rows", "runs_text", "short_rows"]
+__all__ = ["GpuRow", "HEADER", "SHORT_HEADER", "gpu_rows", "runs_text", "short_rows"]
 
 HEADER = ("GPU", "SM", "memory", "--target", "--recipe auto", "4-bit arithmetic", "has run")
 SHORT_HEADER = ("GPU", "SM", "`--target`", "`--recipe auto`", "4-bit arithmetic", "has run on it")
@@ -25,7 +26,36 @@ def short_rows() -> Iterator[tuple[str, ...]]:
             yield found.cards, sm, f"`{target}`", f"`{recipe}`", runs_text(sm), ran
 
 
-def gpu_rows() -> Iterator[tuple[str, ...]]:
+@dataclass(frozen=True)
+class GpuRow:
+    """What an export for some cards is: the columns of :data:`HEADER`, and whether there is one.
+
+    Args:
+        names: The kind of the cards, and their names.
+        sm: Their compute capability.
+        memory: The memory that they come with, in GB.
+        target: The target, or "none".
+        recipe: The recipe that ``auto`` takes, or "none".
+        four_bits: Where 4-bit activations gain time or memory, or why the cards are refused.
+        ran: What it has run on.
+        refused: Nothing is offered for these cards.
+    """
+
+    names: str
+    sm: str
+    memory: str
+    target: str
+    recipe: str
+    four_bits: str
+    ran: str
+    refused: bool = False
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the columns of :data:`HEADER`."""
+        return self.names, self.sm, self.memory, self.target, self.recipe, self.four_bits, self.ran
+
+
+def gpu_rows() -> Iterator[GpuRow]:
     """Return a row for every kind and compute capability: cards that are served alike share it."""
     for kind, title in KINDS.items():
         groups: dict[str, list[Gpu]] = {}
@@ -36,16 +66,17 @@ def gpu_rows() -> Iterator[tuple[str, ...]]:
             yield _row(title, sm, groups[sm])
 
 
-def _row(title: str, sm: str, gpus: list[Gpu]) -> tuple[str, ...]:
+def _row(title: str, sm: str, gpus: list[Gpu]) -> GpuRow:
     names = f"{title}: " + ", ".join(gpu.name for gpu in gpus)
     sizes = sorted({size for gpu in gpus for size in gpu.memory})
     memory = f"{sizes[0]} GB" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} GB"
     found = CAPABILITIES[sm]
     if found.refused:
-        return names, sm, memory, "none", "none", found.refused, "refused"
+        return GpuRow(names, sm, memory, "none", "none", found.refused, "refused", refused=True)
     target, _ = choose_target([sm])
     recipe = choose_recipe([sm], [target]).recipe
-    return names, sm, memory, target, recipe, runs_text(sm), "one H100" if found.measured else "nothing yet"
+    ran = "one H100" if found.measured else "nothing yet"
+    return GpuRow(names, sm, memory, target, recipe, runs_text(sm), ran)
 
 
 def runs_text(sm: str) -> str:

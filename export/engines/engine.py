@@ -26,6 +26,7 @@ from dvdquant.backends import backend_name
 from dvdquant.errors import DvdquantError, EngineError, OutputError
 from dvdquant.export.engines.report import MARK, BuildReport, BuildRequest, Shapes, memory_advice
 from dvdquant.system.files import disk_error, strict_json
+from dvdquant.system.out_of_memory import says_no_memory
 from dvdquant.system.whole_file import atomic_path
 
 __all__ = ["build_engine"]
@@ -35,7 +36,6 @@ TAIL_LINES = 30
 # processor in this time, and says nothing, never ends.
 SILENT_SECONDS = 900.0
 BEAT_SECONDS = 5.0
-_NO_MEMORY = ("MemoryError", "bad_alloc", "Cannot allocate memory")
 
 
 def build_engine(
@@ -379,15 +379,19 @@ def _outcome(request: BuildRequest, title: str, result: dict[str, Any], code: in
         what = str(result.get("what"))
         what = what if kind is EngineError else f"{title}: {what}"
         what += f"\n  log:\n{tail}" if result.get("log_says_why") else ""
-        raise kind(what, available=result.get("available"), fix=result.get("fix"))
+        memory = result.get("out_of_memory") is True or (bool(result.get("log_says_why")) and says_no_memory(tail))
+        raise kind(what, available=result.get("available"), fix=result.get("fix"), out_of_memory=memory)
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    memory = code == -signal.SIGKILL or any(word in tail for word in _NO_MEMORY)
+    said = says_no_memory(tail)
+    memory = said or code == -signal.SIGKILL
     fix = (
         memory_advice(request.backend)
         if memory
         else "run the same command with --resume, and report the log if it ends like this again"
     )
-    raise EngineError(f"the {request.backend} builder process of {title} {how}\n  log:\n{tail}", fix=fix)
+    raise EngineError(
+        f"the {request.backend} builder process of {title} {how}\n  log:\n{tail}", fix=fix, out_of_memory=said
+    )
 
 
 def _tail(log_file: Path) -> str:

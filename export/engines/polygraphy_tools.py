@@ -17,6 +17,7 @@ from typing import Literal
 
 from dvdquant.errors import EngineError
 from dvdquant.export.engines.network import read_model
+from dvdquant.system.out_of_memory import says_no_memory
 
 __all__ = ["UnsupportedPart", "onnx_summary", "rtx_unsupported"]
 
@@ -70,6 +71,7 @@ def rtx_unsupported(path: Path) -> list[UnsupportedPart]:
         raise EngineError(
             f"polygraphy gave no verdict on {path}:\n{text.strip()}",
             fix="run it again with -v; dvdq doctor shows the versions of polygraphy and ONNX Runtime",
+            out_of_memory=says_no_memory(text.replace(str(path.absolute()), "")),
         )
     return parts[1:]
 

@@ -33,6 +33,7 @@ from dvdquant.export.engines.report import (
 from dvdquant.plugin_library import load_plugin
 from dvdquant.system.files import disk_error, read_limited
 from dvdquant.system.gpu import read_gpu
+from dvdquant.system.out_of_memory import is_out_of_memory
 from dvdquant.system.whole_file import write_whole
 
 __all__ = ["build", "main"]
@@ -398,7 +399,8 @@ def main(arguments: list[str]) -> int:
         fields = {"what": error.what, "available": error.available, "fix": error.fix}
         refused = isinstance(error, NotBuiltError)
         kind = EngineError if refused else type(error)
-        send("error", type=kind.__name__, log_says_why=refused, **fields)
+        memory = is_out_of_memory(error)
+        send("error", type=kind.__name__, log_says_why=refused, out_of_memory=memory, **fields)
         return 3
     return 0
 
@@ -412,6 +414,7 @@ def _as_error(error: DvdquantError | MemoryError | OSError, request: BuildReques
         return ResourceError(
             f"the {request.backend} builder process has no memory left",
             fix=memory_advice(request.backend),
+            out_of_memory=True,
         )
     return disk_error(error, error.filename or request.engine)
 

@@ -203,9 +203,19 @@ def test_a_library_without_memory(message: str, server: CommandServer) -> None:
 
 def test_an_error_that_wraps_a_failed_allocation_advises_memory() -> None:
     for kind in (EngineError, ExportError):
-        error = user_error(kind("onnxruntime failed in a8: std::bad_alloc", fix="check the engines"))
-        assert isinstance(error, ResourceError)
-        assert "free memory" in (error.fix or "")
+        for cause in (RuntimeError("std::bad_alloc"), MemoryError(), OSError(12, "Cannot allocate memory")):
+            failed = kind(f"onnxruntime failed in a8: {cause}", fix="check the engines")
+            failed.__cause__ = cause
+            outer = kind(f"step 3: {failed.what}")
+            outer.__cause__ = failed
+            logged = kind("the engine failed: Cuda Runtime (out of memory)", out_of_memory=True)
+            for error in map(user_error, (failed, outer, logged)):
+                assert isinstance(error, ResourceError)
+                assert "free memory" in (error.fix or "")
+        # A name is no reason: the sentence quotes it.
+        named = kind("out of memory.onnx cannot be read", fix="name another file")
+        named.__cause__ = ValueError("no ONNX file")
+        assert user_error(named) is named
     assert user_error(ValueError("a bug")) is None
     assert isinstance(user_error(RecursionError("maximum recursion depth exceeded")), ResourceError)
     assert isinstance(user_error(OSError(12, "Cannot allocate memory")), ResourceError)

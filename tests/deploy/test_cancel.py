@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +19,7 @@ from dvdquant.errors import Cancelled, EngineError
 from tests.support.running import PROMPT, short_wan_export, wan_pipeline
 from tests.support.session_exports import recipe_export
 from tests.support.tiny_pipelines import arguments, build_pipeline, exported
+from tests.support.watched_lock import WatchedLock
 
 pytestmark = pytest.mark.usefixtures("lent_sessions")
 
@@ -93,10 +93,11 @@ def test_a_request_in_the_queue_does_not_wait_for_its_turn() -> None:
         assert go.wait(60)
 
     with opened as generator, ThreadPoolExecutor(2) as pool:
+        lock = generator._denoising = WatchedLock(generator._denoising)
         first = pool.submit(generator.generate, request, wait)
         assert middle.wait(60)
         second = pool.submit(generator.generate, request, None, cancel)
-        time.sleep(0.1)
+        assert lock.awaited.wait(60)
         assert not second.done()
         cancel.set()
         with pytest.raises(Cancelled):

@@ -264,7 +264,10 @@ def test_a_broken_gpu_restarts_the_worker_and_a_failing_clip_does_not(stub: Serv
             time.sleep(0.05)
         fail.unlink()
         assert not psutil.pid_exists(pid)
-        assert stub.wait(client, made)["status"] in ("completed", "failed")
+        # The job is drawn once more by the next worker, which may read the fault before it is gone.
+        state = stub.wait(client, made)
+        assert state["dvdquant"]["attempts"] == 2
+        assert state["status"] == "completed" or state["error"]["code"] == "engine_error"
         stub.wait_ready()
         assert stub.wait(client, stub.create(client)["id"])["status"] == "completed"
 

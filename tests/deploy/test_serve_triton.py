@@ -24,7 +24,7 @@ from dvdquant.deploy.sessions import open_session
 from dvdquant.errors import Cancelled, ShapeError
 from tests.support.exporting import TINY_WAN
 from tests.support.running import PROMPT, short_wan_export
-from tests.support.triton_server import tritonserver
+from tests.support.triton_server import require_tritonserver, tritonserver
 
 
 def _write(folder: Path, *more: str) -> str:
@@ -130,6 +130,7 @@ def test_the_text_of_a_failure_is_in_the_log_and_not_in_the_answer(
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The server with both models."""
+    require_tritonserver()  # before an export is made
     folder = tmp_path_factory.mktemp("triton")
     _write(folder / "models")
     with tritonserver(folder / "models", folder) as (_, address):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.generation import from_table, session_options
+from dvdquant.deploy.generation import from_table, original, session_options
 from dvdquant.deploy.generation.generate import GenerateRequest, open_generator
 from dvdquant.deploy.generation.request import GenerateResult
 from dvdquant.deploy.sessions.base import EngineSession
@@ -26,6 +25,7 @@ from dvdquant.errors import EngineError, UnsupportedError
 from dvdquant.model.layers import QuantLinear
 from tests.support.running import short_wan_export, wan_pipeline
 from tests.support.session_exports import recipe_export
+from tests.support.watched_lock import WatchedLock
 
 pytestmark = pytest.mark.usefixtures("lent_sessions")
 
@@ -65,12 +65,16 @@ def test_a_switch_of_bits_that_is_interrupted(error: type[BaseException], monkey
             assert torch.equal(session.run(inputs, after), expected[after])
 
 
-def test_memory_is_asked_for_while_another_thread_closes(session: EngineSession) -> None:
+def test_memory_is_asked_for_while_another_thread_closes(
+    session: EngineSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert session.resident_bytes()["weights"] > 0
+    lock = WatchedLock(session._lock)
+    monkeypatch.setattr(session, "_lock", lock)
     with ThreadPoolExecutor(1) as pool:
         with session._lock:
             asked = pool.submit(session.resident_bytes)
-            time.sleep(0.05)
+            assert lock.awaited.wait(60)
             assert not asked.done()  # it waits: what it counts is being taken away
             session.close()
         assert asked.result(60) == {"weights": 0, "engines": 0, "workspace": 0}
@@ -86,11 +90,15 @@ def test_closing_waits_for_a_running_pass(session: EngineSession, monkeypatch: p
         assert go.wait(60)
         return real(ready, bits)
 
+    lock = WatchedLock(session._lock)
+    monkeypatch.setattr(session, "_lock", lock)
     monkeypatch.setattr(session, "_run", slow)
     with ThreadPoolExecutor(2) as pool:
         pass_ = pool.submit(session.run, inputs, 8)
         assert running.wait(60)
         closing = pool.submit(session.close)
+        assert lock.awaited.wait(60)
+        assert not closing.done()
         go.set()
         assert torch.equal(pass_.result(60), expected)
         closing.result(60)
@@ -143,13 +151,14 @@ def test_threads_that_share_a_generator(mode: str, monkeypatch: pytest.MonkeyPat
         real = getattr(module, name)
 
         def slow(*arguments: Any, real: Any = real, **options: Any) -> Any:
-            time.sleep(0.05)
+            assert lock.awaited.wait(60)  # the other thread stands before the lock that this one holds
             opened.append(real(*arguments, **options))
             return opened[-1]
 
         monkeypatch.setattr(module, name, slow)
     threads = torch.get_num_threads()
     with open_generator(artifact, backend="onnxruntime") as generator, ThreadPoolExecutor(2) as pool:
+        lock = generator._loading = WatchedLock(generator._loading)  # type: ignore[attr-defined]
         found = [future.result(120) for future in [pool.submit(generator.generate, r) for r in requests]]
         assert len(opened) == 1
         for result, request in zip(found, requests):
@@ -169,12 +178,14 @@ def test_two_generators_that_load_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     def slow(*arguments: Any, **options: Any) -> Any:
         loading.append(1)
         most.append(len(loading))
-        time.sleep(0.05)
+        assert lock.awaited.wait(60)  # another thread stands before the lock that this one holds
         try:
             return real(*arguments, **options)
         finally:
             loading.pop()
 
+    lock = WatchedLock(original.LOADING)
+    monkeypatch.setattr(original, "LOADING", lock)
     monkeypatch.setattr(diffusers.WanTransformer3DModel, "from_pretrained", slow)
     generators = [open_generator(artifact, backend="onnxruntime") for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:

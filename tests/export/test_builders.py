@@ -304,12 +304,17 @@ def test_a_failure_in_the_builder_process_is_an_error_in_words(
     assert "Traceback" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("says", "memory"), [("terminate called: std::bad_alloc", True), ("an assertion failed", False)]
+)
 def test_memory_that_ends_within_the_library(
-    small: tuple[Path, qg.Spec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    says: str, memory: bool, small: tuple[Path, qg.Spec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plant(tmp_path, monkeypatch, "os.write(2, b'terminate called: std::bad_alloc\\n')", "os.abort()")
-    with pytest.raises(EngineError, match=r"SIGABRT(?s:.*)free memory"):
+    plant(tmp_path, monkeypatch, f"os.write(2, b'{says}\\n')", "os.abort()")
+    with pytest.raises(EngineError, match="SIGABRT") as caught:
         build(*small)
+    assert caught.value.out_of_memory == memory
+    assert ("free memory" in (caught.value.fix or "")) == memory
 
 
 def test_what_is_no_message_is_log(

@@ -92,7 +92,7 @@ def test_codes_in_their_order_are_the_same_weight(kitchen: Any, block: int) -> N
 # ---------------------------------------------------------------------------------------------------------- the file
 
 
-def test_every_layer_is_the_weight_of_the_export(made: Path, plan: ModelPlan, kitchen: Any) -> None:
+def test_every_layer_is_the_weight_of_the_export(kitchen: Any, made: Path, plan: ModelPlan) -> None:
     """Loaded as ComfyUI does: by the marker of each layer, into comfy-kitchen's own tensor."""
     theirs, ours = (
         load_file(made / "comfy/transformer_w4a4.safetensors"),
@@ -149,7 +149,7 @@ def test_the_other_tensors_are_there_by_the_names_of_the_authors(made: Path, pla
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_comfy_kitchen_computes_what_the_export_does(made: Path, plan: ModelPlan, kitchen: Any, bits: int) -> None:
+def test_comfy_kitchen_computes_what_the_export_does(kitchen: Any, made: Path, plan: ModelPlan, bits: int) -> None:
     """The activations' grids agree as well: a scale per token, codes −7 to 7 of the rotated input."""
     spec = next(spec for spec in plan.layers if spec.name.endswith("ffn.net.2"))
     name = spec.name.replace("ffn.net.2", "ffn.2")
@@ -173,7 +173,7 @@ def test_comfy_kitchen_computes_what_the_export_does(made: Path, plan: ModelPlan
     assert float(off.max()) < 0.1
 
 
-def test_another_layout_is_added_to_the_export_that_is_there(made: Path, tmp_path: Path, kitchen: Any) -> None:
+def test_another_layout_is_added_to_the_export_that_is_there(kitchen: Any, made: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     in_process(made.parent / "model", "-o", out, *SIZES, "--also-write", "comfy")
     before = digests(out, "onnx", "comfy")

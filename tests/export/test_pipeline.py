@@ -87,6 +87,8 @@ def test_engine_entries_say_what_executes(wan22: tuple[Path, list[dict[str, Any]
     out, _ = wan22
     manifest = load_manifest(out)
     card = (out / "README.md").read_text()
+    made = {Path(entry["path"]).stem.rpartition("_")[0] for entry in manifest.engines}
+    assert made == {"transformer", "transformer_2"}
     for entry in manifest.engines:
         assert entry["precision"] == "int8"
         assert "INT8 tensor cores" in entry["executes"]

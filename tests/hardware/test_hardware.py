@@ -295,8 +295,10 @@ def test_a_target_that_makes_nothing_names_the_one_that_does() -> None:
 
 def test_the_table_shows_every_card_once() -> None:
     rows = list(gpu_rows())
-    text = "\n".join(row[0] for row in rows)
-    assert all(len(row) == len(HEADER) for row in rows)
+    text = "\n".join(row.names for row in rows)
+    assert all(len(row.cells()) == len(HEADER) for row in rows)
+    refused = {row.sm for row in rows if row.refused}
+    assert refused == {row.sm for row in rows if CAPABILITIES[row.sm].refused} != set()
     assert all(gpu.name in text for gpu in GPUS)
 
 

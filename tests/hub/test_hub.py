@@ -18,15 +18,16 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+import dvdquant
 from dvdquant.artifact.manifest import Manifest, load_manifest
 from dvdquant.artifact.verify_files import verify_files
 from dvdquant.checkpoint.locate import locate_model
 from dvdquant.cli.inspect import main as inspect_main
-from dvdquant.cli.plan import default_output
 from dvdquant.cli.plan import main as plan_main
 from dvdquant.cli.push import main as push_main
 from dvdquant.cli.run import main as run_main
 from dvdquant.deploy import DvdqTransformer
+from dvdquant.deploy.switching.schedule import default_place
 from dvdquant.errors import CheckpointError, DvdquantError, OutputError, ResourceError
 from dvdquant.hub import locate
 from dvdquant.hub import push as room
@@ -372,7 +373,16 @@ def test_commands_read_a_repository(
     name = f"{NAME.partition('/')[2]}-schedule.json"
     (tmp_path / name).mkdir()
     refused(runner.invoke(plan_main, [NAME, "--prompt", "a"]), name)
-    assert default_output(export, export) == export / "schedule.json"
+    assert default_place(export, export) == export / "schedule.json"
+    # Python's functions read it, too, and say the same.
+    assert dvdquant.inspect_export(NAME, check=True).layers == load_manifest(export).layers
+    for call in (dvdquant.inspect_export, lambda name, **more: dvdquant.plan_schedule(name, "a", **more)):
+        with pytest.raises(OutputError, match="no revision 'old'"):
+            call(NAME, revision="old")
+        with pytest.raises(OutputError, match="a revision is for a repository"):
+            call(export, revision="old")
+    with pytest.raises(OutputError, match=name):
+        dvdquant.plan_schedule(NAME, "a")
     # The export is found; its model has no pipeline to draw a clip with.
     result = runner.invoke(run_main, [NAME, "--prompt", "a", "-o", str(tmp_path / "a.mp4"), "--pipeline", str(export)])
     refused(result, way_out=False)

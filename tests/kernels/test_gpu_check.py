@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -281,6 +282,17 @@ def test_report_and_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert check_report.report_path(tmp_path, facts).name == "2026-01-02-nvidia-h200.md"
 
 
+def written(running: gpu_check.Running, seconds: float = 60) -> str:
+    """What a tool has written, once it is a whole line."""
+    end, text = time.monotonic() + seconds, ""
+    while not text.endswith("\n"):
+        assert time.monotonic() < end, text
+        time.sleep(0.02)
+        running._output.seek(0)
+        text = running._output.read()
+    return text
+
+
 def test_tools_run_beside_and_become_rows() -> None:
     def row(code: str, seconds: float = 60) -> Any:
         running = gpu_check.Running("t", [sys.executable, "-c", code], gpu_check.judge_tool)
@@ -299,7 +311,10 @@ def test_tools_run_beside_and_become_rows() -> None:
     tests = gpu_check.Running("p", [sys.executable, "-c", "import time; time.sleep(60)"], gpu_check.judge_pytest, False)
     assert not tests.finish(0).passed
     for found in ("..F..", "FAILED tests/test_a.py::test_b", "========= Invalid __global__ read of size 4 bytes"):
-        late = row(f"import time; print({found!r}, flush=True); time.sleep(60)", 1.5)
+        code = f"import time; print({found!r}, flush=True); time.sleep(600)"
+        running = gpu_check.Running("t", [sys.executable, "-c", code], gpu_check.judge_tool)
+        assert written(running).strip() == found
+        late = running.finish(0)
         assert not late.passed
         assert found in late.note
 
@@ -307,16 +322,12 @@ def test_tools_run_beside_and_become_rows() -> None:
 def test_stopped_tools_take_their_children_along() -> None:
     code = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
     running = gpu_check.Running("t", [sys.executable, "-c", code], lambda name, status, output: output)
-    written = ""
-    while not written.endswith("\n"):
-        time.sleep(0.05)
-        running._output.seek(0)
-        written = running._output.read()
-    child = int(written)
+    child = psutil.Process(int(written(running)))
     running.stop()
-    time.sleep(0.2)
-    state = Path(f"/proc/{child}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    end = time.monotonic() + 60
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end, "the child outlives its tool"
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("library", [wrong.WrongAtTheTilesEdge, wrong.SkipsOneToken])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -82,7 +83,12 @@ def test_clocks_are_read_from_samples(modules: SimpleNamespace) -> None:
 def test_host_timer_counts_its_calls(modules: SimpleNamespace) -> None:
     calls: list[int] = []
     timer = modules.timing.HostTimer(repeats=7, warm_up=2)
-    assert timer.milliseconds(lambda: calls.append(1)) >= 0
+
+    def call() -> None:
+        calls.append(1)
+        time.sleep(0.002)
+
+    assert timer.milliseconds(call) >= 2  # sleep never returns early
     assert len(calls) == 9
     assert timer.brief().repeats < 7
 

@@ -21,12 +21,17 @@ from tests.support.processes import end_process, free_port
 PATIENCE = 300.0
 
 
+def require_tritonserver() -> Path:
+    """The folder of the unpacked wheel; skips where there is none."""
+    if not os.environ.get("DVDQ_TRITON"):
+        pytest.skip("needs the tritonserver of pytriton's wheel, named by DVDQ_TRITON: make triton-check")
+    return Path(os.environ["DVDQ_TRITON"]).absolute()
+
+
 @contextlib.contextmanager
 def tritonserver(repository: Path, work: Path) -> Iterator[tuple[str, str]]:
     """Its addresses for HTTP and gRPC, once every model is ready; skips where the wheel is not unpacked."""
-    if not os.environ.get("DVDQ_TRITON"):
-        pytest.skip("needs the tritonserver of pytriton's wheel, named by DVDQ_TRITON: make triton-check")
-    place = Path(os.environ["DVDQ_TRITON"]).absolute()
+    place = require_tritonserver()
     server = place / "server/pytriton/tritonserver"
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     backends = work / "backends"
