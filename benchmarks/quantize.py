@@ -21,7 +21,6 @@ import importlib.util
 import io
 import math
 import os
-import platform
 import sys
 import time
 import warnings
@@ -41,6 +40,7 @@ from dvdquant.quantize.bgr import quantize_weight, relative_mse
 from dvdquant.quantize.gptq import ErrorFeedback
 from dvdquant.recipe import WeightSpec
 from dvdquant.system.devices import DEVICE_WORDS, resolve_device
+from dvdquant.system.processor import processor_name
 
 # A function that quantizes a weight and returns a function that gives it back; only the first part is timed.
 Quantizer = Callable[[Tensor], Callable[[], Tensor]]
@@ -289,7 +289,7 @@ def main() -> int:
     if args.traffic:
         print_traffic(weights("rotated", min(args.rows, 512), args.features, args.seed), args.groups)
         return 0
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     print(f"{args.rows} x {args.features}, {args.threads} threads, {where}")
     print(f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs")
     if not importlib.util.find_spec("hqq"):

@@ -54,6 +54,7 @@ from dvdquant.ops.attention.libraries import LIBRARIES
 from dvdquant.recipe import get_recipe
 from dvdquant.system.devices import resolve_device
 from dvdquant.system.whole_file import check_writable, write_whole
+from dvdquant.text import markdown_table
 
 BASELINE = "bf16 compiled"
 # The longest text of a failure in a table; its traceback is on stderr.
@@ -278,12 +279,6 @@ def budget_table(case: Case, rows: list[Row], gpu: str) -> list[list[str]]:
     return lines
 
 
-def markdown(header: list[str], lines: list[list[str]]) -> list[str]:
-    """Return the lines of a Markdown table."""
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells)]
-
-
 def try_engine(path: Path) -> str:
     """Return in words whether this GPU deserializes a TensorRT-RTX engine and makes a context of it.
 
@@ -326,13 +321,17 @@ class Report:
         """Return the tables in Markdown."""
         times = [line for case, rows in self.measured for line in time_table(case, rows)]
         header = ["case", "runs", "block, ms", f"times {BASELINE}", "step, ms", "peak, GiB", "self-attention"]
-        lines = [f"{self.gpu}, torch {torch.__version__}, recipe {self.options.recipe}", "", *markdown(header, times)]
+        lines = [
+            f"{self.gpu}, torch {torch.__version__}, recipe {self.options.recipe}",
+            "",
+            markdown_table(header, times),
+        ]
         if any(row.flavour.batch > 1 for _, rows in self.measured for row in rows):
             lines += ["", "With guidance in one batch, block and step are both branches; the ratio is of one."]
         if self.options.budget:
             budget = [line for case, rows in self.measured for line in budget_table(case, rows, self.gpu)]
             header = ["case", "runs", *(f"{name}, ms" for name in MEASURED), "block, ms"]
-            lines += ["", "Measured / predicted, a block:", "", *markdown(header, budget)]
+            lines += ["", "Measured / predicted, a block:", "", markdown_table(header, budget)]
         if self.switching:
             lines += ["", "A switch adds to a step:", *(f"- {line}" for line in self.switching)]
         if self.engine:

@@ -12,7 +12,7 @@ from dvdquant.errors import ResourceError
 from dvdquant.system.device_memory import KEPT_BACK
 from dvdquant.system.gpu import Gpu
 from dvdquant.system.memory import memory_limit
-from dvdquant.text import amount
+from dvdquant.text import amount, count_in_words
 
 __all__ = ["check_builds"]
 
@@ -137,7 +137,9 @@ def _smaller_export(least: _Width, manifest: Manifest, gpu: Gpu, room: int) -> s
         )
     weights = sum(entry["features_in"] * entry["features_out"] for entry in manifest.layers)
     most = max(0, room - least.work) * weights / least.held if least.held else 0
-    limit = f" of at most {_count(most)} weights (this one has {_count(weights)})" if most >= 1e6 else ""
+    limit = (
+        f" of at most {count_in_words(most)} weights (this one has {count_in_words(weights)})" if most >= 1e6 else ""
+    )
     clips = " or for much smaller clips" if least.held <= room else ""
     return f"export a smaller model{limit}{clips}; dvdq-export … {target} counts it first"
 
@@ -156,8 +158,3 @@ def _other_build(width: _Width, manifest: Manifest, room: int | None) -> str:
     if room is not None and packed + width.work <= room:
         return f"end other programs, or draw without engines: dvdq-run … --backend pytorch holds {amount(packed)} of weights"
     return "end other programs, or export a smaller model"
-
-
-def _count(weights: float) -> str:
-    """Return a number of weights in words."""
-    return f"{weights / 1e9:.1f} billion" if weights >= 1e9 else f"{weights / 1e6:.0f} million"

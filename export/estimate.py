@@ -23,6 +23,7 @@ from dvdquant.quantize.layer import CHUNK_WEIGHTS
 from dvdquant.quantize.layer_inputs import ITEM_TOKENS, noise_levels
 from dvdquant.recipe import WeightSpec
 from dvdquant.system.memory import memory_limit
+from dvdquant.text import amount
 
 __all__ = [
     "Estimate",
@@ -272,20 +273,15 @@ def require_memory(estimate: Estimate, plans: Sequence[ModelPlan], engines: Sequ
     limit = memory_limit()
     if estimate.needed_bytes <= limit:
         return
-    options = [f"--target onnx needs {_gib(estimate.resident_bytes)}"]
+    options = [f"--target onnx needs {amount(estimate.resident_bytes)}"]
     if engines and plans:
         packed = max(int(p.quantized_weights * BYTES_PER_WEIGHT["int4-weight-only"]) + _kept_bytes(p) for p in plans)
         needed = estimate.waiting_bytes + BUILDER_BYTES + int(packed * BUILD_MEMORY_FACTOR)
         if any(e.precision not in ("int4-weight-only", "plugin") for e in engines):
-            options.append(f"--precision int4-weight-only needs {_gib(needed)}")
+            options.append(f"--precision int4-weight-only needs {amount(needed)}")
     raise ResourceError(
-        f"the export needs about {_gib(estimate.needed_bytes)} of memory (the engine builder is estimated to take up to "
+        f"the export needs about {amount(estimate.needed_bytes)} of memory (the engine builder is estimated to take up to "
         f"{BUILD_MEMORY_FACTOR} times the bytes of the weights it is given)",
-        available=f"{_gib(limit)}; " + "; ".join(options),
+        available=f"{amount(limit)}; " + "; ".join(options),
         fix="build on a machine with more memory: a later dvdq-export into the same folder builds the engines alone",
     )
-
-
-def _gib(nbytes: int) -> str:
-    """Return a size in words, such as "1.4 GiB"."""
-    return f"{nbytes / 2**30:.1f} GiB"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 
 import pytest
@@ -11,7 +12,19 @@ import pytest
 from dvdquant.checkpoint.locate import locate_model
 from dvdquant.errors import CheckpointError
 from dvdquant.hub.names import hub_failure
-from dvdquant.text import json_text, markdown, markdown_code, message_of, shell_line, shell_word, shown, unsafe
+from dvdquant.text import (
+    amount,
+    count_in_words,
+    json_text,
+    markdown,
+    markdown_code,
+    message_of,
+    shell_line,
+    shell_word,
+    shown,
+    unsafe,
+)
+from tests.support.exporting import REPOSITORY
 from tests.support.secret_texts import SECRETS
 
 
@@ -69,6 +82,16 @@ def test_a_shell_gets_the_very_bytes_from_printable_words() -> None:
     done = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True)
     assert done.stdout.split(b"\0")[:-1] == [os.fsencode(word) for word in words]
     assert shell_word("a b") == "'a b'"
+
+
+def test_sizes_and_counts_are_worded_in_one_place() -> None:
+    sizes = (0, 1023, 1536, 5 << 20, 3 << 29, 1 << 40)
+    assert [amount(size) for size in sizes] == ["0 B", "1023 B", "1.5 KiB", "5.0 MiB", "1.5 GiB", "1.0 TiB"]
+    assert [count_in_words(count) for count in (6_291_456, 12_800_000_000)] == ["6.29 million", "12.80 billion"]
+    by_hand = re.compile(r"/ (1e9|2\*\*30|\w*GIB|1024):\.")
+    rooms = [REPOSITORY / room for room in ("dvdquant", "deploy", "export")]
+    found = [path.name for room in rooms for path in room.rglob("*.py") if by_hand.search(path.read_text())]
+    assert set(found) == {"text.py"}, found
 
 
 def test_markdown_is_the_text_and_no_markup() -> None:

@@ -151,29 +151,14 @@ def do(job: Job) -> tuple[Job, list[dict[str, Any]]]:
     return job, _runner.do(job)
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of earlier runs; a line that was torn by a kill is left out.
-
-    Args:
-        path: The file, one JSON object a line; it need not exist.
-    """
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
-
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
     """Write step error and PSNR (dB) of every format, and the difference to 16-bit attention on the same clips.
 
     Args:
         rows: Rows of all jobs.
     """
-    from benchmarks.quality.report import difference, difference_text, interval, table
+    from benchmarks.quality.report import difference, difference_text, interval
+    from dvdquant.text import markdown_table
 
     errors: dict[tuple[str, str], dict[Any, list[float]]] = {}
     psnrs: dict[tuple[str, str], dict[Any, float]] = {}
@@ -197,7 +182,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> str:
             error = f"{mean:.4f} ± {(high - low) / 2:.4f}" if means else "–"
             lines.append([linears, kind, error, value, "–" if loss is None else difference_text(loss, ".2f")])
     head = ["linear layers", "attention", "step error", "PSNR, dB", "PSNR less that of 16-bit attention"]
-    return table(head, lines)
+    return markdown_table(head, lines)
 
 
 def main() -> int:
@@ -223,12 +208,13 @@ def main() -> int:
     from benchmarks.quality.report import replace_blocks
     from benchmarks.quality.run import commit, hardware
     from benchmarks.quality.toy.clips import Bench
+    from benchmarks.rows import read_rows
 
     started = time.time()
     options.work.mkdir(parents=True, exist_ok=True)
     steps = options.steps or Bench.open(options.model).steps
     results = options.work / "attention.jsonl"
-    rows = rows_of(results)
+    rows = read_rows(results)
     done = {tuple(row["job"]) for row in rows}
     jobs: list[Job] = [(linears, kind, -1) for linears in options.linears for kind in KINDS]
     chunks = range(-(-options.clips // CHUNK))

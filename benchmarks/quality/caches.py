@@ -197,7 +197,8 @@ def table_of(rows: Sequence[dict[str, Any]], settings: Sequence[str]) -> str:
         rows: The rows of all jobs.
         settings: The settings, in the order of the lines.
     """
-    from benchmarks.quality.report import difference, difference_text, interval, table
+    from benchmarks.quality.report import difference, difference_text, interval
+    from dvdquant.text import markdown_table
 
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -219,7 +220,7 @@ def table_of(rows: Sequence[dict[str, Any]], settings: Sequence[str]) -> str:
                 ]
             )  # fmt: skip
     head = ["model", "setting", "skipped", "skipped or a4", "PSNR, dB", "PSNR less that of a8", "all right"]
-    return table(head, lines)
+    return markdown_table(head, lines)
 
 
 def along(settings: Sequence[str], models: Sequence[str], clips: int) -> str:
@@ -230,8 +231,8 @@ def along(settings: Sequence[str], models: Sequence[str], clips: int) -> str:
         models: Names of the models.
         clips: The number of clips.
     """
-    from benchmarks.quality.report import table
     from benchmarks.quality.toy.clips import skips_along
+    from dvdquant.text import markdown_table
 
     lines = []
     for model in models:
@@ -242,7 +243,9 @@ def along(settings: Sequence[str], models: Sequence[str], clips: int) -> str:
             share = sum(each.count(None) / len(each) for each in bits) / clips
             rms = [f"{100 * (sum(error**2 for error in each) / clips) ** 0.5:.2f}" for each in errors]
             lines.append([model, setting, f"{share:.0%}", *rms])
-    return table(["model", "setting", "skipped", "error of the latent by skips, %", "with quantization, %"], lines)
+    return markdown_table(
+        ["model", "setting", "skipped", "error of the latent by skips, %", "with quantization, %"], lines
+    )
 
 
 def main() -> int:
@@ -263,9 +266,9 @@ def main() -> int:
     options = parser.parse_args()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
-    from benchmarks.quality.attention import rows_of
     from benchmarks.quality.outliers import write
     from benchmarks.quality.work import HELD_OUT
+    from benchmarks.rows import read_rows
 
     started = time.time()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -279,7 +282,7 @@ def main() -> int:
     for setting in settings:
         controller_of(setting)  # a wrong one is refused before anything is drawn
     results = options.work / "caches.jsonl"
-    rows = rows_of(results)
+    rows = read_rows(results)
     done = {tuple(row["job"]) for row in rows}
     jobs: list[Job] = [
         (model, setting, index)

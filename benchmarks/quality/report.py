@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
+from benchmarks.page import replace_block
 from benchmarks.quality.results import plots
 from benchmarks.quality.results.results_file import Results, ResultsError, Row, read_results, write_archive
 from benchmarks.switching.metrics import bootstrap
 from dvdquant.errors import DvdquantError
+from dvdquant.text import markdown_table
 
 # Names as they stand in the results file.
 OURS, PUBLISHED = ("dvdquant w4a4", "dvdquant w4a4-g64"), "DVD-Quant as published"
@@ -117,17 +119,6 @@ def measured(results: Results, place: tuple[str, str, str]) -> list[Values]:
     return [*found[:ERROR], errors, *found[ERROR:]]
 
 
-def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    """Write a table in GitHub's markdown.
-
-    Args:
-        head: Titles of the columns.
-        rows: Cells of every row, as many as titles.
-    """
-    cells = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
-
-
 def _cell(values: Values, measure: Measure) -> str:
     """Return the mean of values, with half of its interval where the measure has one; a dash where there are none."""
     if not values:
@@ -194,7 +185,7 @@ def methods_block(results: Results) -> str:
                 bits = f"{fmean(row['bits'] for row in clips.values()):.2f}" if clips else "–"
                 cells += [_dynamic(results, place), f"{len(clips)} ({len(values[ERROR])})"]
                 rows.append([width, place[1], bits, *cells])
-        parts.append(f"**{model}**\n\n{table(head, rows)}")
+        parts.append(f"**{model}**\n\n{markdown_table(head, rows)}")
     return "\n\n".join(parts)
 
 
@@ -221,7 +212,7 @@ def study_block(cells: dict[tuple[str, str, str], dict[Hashable, float]]) -> str
                 counts = sorted({len(values) for values in group if values})
                 heads.append(f"{width} {model} ({' or '.join(map(str, counts))} clips)")
                 columns.append(marked(group, Measure("", -1, ".4f", True)))
-    return table(heads, [list(row) for row in zip(*columns)]) if names else ""
+    return markdown_table(heads, [list(row) for row in zip(*columns)]) if names else ""
 
 
 def delta_block(results: Results) -> str:
@@ -245,7 +236,7 @@ def delta_block(results: Results) -> str:
             ]
             rows.append([*cells, _cell(right, MEASURES[3]), str(len(clips))])
         head = ["", "δ", "bits", "PSNR, dB", "steps computed, %", "all right, %", "clips"]
-        parts.append(f"**{model}**\n\n{table(head, rows)}")
+        parts.append(f"**{model}**\n\n{markdown_table(head, rows)}")
     return "\n\n".join(parts)
 
 
@@ -270,7 +261,9 @@ def throughout_block(results: Results) -> str:
     if not cells:
         return ""
     head = ["", "setting", *results.deltas]
-    return table(head, [[*place, *(row.get(model, "–") for model in results.deltas)] for place, row in cells.items()])
+    return markdown_table(
+        head, [[*place, *(row.get(model, "–") for model in results.deltas)] for place, row in cells.items()]
+    )
 
 
 def _psnr(rows: Mapping[Hashable, Row]) -> Values:
@@ -318,7 +311,7 @@ def expected_block(results: Results) -> str:
             found = difference(cells.get((less, model, width), {}), cells.get((more, model, width), {}))
             text = ("not measured", "–") if found is None else (verdict(found), difference_text(found, ".4f"))
             rows.append([title, model, f"relative L2 at W4{width}", *text])
-    return table(["expected", "model", "by", "verdict", "difference, 95 % interval"], rows) if rows else ""
+    return markdown_table(["expected", "model", "by", "verdict", "difference, 95 % interval"], rows) if rows else ""
 
 
 def against_all(results: Results, model: str, ours: str, width: str, others: str, index: int) -> tuple[str, str]:
@@ -377,13 +370,11 @@ def replace_blocks(text: str, texts: Mapping[str, str]) -> str:
         texts: The name of a block -> what stands in it.
 
     Raises:
-        ResultsError: The marks of a block are missing, there twice or in the wrong order.
+        PageError: The marks of a block are missing, there twice or in the wrong order.
     """
     for name, body in texts.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise ResultsError(f"README has no block {name!r}", fix=f"put {begin} and {end} in it, once, on own lines")
-        text = f"{text[: text.index(begin)]}{begin}\n{body or 'Not measured.'}\n{text[text.index(end) :]}"
+        text = replace_block(text, begin, end, body or "Not measured.")
     return text
 
 
@@ -395,7 +386,8 @@ def write_report(results: Results, readme: Path) -> list[Path]:
         readme: The page. Nothing is written where it lacks a block.
 
     Raises:
-        ResultsError: The page cannot be read, or lacks a block.
+        ResultsError: The page cannot be read.
+        PageError: It lacks a block.
     """
     texts = blocks(results)
     try:

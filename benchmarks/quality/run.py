@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
+from benchmarks.rows import read_rows
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent.parent / "examples" / "tiny-wan"
@@ -151,16 +152,8 @@ def finished(results: Path) -> set[str]:
     """
     from benchmarks.quality.results.results_file import name_of_today
 
-    keys = set()
-    if results.exists():
-        # A kill may have torn the last line; what is complete ends with a newline.
-        whole = results.read_bytes()
-        if not whole.endswith(b"\n"):
-            results.write_bytes(whole[: whole.rfind(b"\n") + 1])
-    for line in results.read_text().splitlines() if results.exists() else ():
-        key = json.loads(line).get("job")
-        keys.add(name_of_today(key) if key and key.startswith("study/") else key)
-    return keys
+    keys = [row.get("job") for row in read_rows(results)]
+    return {name_of_today(key) if key and key.startswith("study/") else key for key in keys}
 
 
 def run_jobs(pool: Any, jobs: list[Job], results: Path, what: str) -> None:

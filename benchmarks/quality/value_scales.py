@@ -117,10 +117,11 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=PAGE, help="whose block 'value-scales' is written anew")
     options = parser.parse_args()
 
-    from benchmarks.quality.report import interval, replace_blocks, table
+    from benchmarks.quality.report import interval, replace_blocks
     from benchmarks.quality.run import commit, hardware
     from dvdquant.checkpoint.opening import open_checkpoint
     from dvdquant.ops.attention.operation import number_of
+    from dvdquant.text import markdown_table
 
     options.work.mkdir(parents=True, exist_ok=True)
     runner = Runner(options.model.resolve(), options.work, options.steps, options.every, 8)
@@ -155,7 +156,7 @@ def main() -> int:
     )
     page = options.page.read_text(encoding="utf-8")
     options.page.write_text(
-        replace_blocks(page, {"value-scales": f"{table(head, lines)}\n\n{words}"}), encoding="utf-8"
+        replace_blocks(page, {"value-scales": f"{markdown_table(head, lines)}\n\n{words}"}), encoding="utf-8"
     )
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.checkpoint.prompt_table import frames_from_latents
 from dvdquant.deploy.generation.psnr import psnr
 from dvdquant.deploy.switching.controller import StepController
+from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.deploy.switching.gbs import Weighting, delta_for_average_bits, relative_change, weighted_changes
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.model.plan import plan_model
@@ -32,6 +34,8 @@ from dvdquant.system.progress import Progress
 from dvdquant.system.whole_file import atomic_path, write_whole
 
 __all__ = ["HELD_OUT", "Worker", "find_method", "generate_chunk", "plan"]
+
+_controller = partial(make_controller, component="transformer", family="wan", bits=(4, 8))
 
 Row = dict[str, Any]
 # Clips whose trajectories and inputs are looked at: other prompts and seeds than those that are scored.
@@ -215,7 +219,7 @@ class Worker:
         else:
             delta = self.delta(model, method, 6.0)
             rule: dict[str, Any] = {"last_high": method.last_high, "weighting": method.weighting}
-            clips = self.switched_clips(model, method, chunk, lambda _: StepController(delta=delta, **rule))
+            clips = self.switched_clips(model, method, chunk, lambda _: _controller("switch", delta=delta, **rule))
         return self.score(model, name, width, index, chunk, clips)
 
     def switched_clips(self, model: str, method: Method, chunk: Sequence[tuple[Prompt, int]], make: Any) -> Clips:
@@ -247,11 +251,11 @@ class Worker:
 
         def make(_: int) -> StepController:
             if "place" in variant:
-                return StepController("planned", schedule=place_high(variant["place"], variant["high"], steps))
+                return _controller("planned", schedule=place_high(variant["place"], variant["high"], steps))
             cache = StepCachePolicy(0.02) if variant.get("cache") else None
             weighting: Weighting = "step" if variant.get("weighted") else "none"
             rule: dict[str, Any] = {"last_high": variant.get("last_high", 0), "weighting": weighting}
-            return StepController(delta=variant["delta"], cache=cache, **rule)
+            return _controller("switch", delta=variant["delta"], cache=cache, **rule)
 
         rows = self.score(model, name, "A6", index, chunk, self.switched_clips(model, method, chunk, make))
         extra = {"kind": "delta", "name": variant["name"], "delta": variant.get("delta"), "method": name}

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from benchmarks.page import replace_block
 from dvdquant.system.processor import processor_name
 
 __all__ = ["machine", "save"]
@@ -40,9 +41,7 @@ def save(name: str, where: dict[str, Any], command: str, rows: list[tuple[str, s
     kept[name] = {**where, "command": command, "rows": rows}
     FILE.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(kept)}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(replace_block(page, BEGIN, END, f"\n{table(kept)}"), encoding="utf-8")
 
 
 def table(kept: dict[str, Any]) -> str:

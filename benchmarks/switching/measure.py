@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
+from benchmarks.rows import read_rows
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
@@ -184,11 +185,7 @@ def run_clip(job: tuple[str, str, int, list[Variant], dict[str, Row]]) -> str:
 def load_rows(path: Path) -> dict[str, dict[str, Row]]:
     """key -> name -> row; a line torn by a kill is left out."""
     rows: dict[str, dict[str, Row]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for row in read_rows(path):
         rows.setdefault(row["key"], {})[row["name"]] = row
     return rows
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.page import replace_block
 from benchmarks.switching.metrics import bootstrap
 from dvdquant.system.processor import processor_name
 
@@ -124,11 +125,7 @@ def _line(table: dict[str, list[Row]], rows: list[Row]) -> list[float]:
 
 def _replace(path: Path, section: str, text: str) -> None:
     """Put ``text`` between the section's marks."""
-    old = path.read_text()
-    begin, end = MARK.format(section), MARK.format(f"end of {section}")
-    head, _, rest = old.partition(begin)
-    _, _, tail = rest.partition(end)
-    path.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
+    path.write_text(replace_block(path.read_text(), MARK.format(section), MARK.format(f"end of {section}"), text))
 
 
 def _draw(path: Path, table: dict[str, list[Row]]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dvdquant.deploy.comfyui.sampling import Trace
-from dvdquant.deploy.generation.run_report import average_bits, bit_strip, bits_name, steps_of
+from dvdquant.deploy.generation.run_report import average_bits_text, bit_strip, bits_name, steps_of
 from dvdquant.text import shown
 
 __all__ = ["trace_json", "trace_picture", "trace_table"]
@@ -31,7 +31,7 @@ def trace_table(trace: Trace) -> str:
     seconds = sum(record.seconds for record in trace.records)
     lines = [
         f"{shown(facts.get('export', ''), 60)} on {facts.get('backend')} ({facts.get('device')}), {facts.get('mode')}: "
-        f"{average_bits(steps)} bits on average, {calls} calls, {seconds:.2f} s",
+        f"{average_bits_text(steps)} bits on average, {calls} calls, {seconds:.2f} s",
         bit_strip(trace.records),
         "step  bits  seconds  reason",
     ]
@@ -76,7 +76,7 @@ def trace_picture(trace: Trace) -> np.ndarray[Any, np.dtype[np.float32]]:
         right.plot(*zip(*changes), color="#c1121f", marker=".", linewidth=1)
         right.set_ylabel("change of the output", color="#c1121f")
         right.set_ylim(bottom=0)
-    axis.set_title(f"{average_bits(steps)} bits on average" if steps else _NONE, fontsize=10)
+    axis.set_title(f"{average_bits_text(steps)} bits on average" if steps else _NONE, fontsize=10)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3]
     return np.ascontiguousarray(pixels.astype(np.float32) / 255)

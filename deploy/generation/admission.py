@@ -13,10 +13,9 @@ from dvdquant.deploy.generation.check import RequestChecker
 from dvdquant.deploy.generation.request import GenerateRequest
 from dvdquant.errors import ResourceError, ShapeError
 from dvdquant.model.working_memory import decode_bytes, step_bytes_at
+from dvdquant.text import amount
 
 __all__ = ["Admission", "estimated_need", "stage_bytes"]
-
-_GIB = 1 << 30
 
 
 def estimated_need(checker: RequestChecker, request: GenerateRequest, *, vae_tiling: bool = False) -> int:
@@ -104,14 +103,14 @@ class Admission:
         size = f"{request.num_frames} frames of {request.height} × {request.width}"
         if need > total:
             raise ShapeError(
-                f"{size} take about {need / _GIB:.1f} GiB beside the weights",
-                available=f"{total / _GIB:.1f} GiB on this device",
+                f"{size} take about {amount(need)} beside the weights",
+                available=f"{amount(total)} on this device",
                 fix="ask for a smaller or shorter clip",
             )
         if need > free:
             raise ResourceError(
-                f"{size} take about {need / _GIB:.1f} GiB beside the weights, and {free / _GIB:.1f} GiB are free now",
-                available=f"{total / _GIB:.1f} GiB on this device",
+                f"{size} take about {amount(need)} beside the weights, and {amount(free)} are free now",
+                available=f"{amount(total)} on this device",
                 fix="wait until another clip has ended, or ask for a smaller or shorter clip",
             )
 

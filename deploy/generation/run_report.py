@@ -15,13 +15,14 @@ from dvdquant import __version__
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.request import GenerateResult
 from dvdquant.deploy.switching.controller import StepRecord
+from dvdquant.deploy.switching.schedule import average_bits
 from dvdquant.errors import OutputError
 from dvdquant.system.processor import processor_name
 from dvdquant.system.versions import installed_versions
 from dvdquant.system.whole_file import write_whole
 from dvdquant.text import json_text
 
-__all__ = ["average_bits", "bit_strip", "bits_name", "block", "clip_json", "machine", "steps_of", "write_trace"]
+__all__ = ["average_bits_text", "bit_strip", "bits_name", "block", "clip_json", "machine", "steps_of", "write_trace"]
 
 TRACE_VERSION = 1
 _BLOCKS = {None: "·", 4: "▄", 6: "▆", 8: "█", 16: "█"}
@@ -76,14 +77,14 @@ def bit_strip(trace: Sequence[StepRecord]) -> str:
     return "".join(block(record.bits) for record in steps_of(trace))
 
 
-def average_bits(steps: Sequence[StepRecord]) -> str:
-    """Return the mean bits over the computed steps, as text.
+def average_bits_text(steps: Sequence[StepRecord]) -> str:
+    """Return the mean bits over the computed steps, as text; ``-`` where none was computed.
 
     Args:
         steps: One record per step.
     """
-    computed = [record.bits for record in steps if record.bits is not None]
-    return f"{sum(computed) / len(computed):.2f}" if computed else "-"
+    bits = [record.bits for record in steps]
+    return f"{average_bits(bits):.2f}" if any(b is not None for b in bits) else "-"
 
 
 @cache

@@ -31,7 +31,6 @@ from dvdquant.deploy.report.text import (
     executions,
     kept_groups,
     lora_rows,
-    millions,
     python_lines,
     recipe_text,
     shown,
@@ -44,7 +43,7 @@ from dvdquant.system.files import FileEntry, hash_file
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_reader import read_header
 from dvdquant.system.whole_file import write_whole
-from dvdquant.text import amount
+from dvdquant.text import amount, count_in_words
 
 if TYPE_CHECKING:
     from dvdquant.deploy.report.run_trace import RunClip
@@ -225,7 +224,7 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     environment.filters["amount"] = amount
-    environment.filters["millions"] = millions
+    environment.filters["in_words"] = count_in_words
     environment.filters["thousands"] = lambda value: f"{value:,}".replace(",", "\u202f")
     return environment.get_template("report.html.j2")
 

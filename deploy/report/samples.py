@@ -30,7 +30,7 @@ from dvdquant.deploy.generation.original import load_original
 from dvdquant.deploy.generation.original_calls import OriginalRunner
 from dvdquant.deploy.generation.psnr import psnr
 from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
-from dvdquant.deploy.generation.run_report import average_bits, steps_of
+from dvdquant.deploy.generation.run_report import average_bits_text, steps_of
 from dvdquant.deploy.generation.video import enlarge
 from dvdquant.deploy.sessions.base import EngineSession, WrappedSession
 from dvdquant.deploy.switching.defaults import DEFAULT_DELTA, LAST_HIGH, WEIGHTINGS
@@ -191,9 +191,9 @@ def _row(result: GenerateResult, reference: GenerateResult) -> SampleRow:
     request, bits = result.request, [record.bits for record in steps_of(result.trace)]
     notes = [f"original, {result.executed['dtype']}"] if request.mode == "16" else []
     if request.mode == "switch":
-        notes.append(f"δ {DEFAULT_DELTA:g}, {average_bits(steps_of(result.trace))} bits on average")
+        notes.append(f"δ {DEFAULT_DELTA:g}, {average_bits_text(steps_of(result.trace))} bits on average")
     if request.mode == "planned":
-        notes.append(f"schedule.json, {average_bits(steps_of(result.trace))} bits on average")
+        notes.append(f"schedule.json, {average_bits_text(steps_of(result.trace))} bits on average")
     if result is not reference:
         value = psnr(result.frames, reference.frames)
         notes.append("equal to 16 bit" if math.isinf(value) else f"{value:.1f} dB to 16 bit")

@@ -22,7 +22,6 @@ __all__ = [
     "executions",
     "kept_groups",
     "lora_rows",
-    "millions",
     "python_lines",
     "recipe_text",
     "shown",
@@ -112,15 +111,6 @@ def recipe_text(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]]
         ("Rotation", turned.get(str(rotation), f"Hadamard, blocks of {rotation}")),
         *([("Modulation", modulation)] if has_modulation else []),
     ]
-
-
-def millions(count: int) -> str:
-    """Return a number of weights: ``6.29 M``, ``12.80 B``.
-
-    Args:
-        count: The number of weights.
-    """
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
 def size_text(shapes: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from dvdquant.backends import LEAN, TENSORRT, Backend, backend_name, lean_packag
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.errors import EngineError, UnsupportedError
 from dvdquant.model.families import Sizes
+from dvdquant.system.devices import cuda_sm
 
 __all__ = ["FoundEngines", "build_target", "device_sm", "find_engines", "select_engine"]
 
@@ -47,8 +48,7 @@ def device_sm(device: torch.device) -> str:
             available="the onnxruntime and pytorch backends run on the CPU",
             fix="use --backend onnxruntime, or a machine with a GPU",
         )
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{major}.{minor}"
+    return "{}.{}".format(*divmod(cuda_sm(device), 10))
 
 
 def find_engines(

@@ -23,6 +23,7 @@ from dvdquant.hardware.weights import WeightForm
 from dvdquant.model.layers import TENSORS
 from dvdquant.onnx.function_depth import check_functions
 from dvdquant.onnx.prepare import prepare_for_onnxruntime
+from dvdquant.onnx.runtime_options import runtime_options
 from dvdquant.system.records import brief
 
 __all__ = ["OnnxRuntimeSession", "WeightForm"]
@@ -113,7 +114,7 @@ class OnnxRuntimeSession(EngineSession):
             expand_weights(model)
         bound = self._take_weights(model)
         self._lora_inputs.require(bound, path)
-        options = self._options(onnxruntime)
+        options = runtime_options(self._threads)
         constants = [name for name in model.graph.initializers if name in self._constants]
         if constants:
             options.add_external_initializers(constants, [self._constants[name] for name in constants])
@@ -137,19 +138,6 @@ class OnnxRuntimeSession(EngineSession):
                 fix="export again with this version of dvdquant, or take --backend pytorch",
             ) from error
         return _Bound(session, binding)
-
-    def _options(self, onnxruntime: Any) -> Any:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        # Fusions would drop the casts that round to bfloat16.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.intra_op_num_threads = self._threads
-        options.inter_op_num_threads = 1
-        # Each bit-width has a thread pool, and only one pool works at a time: the others must not spin meanwhile.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # With an arena per bit-width, the scratch of all would be kept, though they never run at once.
-        options.enable_cpu_mem_arena = False
-        return options
 
     def _cuda_options(self) -> dict[str, Any]:
         index = self.device.index if self.device.index is not None else torch.cuda.current_device()

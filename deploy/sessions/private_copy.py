@@ -21,6 +21,7 @@ from dvdquant.artifact.listed_file import open_listed, require_digest
 from dvdquant.errors import ResourceError
 from dvdquant.system.files import FileEntry, free_bytes, write_all
 from dvdquant.system.memory import memory_limit
+from dvdquant.text import amount
 
 __all__ = ["PrivateCopy", "fits_in_memory", "private_copy"]
 
@@ -54,7 +55,7 @@ def _map(fd: int, size: int) -> mmap.mmap:
         return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0), prot=protection)
     except OSError as error:
         raise ResourceError(
-            f"{size / 1e9:.2f} GB of weights cannot be mapped: {error.strerror}", fix="free memory, then try again"
+            f"{amount(size)} of weights cannot be mapped: {error.strerror}", fix="free memory, then try again"
         ) from error
 
 
@@ -188,8 +189,8 @@ def _unnamed_file(name: str, size: int) -> int:
             free = free_bytes(Path(folder))
         why = "" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f" ({error.strerror})"
         raise ResourceError(
-            f"there is no room for a private copy of {name}: it takes {size / 1e9:.2f} GB{why}",
-            available=f"{memory_limit() / 1e9:.2f} GB of memory, of which it may fill half, and {free / 1e9:.2f} GB in {folder}",
+            f"there is no room for a private copy of {name}: it takes {amount(size)}{why}",
+            available=f"{amount(memory_limit())} of memory, of which it may fill half, and {amount(free)} in {folder}",
             fix="free memory, or set TMPDIR to a folder on a disk with room",
         ) from error
     return fd

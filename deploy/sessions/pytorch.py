@@ -29,6 +29,7 @@ from dvdquant.model.weight_choice import WeightChoice
 from dvdquant.ops.attention.ladder import Attention, rungs_for
 from dvdquant.ops.cuda_linear import CACHE, CudaKernels, usable_kernels
 from dvdquant.recipe import ATTENTION, Recipe
+from dvdquant.system.devices import cuda_sm
 from dvdquant.system.torch_hooks import check_example_values
 
 __all__ = ["PyTorchSession"]
@@ -275,10 +276,7 @@ def wanted_attention(wanted: str, backend: str | None, device: torch.device, nam
                 fix="ask for int8 or fp8 attention too, or leave the library out",
             )
         return None
-    sm = None
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        sm = 10 * major + minor
+    sm = cuda_sm(device) if device.type == "cuda" else None
     return Attention(wanted, rungs_for(wanted, sm, backend), sm, must_be_faster=backend is None, name=name)
 
 

@@ -11,6 +11,7 @@ from dvdquant.model.held_weights import held_weights
 from dvdquant.model.weight_choice import WeightChoice, choose_weights
 from dvdquant.model.working_memory import step_bytes_at
 from dvdquant.system.device_memory import device_memory
+from dvdquant.text import amount
 
 if TYPE_CHECKING:
     from dvdquant.deploy.sessions.base import EngineSession
@@ -38,7 +39,7 @@ def choose_form(
     nbytes = held.plugin_bytes if plugin else held.nbytes
     log.info(
         "%s: weights are %s (%s)%s: %.2f GiB, %.0f %% of them expanded, and a step pays some %.1f %% for the others on SM %d.%d "
-        "[modelled]; packed they would hold %.2f GiB for %.1f %%, expanded %.2f GiB",
+        "[modelled]; packed they would hold %s for %.1f %%, expanded %s",
         session.component,
         choice.form,
         policy,
@@ -47,9 +48,9 @@ def choose_form(
         100 * choice.share,
         100 * choice.cost,
         *divmod(sm, 10),
-        nbytes("packed") / 2**30,
+        amount(nbytes("packed")),
         100 * held.cost,
-        nbytes("expanded") / 2**30,
+        amount(nbytes("expanded")),
     )
     return choice
 

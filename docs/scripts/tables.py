@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from dvdquant.artifact import entries
@@ -15,11 +15,7 @@ from dvdquant.hardware.listing import HEADER, SHORT_HEADER, gpu_rows, short_rows
 from dvdquant.hardware.weights import RATES
 from dvdquant.recipe import RECIPES, ActivationSpec, Recipe
 from dvdquant.system.files import FileEntry
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+from dvdquant.text import markdown_table
 
 
 def executes_table() -> str:
@@ -36,12 +32,12 @@ def executes_table() -> str:
                 words = what_executes(precision, activation.bits, sm, recipe, from_checkpoint=True)
                 rows.setdefault((name, f"a{activation.bits}", words), []).append(sm)
     ordered = ((name, ", ".join(sms), graph, words) for (name, graph, words), sms in rows.items())
-    return _table(("`--target`", "SM", "graph", "what executes"), ordered)
+    return markdown_table(("`--target`", "SM", "graph", "what executes"), ordered)
 
 
 def recipe_table() -> str:
     """Name, weight grid, activations, rotation of every recipe, and whether it looks at inputs."""
-    return _table(
+    return markdown_table(
         ("recipe", "weights, 4 bits", "activations", "rotation", "inputs"), map(_recipe_row, RECIPES.values())
     )
 
@@ -83,7 +79,7 @@ def schema_tables() -> str:
     }
     for title, record in records.items():
         rows = [(f"`{name}`", f"`{kind}`") for name, kind in record.__annotations__.items()]
-        parts += [f"### {title}", "", _prose(record.__doc__ or ""), "", _table(("field", "type"), rows), ""]
+        parts += [f"### {title}", "", _prose(record.__doc__ or ""), "", markdown_table(("field", "type"), rows), ""]
     return "\n".join(parts)
 
 
@@ -95,12 +91,12 @@ def _prose(docstring: str) -> str:
 
 def gpu_table() -> str:
     """Return every GPU of the table with what an export for it is."""
-    return _table(HEADER, (row.cells() for row in gpu_rows()))
+    return markdown_table(HEADER, (row.cells() for row in gpu_rows()))
 
 
 def short_gpu_table() -> str:
     """Return a row for every compute capability; the README holds it as it is."""
-    return _table(SHORT_HEADER, short_rows())
+    return markdown_table(SHORT_HEADER, short_rows())
 
 
 def rate_table() -> str:
@@ -110,7 +106,7 @@ def rate_table() -> str:
         (f"{sm / 10:.1f}", r.card, f"{r.operations:g}", f"{r.bandwidth:g}", str(r.per_byte), r.source)
         for sm, r in RATES.items()
     )
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

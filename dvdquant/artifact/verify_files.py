@@ -12,7 +12,7 @@ from dvdquant.artifact.manifest import Manifest, check_relpath
 from dvdquant.errors import OutputError, ResourceError
 from dvdquant.system.files import FileEntry, hash_descriptor, read_all
 from dvdquant.system.memory import memory_limit
-from dvdquant.text import first_of
+from dvdquant.text import amount, first_of
 
 __all__ = ["read_verified", "verify_files"]
 
@@ -81,8 +81,8 @@ def read_verified(out: str | Path, manifest: Manifest, name: str) -> bytes:
     entry, path = _entry(manifest, name), Path(out) / check_relpath(name)
     if entry["bytes"] > (free := memory_limit()):
         raise ResourceError(
-            f"{path} is to be read into memory: {entry['bytes'] / 1e9:.2f} GB",
-            available=f"{free / 1e9:.2f} GB are free",
+            f"{path} is to be read into memory: {amount(entry['bytes'])}",
+            available=f"{amount(free)} are free",
             fix="free memory, or use a machine with more",
         )
     with open_listed(Path(out), name, entry) as descriptor:

@@ -240,7 +240,7 @@ def _plugin(path: Path, folder: Path, manifest: Manifest, place: str) -> Path:
 def _facts(plan: DeviceBuild) -> str:
     """Return what this machine is, in words."""
     gpu = plan.gpu
-    where = "no GPU" if gpu is None else f"{gpu.name}, SM {gpu.sm}, {gpu.memory_bytes / 2**30:.1f} GiB"
+    where = "no GPU" if gpu is None else f"{gpu.name}, SM {gpu.sm}, {amount(gpu.memory_bytes)}"
     return f"{where}; " + ", ".join(f"{name} {backend.version}" for name, backend in plan.backends.items())
 
 

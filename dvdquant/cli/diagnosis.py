@@ -101,7 +101,7 @@ def _gpus(gpus: list[Installed]) -> Iterator[Finding]:
             f"exporting needs none; to run on one, {_driver_advice()}, and start a container with --gpus all",
         )  # fmt: skip
     for gpu in gpus:
-        words = f"{gpu.name}, SM {_sm(gpu) or 'unknown'}, {gpu.memory_mib / 1024:.0f} GiB"
+        words = f"{gpu.name}, SM {_sm(gpu) or 'unknown'}, {amount(gpu.memory_mib << 20)}"
         words += f", driver {gpu.driver}" if gpu.driver else ""
         known = CAPABILITIES.get(_sm(gpu))
         if known is not None and known.refused:

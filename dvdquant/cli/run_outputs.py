@@ -151,7 +151,7 @@ class Writer:
 
 def _row(result: GenerateResult, psnr: float | None) -> Row:
     """Return the clip under the name of its mode."""
-    from dvdquant.deploy.generation.run_report import average_bits, steps_of
+    from dvdquant.deploy.generation.run_report import average_bits_text, steps_of
     from dvdquant.deploy.generation.video import Row
 
     request = result.request
@@ -159,7 +159,7 @@ def _row(result: GenerateResult, psnr: float | None) -> Row:
         return Row(result.frames, "16 bit", f"original, {result.executed['dtype']}")
     notes = []
     if request.mode in ("switch", "planned"):
-        notes.append(f"{average_bits(steps_of(result.trace))} bits on average")
+        notes.append(f"{average_bits_text(steps_of(result.trace))} bits on average")
     if psnr is not None:
         notes.append("equal to 16 bit" if psnr == float("inf") else f"{psnr:.1f} dB to 16 bit")
     return Row(result.frames, "schedule" if request.mode == "planned" else request.mode, "\n".join(notes))

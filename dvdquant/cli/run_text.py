@@ -25,7 +25,7 @@ def summary_text(result: GenerateResult) -> str:
     Args:
         result: A clip that was drawn.
     """
-    from dvdquant.deploy.generation.run_report import average_bits, bit_strip, steps_of
+    from dvdquant.deploy.generation.run_report import average_bits_text, bit_strip, steps_of
 
     steps = steps_of(result.trace)
     if result.request.mode == "16":
@@ -35,7 +35,7 @@ def summary_text(result: GenerateResult) -> str:
         parts = [f"{count} skipped" if bits is None else f"{count} on a{bits}" for bits, count in _by_bits(counts)]
         retries = sum(record.retried for record in result.trace)
         lines = [
-            f"{len(steps)} steps: {', '.join(parts)}; {average_bits(steps)} activation bits on average",
+            f"{len(steps)} steps: {', '.join(parts)}; {average_bits_text(steps)} activation bits on average",
             f"  {bit_strip(result.trace)}   {_LEGEND}",
             f"  calls repeated on the high engine: {retries or 'none'}",
         ]
@@ -68,7 +68,7 @@ def compare_text(results: Sequence[GenerateResult], values: Sequence[float | Non
         results: Clips of one prompt and seed.
         values: PSNR of each in dB; None for the first.
     """
-    from dvdquant.deploy.generation.run_report import average_bits, bit_strip, steps_of
+    from dvdquant.deploy.generation.run_report import average_bits_text, bit_strip, steps_of
 
     rows = []
     for result, value in zip(results, values):
@@ -77,7 +77,7 @@ def compare_text(results: Sequence[GenerateResult], values: Sequence[float | Non
             (
                 "16 bit" if original else result.request.mode,
                 "-" if value is None else "equal" if math.isinf(value) else f"{value:.1f} dB",
-                "16" if original else average_bits(steps_of(result.trace)),
+                "16" if original else average_bits_text(steps_of(result.trace)),
                 call_times(result),
                 f"{result.seconds:.1f} s",
                 "" if original else bit_strip(result.trace),

@@ -26,6 +26,7 @@ from dvdquant.ops.packed_layer import DTYPES, PackedLayer, layer_shape
 from dvdquant.ops.packed_rows import group_bytes
 from dvdquant.ops.prepared_cache import PreparedCache
 from dvdquant.ops.repack import LayerShape
+from dvdquant.system.devices import cuda_sm
 
 __all__ = [
     "CudaKernels",
@@ -364,8 +365,7 @@ def kernels_for(device: torch.device) -> CudaKernels | None:
 def _kernels_for(index: int) -> CudaKernels | None:
     if find_library() is None:
         return None
-    major, minor = torch.cuda.get_device_capability(index)
-    return CudaKernels(load_library(), 10 * major + minor)
+    return CudaKernels(load_library(), cuda_sm(index))
 
 
 def usable_kernels(device: torch.device) -> CudaKernels | None:

@@ -27,6 +27,7 @@ from dvdquant.quantize.magnitudes import Magnitudes
 from dvdquant.quantize.synthetic_inputs import synthetic_inputs
 from dvdquant.system.memory import memory_limit
 from dvdquant.system.progress import Progress
+from dvdquant.text import amount
 
 __all__ = [
     "InputHessian",
@@ -411,7 +412,7 @@ def _check_memory(plan: ModelPlan) -> None:
     needed, available = hessian_bytes(plan), memory_limit()
     if needed > available:
         raise ResourceError(
-            f"the second moments of the inputs take {needed / 2**30:.1f} GiB",
-            available=f"{available / 2**30:.1f} GiB of memory",
+            f"the second moments of the inputs take {amount(needed)}",
+            available=f"{amount(available)} of memory",
             fix="use rotation auto, whose blocks are small, or a machine with more memory",
         )

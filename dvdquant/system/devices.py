@@ -10,7 +10,7 @@ from dvdquant.errors import UnsupportedError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEVICE_WORDS", "check_device_word", "resolve_device", "wait_for"]
+__all__ = ["DEVICE_WORDS", "check_device_word", "cuda_sm", "resolve_device", "wait_for"]
 
 DEVICE_WORDS = ("auto", "cpu", "cuda", "cuda:N")
 # A number with more digits is no index of a device, and torch.device overflows on it.
@@ -28,6 +28,18 @@ def check_device_word(word: str) -> None:
     """
     if word not in ("auto", "cpu", "cpu:0") and _CUDA.fullmatch(word) is None:
         raise UnsupportedError(f"unknown device {word!r:.100}", available=DEVICE_WORDS, fix="pick one with --device")
+
+
+def cuda_sm(device: torch.device | int | None = None) -> int:
+    """Return the compute capability of a CUDA device, major · 10 + minor: 89 for SM 8.9, 121 for SM 12.1.
+
+    Args:
+        device: The device or its index; None means the current one.
+    """
+    import torch  # imported here, because the command line needs the words without torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def resolve_device(word: str | torch.device) -> torch.device:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from dvdquant.errors import DvdquantError, OutputError, ResourceError
+from dvdquant.text import amount
 
 __all__ = [
     "FileEntry",
@@ -293,6 +294,6 @@ def require_disk(path: str | Path, nbytes: int, what: str) -> None:
         raise disk_error(error, path) from error
     if nbytes > free:
         raise ResourceError(
-            f"{what} needs {nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free at {place}",
-            fix=f"free {(nbytes - free) / 1e9:.2f} GB there or pick another -o",
+            f"{what} needs {amount(nbytes)}, {amount(free)} are free at {place}",
+            fix=f"free {amount(nbytes - free)} there or pick another -o",
         )

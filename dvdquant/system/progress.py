@@ -318,4 +318,4 @@ def _plain(value: Any) -> Any:
 
 def _memory_text() -> str:
     """Return the resident memory of this process, such as "1.4 GiB"."""
-    return f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB"
+    return amount(psutil.Process().memory_info().rss)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dvdquant.errors import CheckpointError, ResourceError
 from dvdquant.system.files import open_regular, strict_json
 from dvdquant.system.recognize import BLOCK_SCALED, SNIFFED, Found, recognize_bytes
+from dvdquant.text import amount
 
 if TYPE_CHECKING:
     import torch
@@ -316,7 +317,7 @@ def read_tensor_from(fd: int, info: TensorInfo, path: str | Path) -> torch.Tenso
         ) from error
     except (MemoryError, RuntimeError) as error:  # torch's allocator raises RuntimeError
         raise ResourceError(
-            f"{path}: tensor {info.name!r:.200} takes {info.nbytes / 1e9:.2f} GB, which is not free",
+            f"{path}: tensor {info.name!r:.200} takes {amount(info.nbytes)}, which is not free",
             fix="free memory, or use a larger machine",
         ) from error
     return buffer.view(getattr(torch, DTYPES[info.dtype][1])).reshape(info.shape)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dvdquant.errors import DvdquantError, ExportError
 from dvdquant.onnx.prepare import prepare_for_onnxruntime
+from dvdquant.onnx.runtime_options import runtime_options
 from dvdquant.system.files import disk_error
 
 __all__ = ["Intermediate", "add_intermediates", "cut_out", "find_intermediates", "load_graph", "run_graph", "select"]
@@ -207,16 +208,10 @@ def run_graph(model: ir.Model, folder: Path, inputs: Mapping[str, Tensor], title
     for value in model.graph.outputs:
         value.dtype = value.dtype or ir.DataType.FLOAT
     # 1. Set ONNX Runtime up.
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Fusions would drop the casts that stand for rounding to bfloat16; folding would hold every weight in fp32.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options = runtime_options(torch.get_num_threads())
     if any(node.outputs[0].dtype == ir.DataType.FLOAT8E4M3FN for node in model.graph):
         # It would make an integer product of Q/DQ in e4m3, which is no valid graph.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.enable_cpu_mem_arena = False
     # 2. Load a copy of the graph beside its weights, and run it.
     copy = folder / f".verify-{uuid.uuid4().hex}.onnx"
     try:
@@ -224,6 +219,7 @@ def run_graph(model: ir.Model, folder: Path, inputs: Mapping[str, Tensor], title
             ir.save(model, copy)
         except OSError as error:
             raise disk_error(error, copy) from error
+        # Folding would hold every weight in fp32.
         session = onnxruntime.InferenceSession(
             str(copy), options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
         )

@@ -35,7 +35,7 @@ from dvdquant.ops.cuda.find import load_library
 from dvdquant.ops.cuda.library import KernelLibrary
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.repack import LayerShape
-from dvdquant.system.devices import resolve_device
+from dvdquant.system.devices import cuda_sm, resolve_device
 
 __all__ = ["MODES", "SHAPES", "Mode", "run", "to_markdown", "write"]
 
@@ -240,8 +240,7 @@ def run(
     if timer is None:
         timer = CudaTimer() if device.type == "cuda" else HostTimer()
     if sm is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        sm = major * 10 + minor
+        sm = cuda_sm(device)
     kernels = CudaKernels(library, sm)
     progress("machine")
     machine, rows = measure_machine(device, timer, square)

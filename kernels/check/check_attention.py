@@ -12,7 +12,7 @@ from check_kernels import Bench, Outcome
 from torch import Tensor
 
 from dvdquant.ops.attention.e4m3 import e4m3_operands
-from dvdquant.ops.attention.ladder import MAX_ERROR, exact, relative_distance, seconds
+from dvdquant.ops.attention.ladder import MAX_ERROR, attention_error, exact, seconds
 from dvdquant.ops.attention.libraries import LIBRARIES, Library
 
 # Wan2.1-14B at 81 frames of 832 x 480. The last tile of 128 tokens is not full.
@@ -85,7 +85,7 @@ def _row(
     out = kernel(*operands, *how)
     if out.shape != v.shape or out.dtype != v.dtype:
         return Outcome(name, False, note=f"it gives {tuple(out.shape)} {out.dtype}, not {tuple(v.shape)} {v.dtype}")
-    error = relative_distance(out[:, chosen], wanted)
+    error = attention_error(out[:, chosen], wanted)
     taken = max(seconds(lambda: kernel(*operands, *how), v.device), 1e-9)
     batch, tokens, heads, channels = v.shape
     tops = 4.0 * batch * heads * tokens**2 * channels / taken / 1e12

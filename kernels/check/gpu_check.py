@@ -51,6 +51,7 @@ from check_rope import check_rope  # noqa: E402
 from dvdquant.errors import DvdquantError  # noqa: E402
 from dvdquant.ops.cuda.find import find_library, load_library  # noqa: E402
 from dvdquant.ops.cuda.library import KernelLibrary  # noqa: E402
+from dvdquant.system.devices import cuda_sm  # noqa: E402
 
 # Shapes for the sanitizer, under which everything takes a hundred times as long.
 SMALL = ((7, 8), (33, 136), (129, 136))
@@ -86,8 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     if library is None:
         print("the kernel library could not be built", file=sys.stderr)
         return 1
-    major, minor = torch.cuda.get_device_capability()
-    kernels = GuardedKernels(library, 10 * major + minor)
+    kernels = GuardedKernels(library, cuda_sm())
     # 2. Under a sanitizer, check the small shapes only.
     if options.small:
         least = options.small == "race"

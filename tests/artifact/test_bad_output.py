@@ -154,7 +154,7 @@ def test_disk_too_small(pristine: Path, tmp_path: Path, monkeypatch: pytest.Monk
         return SimpleNamespace(f_blocks=1000, f_bavail=100, f_bfree=100, f_frsize=info.f_frsize, f_bsize=info.f_bsize)
 
     monkeypatch.setattr(os, "statvfs", tiny_disk)
-    refused(run(pristine, "-o", tmp_path / "out", *SIZES), "GB", "free", "the export needs")
+    refused(run(pristine, "-o", tmp_path / "out", *SIZES), "iB", "free", "the export needs")
     assert not (tmp_path / "out").exists()
 
 

@@ -266,7 +266,7 @@ def test_require_disk(tmp_path: Path) -> None:
     require_disk(tmp_path / "out", 1000, "the weights")
     with pytest.raises(ResourceError) as caught:
         require_disk(tmp_path / "out" / "deep", 10**18, "the weights")
-    assert "the weights needs 1000000000.00 GB" in caught.value.what
+    assert "the weights needs 909494.7 TiB" in caught.value.what
     assert str(tmp_path) in caught.value.what
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.page import PageError
 from tests.support.quality_rows import OURS, RIGHT, WIDTHS, cells, clip, figure, made_up, read, report, study
 from tests.support.quality_scripts import QUALITY, script
 
@@ -257,7 +258,7 @@ def test_report_is_rewritten_in_place_and_the_same_each_time(tmp_path: Path) -> 
 def test_a_readme_without_a_block_is_left_alone(tmp_path: Path, broken: str) -> None:
     text = re.sub(r"<!-- delta:begin -->.*<!-- delta:end -->", broken, README.read_text(), flags=re.DOTALL)
     (tmp_path / "README.md").write_text(text)
-    with pytest.raises(report.ResultsError, match="no block 'delta'"):
+    with pytest.raises(PageError, match="no block between <!-- delta:begin"):
         report.write_report(read(tmp_path, made_up()), tmp_path / "README.md")
     assert (tmp_path / "README.md").read_text() == text
     assert list(tmp_path.glob("*.png")) == []
@@ -266,7 +267,7 @@ def test_a_readme_without_a_block_is_left_alone(tmp_path: Path, broken: str) -> 
 def test_a_study_without_a_block_is_not_dropped_in_silence(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(README.read_text())
     results = read(tmp_path, [study("a", "A4", 0, 0.1, study="novel")])
-    with pytest.raises(report.ResultsError, match="no block 'novel'"):
+    with pytest.raises(PageError, match="no block between <!-- novel:begin"):
         report.write_report(results, tmp_path / "README.md")
 
 

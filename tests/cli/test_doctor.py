@@ -86,7 +86,7 @@ def test_the_text_says_the_same() -> None:
 def test_a_card_decides_what_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_nvidia_smi(tmp_path, "NVIDIA GeForce RTX 4090, 8.9, 24564, 580.95.05", monkeypatch)
     found = findings()
-    assert found["GPU"]["found"] == "NVIDIA GeForce RTX 4090, SM 8.9, 24 GiB, driver 580.95.05"
+    assert found["GPU"]["found"] == "NVIDIA GeForce RTX 4090, SM 8.9, 24.0 GiB, driver 580.95.05"
     assert "recipe w4a8, target rtx" in found["what would run"]["found"]
     assert "SM 8.9" in found["attention in 8 bits"]["found"]
     if not torch.cuda.is_available():  # a GPU that PyTorch cannot use is a problem, whatever build it is

@@ -110,7 +110,7 @@ def test_page_holds_the_numbers_of_the_manifest(page: Page, manifest: Manifest) 
     assert f"{mean:.5f}" in page.text
     assert f"{100 * (1 - mean / minmax):.0f} % less than min-max ({minmax:.5f})" in page.text
     weights = sum(e["features_in"] * e["features_out"] for e in manifest.layers)
-    assert f"{weights / 1e6:.2f} M" in page.text
+    assert f"{weights / 1e6:.2f} million" in page.text
     for path, entry in manifest.files.items():
         if path != "report.html":
             assert path in page.text
@@ -129,7 +129,7 @@ def test_parameters_are_those_of_the_checkpoint(page: Page, source: Path) -> Non
 
     checkpoint = open_checkpoint(source, component="transformer")
     elements = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-    found = re.search(r"([\d.]+) M, ([\d.]+) M parameters kept", page.text)
+    found = re.search(r"([\d.]+) million, ([\d.]+) million parameters kept", page.text)
     assert found is not None
     assert float(found[1]) + float(found[2]) == pytest.approx(elements / 1e6, abs=0.011)
     assert f"checkpoint {checkpoint.nbytes / 2**20:.1f} MiB" in page.text

@@ -208,7 +208,7 @@ def test_what_has_no_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(copies.os, "posix_fallocate", full)
-    with pytest.raises(ResourceError, match=r"0\.01 GB(?s:.*)TMPDIR"):
+    with pytest.raises(ResourceError, match=r"it takes [\d.]+ MiB(?s:.*)TMPDIR"):
         private_copy(tmp_path, path.name, entry, in_memory=True)
     # Without a room in memory alone, the disk takes it; without such memory, too.
     monkeypatch.undo()

@@ -24,9 +24,11 @@ from dvdquant.deploy.timing.bench import bench
 from dvdquant.errors import DvdquantError, EngineError, ShapeError, UnsupportedError
 from dvdquant.export.verify.graph import ATOL, FACTOR
 from dvdquant.model.families import Sizes
+from dvdquant.onnx.runtime_options import runtime_options
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.recipe import get_recipe
 from tests.support import session_exports as made
+from tests.support.exporting import REPOSITORY
 from tests.support.running import short_wan_export
 
 CASES = [("wan", "fp16"), ("wan", "bf16"), ("hunyuan-video", "bf16"), ("cogvideox", "bf16"), ("ltx-video", "bf16")]
@@ -350,6 +352,18 @@ def test_a_failing_backend_is_an_engine_error(session: EngineSession, monkeypatc
                 session.run(sample(session.artifact), 4)
             assert "smaller size" in str(caught.value.fix)
     assert session.run(sample(session.artifact), 4).isfinite().all()
+
+
+def test_onnxruntime_is_set_up_in_one_place() -> None:
+    """Sessions and checks run the same graphs by the same options: no fusion drops a cast, no arena keeps the scratch."""
+    import onnxruntime
+
+    options = runtime_options(3)
+    assert options.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    assert (options.intra_op_num_threads, options.enable_cpu_mem_arena) == (3, False)
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    files = [path for room in ("dvdquant", "deploy", "export") for path in (REPOSITORY / room).rglob("*.py")]
+    assert [path.name for path in files if "onnxruntime.SessionOptions()" in path.read_text()] == ["runtime_options.py"]
 
 
 def test_onnxruntimes_own_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from dvdquant.deploy.sessions.engine_choice import device_sm
 from dvdquant.errors import UnsupportedError
-from dvdquant.system.devices import resolve_device
+from dvdquant.system.devices import cuda_sm, resolve_device
 
 
 @pytest.fixture
@@ -47,6 +48,15 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in names:
         with pytest.raises(UnsupportedError):
             resolve_device(name)
+
+
+def test_the_compute_capability_in_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number for kernels, and words for engines and errors."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for found, number, words in (((8, 9), 89, "8.9"), ((10, 3), 103, "10.3"), ((12, 1), 121, "12.1")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, sm=found: sm)
+        assert cuda_sm(torch.device("cuda:1")) == number
+        assert device_sm(torch.device("cuda:1")) == words
 
 
 def test_the_original_checkpoint_goes_to_the_device_that_was_named(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def test_text_has_rate_remaining_time_and_memory() -> None:
         stage.update(20_000, "blocks.1.ffn")
     progress.say("a message")
     text = stream.getvalue()
-    for part in ("quantize", "blocks.1.ffn", "GiB", "weights/s", "s left", "a message", "40.0 k of 50.0 k weights"):
+    for part in ("quantize", "blocks.1.ffn", "iB", "weights/s", "s left", "a message", "40.0 k of 50.0 k weights"):
         assert part in text, part
     assert "{" not in text
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dvdquant.ops.attention.definition import E4M3_MAX
 from dvdquant.ops.attention.e4m3 import e4m3_operands
+from dvdquant.system.devices import cuda_sm
 
 __all__ = ["CudnnAttention"]
 
@@ -32,7 +33,7 @@ class CudnnAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> Tensor:
         """Return attention, see :mod:`.libraries`."""
         codes, steps = e4m3_operands(q, k, v, bounds, v_per_head=False)
-        wide = torch.cuda.get_device_capability(q.device)[0] >= 10
+        wide = cuda_sm(q.device) >= 100
         key = (q.device, q.shape, k.shape, v.dtype, scale)
         if key not in self._graphs:
             self._graphs[key] = self._build(codes, scale, v.dtype if wide else None)

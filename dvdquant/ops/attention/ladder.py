@@ -157,7 +157,7 @@ class Attention:
         output = kernel(*operands)
         if output.shape != q.shape or output.dtype != q.dtype:
             return f"it gives {tuple(output.shape)} {output.dtype} instead of {tuple(q.shape)} {q.dtype}"
-        error = relative_distance(output, exact_output)
+        error = attention_error(output, exact_output)
         # Not "error > MAX_ERROR": a NaN is an error too.
         if not error <= MAX_ERROR:
             return f"it is {100 * error:.3g} % from 16 bit on the first layer, of at most {100 * MAX_ERROR:g} %"
@@ -209,8 +209,10 @@ def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
-def relative_distance(y: Tensor, exact_y: Tensor) -> float:
+def attention_error(y: Tensor, exact_y: Tensor) -> float:
     """Return ``‖y − exact‖ / ‖exact‖`` of [B, S, H, d], head by head, so that no copy of all is made in fp32.
+
+    Where the exact result is zero, any difference is a large error.
 
     Args:
         y: The result, [B, S, H, d].

@@ -1,0 +1,31 @@
+"""Rows that a benchmark keeps as it goes, one JSON object a line, so that it goes on where it was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+__all__ = ["read_rows"]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of earlier runs, without lines that a kill tore; one at the end is cut off the file.
+
+    Args:
+        path: The file; it need not exist.
+    """
+    if not path.exists():
+        return []
+    whole = path.read_bytes()
+    # What is complete ends with a newline. The next row has to begin a line of its own.
+    complete = whole.rfind(b"\n") + 1
+    if complete < len(whole):
+        os.truncate(path, complete)
+    rows = []
+    for line in whole[:complete].split(b"\n"):
+        with contextlib.suppress(ValueError):  # a line that was torn, and written on by a run of an older version
+            rows.append(json.loads(line))
+    return rows
