@@ -256,17 +256,17 @@ def _of_test_files(path: str, tree: ast.Module) -> set[str]:
 @pytest.mark.parametrize(
     "code",
     [
-        "from tests.deploy.test_gbs import CHANGES",
-        "def f():\n    import tests.deploy.test_gbs",
+        "from tests.deploy.switching.test_gbs import CHANGES",
+        "def f():\n    import tests.deploy.switching.test_gbs",
         "from tests.deploy import test_gbs",
         "from tests import test_readme",
         "def f():\n    from .test_gbs import CHANGES",
-        "import_module('tests.deploy.test_gbs')",
+        "import_module('tests.deploy.switching.test_gbs')",
     ],
 )
 def test_an_import_from_a_test_file_would_be_found(code: str) -> None:
-    assert _of_test_files("tests/deploy/test_controller.py", ast.parse(code))
-    assert not _of_test_files("tests/deploy/test_controller.py", ast.parse("from tests.support import costs"))
+    assert _of_test_files("tests/deploy/switching/test_controller.py", ast.parse(code))
+    assert not _of_test_files("tests/deploy/switching/test_controller.py", ast.parse("from tests.support import costs"))
 
 
 def test_no_test_imports_from_another() -> None:

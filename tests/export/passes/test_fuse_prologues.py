@@ -28,7 +28,7 @@ from tests.support.commands import SIZES, in_process
 from tests.support.exporting import Export, export_graphs
 from tests.support.tiny_models import CONFIGS, FIXED, RANGES, SMALL, WAN_ONE, write_checkpoint
 
-LAYER = Path(__file__).parents[2] / "plugins/csrc/layer.cpp"
+LAYER = Path(__file__).parents[3] / "plugins/csrc/layer.cpp"
 # (reads, norm, gelu) of the first block of Wan, which has none before it, and of two.
 FIRST_BLOCK = {
     ("multiplier,addend,pre_quant", "layer", 0): 1,

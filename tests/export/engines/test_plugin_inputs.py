@@ -26,7 +26,7 @@ from dvdquant.system.progress import Progress
 from tests.support import quant_linear_graphs as qg
 from tests.support.engine_building import as_tensorrt
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(params=["midrise", "float"])

@@ -29,7 +29,7 @@ from dvdquant.deploy.serve.settings import Limits, ServerSettings
 from dvdquant.errors import DvdquantError, ShapeError, UnsupportedError
 from tests.support.costs import Costs
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PIXELS = 1_000_000
 RAW = b"\x89PNG and so on"
 TEXT = base64.b64encode(RAW).decode()

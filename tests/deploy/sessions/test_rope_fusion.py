@@ -21,7 +21,7 @@ from dvdquant.ops.attention.definition import E4M3_MAX
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.prepared_linear import handle_of
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "kernels" / folder) for folder in ("", "bench", "check")]
+sys.path[:0] = [str(Path(__file__).parents[3] / "kernels" / folder) for folder in ("", "bench", "check")]
 
 from host_library import HostLibrary  # noqa: E402
 

@@ -147,7 +147,7 @@ def test_unrelated_noise_is_not_taken_for_a_loops_next_step() -> None:
 @pytest.mark.parametrize("solver", ["sde", "lcm", "ancestral", "unipc"])
 def test_latents_of_a_published_size(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """480p and 81 frames of Wan: every step is its own loop's by far, and chance explains next to nothing."""
-    monkeypatch.setattr("tests.deploy.test_continuity.SHAPE", (1, 16, 21, 60, 104))
+    monkeypatch.setattr("tests.deploy.pipelines.test_continuity.SHAPE", (1, 16, 21, 60, 104))
     paths = (Path(), Path())
     for step, pair in enumerate(zip(calls(solver, 0, torch.bfloat16, 4), calls(solver, 1, torch.bfloat16, 4))):
         for number, (latents, *_) in enumerate(pair):

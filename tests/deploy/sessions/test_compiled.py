@@ -26,12 +26,12 @@ from tests.support.commands import refused
 from tests.support.exporting import TINY_WAN
 from tests.support.running import PROMPT, call, decode, drawn, run, short_wan_export
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "kernels" / folder) for folder in ("", "bench", "check")]
+sys.path[:0] = [str(Path(__file__).parents[3] / "kernels" / folder) for folder in ("", "bench", "check")]
 
 from check_cases import make_tokens, make_weight  # noqa: E402
 from host_library import HostLibrary  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FAMILIES = ("wan", "hunyuan-video", "cogvideox", "ltx-video")
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from dvdquant.cli.serve import main
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "deploy" / "containers"
 DRAIN = next(option.default for option in main.params if option.name == "drain_seconds")
 

@@ -28,7 +28,7 @@ from tests.support.commands import refused
 from tests.support.lora_files import low_rank, write_peft
 from tests.support.running import PROMPT, call, decode, drawn, run, short_wan_export
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "kernels" / folder) for folder in ("", "bench", "check")]
+sys.path[:0] = [str(Path(__file__).parents[3] / "kernels" / folder) for folder in ("", "bench", "check")]
 
 from host_library import HostLibrary  # noqa: E402
 
