@@ -386,7 +386,7 @@ def test_graphs_hold_no_place_of_this_machine(export: Export) -> None:
     for bits, flavour in graphs(export):
         raw = export.path(bits, flavour).read_bytes()
         assert b"site-packages" not in raw
-        assert str(Path(torch.__file__).parents[2]).encode() not in raw
+        assert str(Path(torch.__file__).parents[1]).encode() not in raw
 
 
 def _stripped(model: ir.Model) -> ir.Model:
