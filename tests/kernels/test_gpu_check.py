@@ -342,7 +342,7 @@ def test_many_tokens_are_checked_at_the_edges_of_tiles(library: type[HostLibrary
 def test_every_test_for_a_gpu_is_found() -> None:
     """In whichever room of the suite it lies."""
     root = Path(__file__).parents[1]
-    marked = {str(p) for p in root.glob("*/test_*.py") if "@pytest.mark.gpu" in p.read_text()}
+    marked = {str(p) for p in root.rglob("test_*.py") if "@pytest.mark.gpu" in p.read_text()}
     assert len(marked) > 5
     assert marked <= set(gpu_check.gpu_tests())
 

@@ -100,13 +100,13 @@ def test_options_of_sessions_are_in_the_repository_and_reach_the_session(
         return SimpleNamespace(family=SimpleNamespace(inputs=lambda _: []), sizes=None)
 
     monkeypatch.setattr(models, "open_session", open_double)
-    monkeypatch.setattr(config, "compile_threads", 2)
     given = {"model_instance_kind": "GPU", "model_instance_device_id": "1"}
-    models.StepModel().initialize({**given, "model_config": json.dumps({"parameters": parameters})})
+    with config.patch(compile_threads=2):  # pytest's way to put it back takes it out of the configuration
+        models.StepModel().initialize({**given, "model_config": json.dumps({"parameters": parameters})})
+        assert config.compile_threads == 1
     asked = {"backend": "auto", "compile": True, "fuse": False, "cuda_graphs": True, "weights": "packed"}
     asked |= {"plugins": [str(plugin)]}
     assert opened == [{**asked, "device": "cuda:1"}]
-    assert config.compile_threads == 1
     # A repository that an earlier release wrote.
     del parameters["sessions"]
     parameters |= {"backend": {"string_value": "pytorch"}, "device": {"string_value": "cpu"}}
