@@ -14,6 +14,7 @@ import mmap
 import os
 import tempfile
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -28,6 +29,7 @@ __all__ = ["PrivateCopy", "fits_in_memory", "private_copy"]
 log = logging.getLogger(__name__)
 
 _BLOCK = 4 << 20  # bytes that are copied or hashed at a time
+_SEAL_ATTEMPTS, _SEAL_PAUSE = 50, 0.1  # seconds
 # The share of free memory that copies may fill. The session, and the pipeline's text encoder and VAE, need the rest.
 _SHARE = 0.5
 
@@ -121,6 +123,19 @@ def private_copy(root: Path, name: str, entry: FileEntry, in_memory: bool) -> Pr
         return copy
 
 
+def _seal(fd: int) -> None:
+    """Forbid every change of a file in memory. The kernel may hold pages for a moment, to move them, and says so (EBUSY)."""
+    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+    for left in reversed(range(_SEAL_ATTEMPTS)):
+        try:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or not left:
+                raise
+            time.sleep(_SEAL_PAUSE)
+
+
 def _copy_and_hash(source: int, name: str, entry: FileEntry, in_memory: bool) -> PrivateCopy:
     size = entry["bytes"]
     fd = _memory_file(name, size) if in_memory else None
@@ -137,8 +152,7 @@ def _copy_and_hash(source: int, name: str, entry: FileEntry, in_memory: bool) ->
         offset += count
     if sealed:
         # From here on the bytes cannot change, so the hash is that of the bytes that will run.
-        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        _seal(fd)
     digest, offset = hashlib.sha256(), 0
     while count := os.preadv(fd, [block], offset):
         digest.update(block[:count])

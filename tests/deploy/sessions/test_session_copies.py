@@ -198,6 +198,28 @@ def test_copies_end_with_their_holders(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_seal_is_tried_again_while_the_kernel_moves_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, entry = a_file(tmp_path)
+    busy, real = [True, True], copies.fcntl.fcntl
+
+    def fcntl(fd: int, command: int, argument: int = 0) -> int:
+        if command == copies.fcntl.F_ADD_SEALS and busy:
+            busy.pop()
+            raise OSError(16, "Device or resource busy")
+        return real(fd, command, argument)
+
+    monkeypatch.setattr(copies, "_SEAL_PAUSE", 0.0)
+    monkeypatch.setattr(copies.fcntl, "fcntl", fcntl)
+    copy = private_copy(tmp_path, path.name, entry, in_memory=True)
+    assert not busy
+    assert copy.map()[:] == path.read_bytes()
+    busy.extend([True] * 1000)  # and not for ever
+    other = tmp_path / "other"
+    other.write_bytes(path.read_bytes())
+    with pytest.raises(OutputError, match="cannot be read"):
+        private_copy(tmp_path, other.name, entry, in_memory=True)
+
+
 def test_what_has_no_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, entry = a_file(tmp_path)
     monkeypatch.setattr(copies, "memory_limit", lambda: 1 << 20)
