@@ -7,7 +7,7 @@ PyTorch.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
@@ -18,6 +18,7 @@ from dvdquant.errors import RecipeError, UnsupportedError
 from dvdquant.hardware.advice import AUTO, choose
 from dvdquant.recipe import RECIPES, Recipe, get_recipe
 from dvdquant.system.records import brief
+from dvdquant.system.several import one_or_several
 
 if TYPE_CHECKING:
     from dvdquant.artifact.manifest import Manifest
@@ -118,7 +119,7 @@ def export_model(
         raise UnsupportedError(f"export_model has no option {unknown[0]}", available=["target", "sm", *known])
     for several in ("plugins", "also_write"):
         if several in options:
-            options[several] = _several(several, options[several])
+            options[several] = _several(several, options[several], may_be_none=True)
     if activations not in (None, 4, 8) or isinstance(activations, bool):
         raise UnsupportedError(
             f"activations have no {brief(activations)} bits",
@@ -137,8 +138,8 @@ def export_model(
     else:
         base, widths = own, () if activations is None else (activations,)
     made = base.with_options(
-        keep=_several("keep", keep),
-        force=_several("force", force),
+        keep=_several("keep", keep, may_be_none=True),
+        force=_several("force", force, may_be_none=True),
         activations=widths,
         modulation=modulation,
         attention=attention,
@@ -297,7 +298,7 @@ def _size(value: int | str | None) -> str | None:
     return None if value is None else str(value)
 
 
-def _several(name: str, value: Any) -> tuple[str, ...]:
+def _several(name: str, value: Any, may_be_none: bool = False) -> tuple[str, ...]:
     """Return one or several texts as a tuple. A number, such as 8.9, stands for its text.
 
     Raises:
@@ -305,12 +306,11 @@ def _several(name: str, value: Any) -> tuple[str, ...]:
     """
     if value is None and name in ("gpu", "sm", "target"):  # left open
         return ()
-    one = isinstance(value, (str, int, float, os.PathLike))
-    several = (value,) if one or not isinstance(value, Iterable) else tuple(value)
+    several = one_or_several(value)
     for each in several:
         if isinstance(each, bool) or not isinstance(each, (str, int, float, os.PathLike)):
             raise UnsupportedError(f"{name} holds {brief(each)}", available="texts")
-    if not several and name not in ("plugins", "also_write", "keep", "force"):
+    if not several and not may_be_none:
         raise UnsupportedError(f"{name} is empty", fix=f"give one or several, or leave {name} out")
     return tuple(str(each) for each in several)
 

@@ -144,9 +144,10 @@ def plan_export(options: ExportOptions) -> ExportPlan:
             engines += found
             library = load_backend(backend)
             versions[backend] = library.version
-            if library.takes_plugins:
+            if library.takes_plugins and options.plugins:
+                gpu = read_gpu()
                 for path in options.plugins:
-                    check_plugin(read_plugin(path), library, read_gpu())
+                    check_plugin(read_plugin(path), library, gpu)
     if any(e.precision == "plugin" for e in engines) and not options.plugins:
         raise EngineError(
             "TensorRT engines are to be built here, which needs the dvdquant plugin library, and --plugin was not given",

@@ -272,7 +272,7 @@ def test_the_public_face_is_lazy_and_complete() -> None:
 def _nodes() -> list[ast.AST]:
     """The syntax of the whole product."""
     paths = [path for room in ("dvdquant", "export", "deploy") for path in (ROOT / room).rglob("*.py")]
-    return [node for path in paths if path.parent.name != "tests" for node in ast.walk(ast.parse(path.read_text()))]
+    return [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
 
 
 def _said() -> set[str]:
@@ -287,12 +287,16 @@ def _said() -> set[str]:
 
 
 def test_every_error_that_a_class_of_its_own_raises_is_listed() -> None:
-    """A narrower class of error is named in the script of the page, with the class that it is."""
+    """A narrower class of error stands under the class that it is."""
     page = _script("errors")
     classes = [node for node in _nodes() if isinstance(node, ast.ClassDef) and node.bases]
     bases = {node.name: ast.unparse(node.bases[0]) for node in classes}
     assert {name for name, base in bases.items() if base == "DvdquantError"} <= set(page.CLASSES)
-    assert {name: base for name, base in bases.items() if base in page.CLASSES} == page.NARROWER
+    assert {name: base for name, base in bases.items() if base in page.CLASSES} == page.narrower(_nodes())
+    known = {"EncoderError": "OutputError", "ListedFileError": "OutputError", "NotBuiltError": "EngineError"}
+    assert known.items() <= page.narrower(_nodes()).items()
+    listed = {entry.kind for entry in page.collect() if "ffmpeg" in entry.what}
+    assert listed == {"OutputError"}
 
 
 def test_what_troubleshooting_quotes_is_said_by_the_code() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.page import replace_block
 from dvdquant.system.processor import processor_name
+from dvdquant.text import markdown_table
 
 __all__ = ["machine", "save"]
 
@@ -50,10 +51,11 @@ def table(kept: dict[str, Any]) -> str:
     Args:
         kept: The measures by name.
     """
-    lines = ["| what | figure | wanted | command, day, load before |", "| --- | --- | --- | --- |"]
+    rows = []
     for each in kept.values():
         for i, (what, figure, wanted) in enumerate(each["rows"]):
             source = f"`{each['command']}`, {each['date']}, {each['load']}" if i == 0 else ""
-            lines.append(f"| {what} | {figure} | {wanted} | {source} |")
+            rows.append((what, figure, wanted, source))
     cpus = sorted({f"{each['cores']} cores of an {each['cpu']}" for each in kept.values()})
-    return f"Machine: {'; '.join(cpus)}, no GPU.\n\n" + "\n".join(lines) + "\n"
+    figures = markdown_table(("what", "figure", "wanted", "command, day, load before"), rows)
+    return f"Machine: {'; '.join(cpus)}, no GPU.\n\n{figures}\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.system.plugin_file import plugin_paths
 from dvdquant.system.progress import Progress
 from dvdquant.system.records import brief
+from dvdquant.system.several import one_or_several
 
 __all__ = ["CLIP", "OPENING", "Goal", "Plan", "Quality", "delta_for_seconds", "plan"]
 
@@ -208,7 +209,7 @@ def plan(
 
 def _prompts(prompts: str | Sequence[str], may_be_none: bool = False) -> list[str]:
     """Return the prompts as a list. ShapeError if there is none where there must be one, or if one is no text."""
-    several = [prompts] if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable) else list(prompts)
+    several = list(one_or_several(prompts, (str, bytes)))
     for prompt in several:
         if not isinstance(prompt, str):
             raise ShapeError(f"a prompt is {brief(prompt)}", available="text, or several texts")
@@ -219,7 +220,7 @@ def _prompts(prompts: str | Sequence[str], may_be_none: bool = False) -> list[st
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
     """Return the seeds as a list. ShapeError if there is none, or if one is no whole number."""
-    several = list(seeds) if isinstance(seeds, Iterable) else [seeds]
+    several = one_or_several(seeds, ())
     for seed in several:
         if not is_whole(seed):
             raise ShapeError(f"a seed is {brief(seed)}", available="a whole number from 0, or several")

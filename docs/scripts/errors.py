@@ -7,6 +7,7 @@ are filled in when it is raised stand as ``…``.
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("dvdquant", "export", "deploy")
 CLASSES = {name: getattr(errors, name) for name in errors.__all__ if name != "DvdquantError"}
 CLASSES["KernelError"] = KernelError
-# Their own name says more in a trace; the page lists them under the class that a caller catches.
-NARROWER = {"EncoderError": "OutputError", "ListedFileError": "OutputError", "NotBuiltError": "EngineError"}
 
 
 @dataclass(frozen=True, order=True)
@@ -34,24 +33,33 @@ class Entry:
 
 def collect() -> list[Entry]:
     """Return every error of the source, without repetitions, in the order of its text."""
-    found = set()
+    nodes = []
     for room in ROOMS:
         for path in (ROOT / room).rglob("*.py"):
             relative = path.relative_to(ROOT)
             if path.is_symlink() or any((ROOT / p).is_symlink() for p in relative.parents if str(p) != "."):
                 continue
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Call) and (entry := _entry(node)):
-                    found.add(entry)
-    return sorted(found)
+            nodes += ast.walk(ast.parse(path.read_text()))
+    kinds = narrower(nodes)
+    return sorted({entry for node in nodes if isinstance(node, ast.Call) and (entry := _entry(node, kinds))})
 
 
-def _entry(call: ast.Call) -> Entry | None:
+def narrower(nodes: Iterable[ast.AST]) -> dict[str, str]:
+    """Return the classes of errors that say more in a trace, each with the listed class that a caller catches.
+
+    Args:
+        nodes: The syntax of the source.
+    """
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.bases]
+    return {node.name: base for node in classes if (base := ast.unparse(node.bases[0])) in CLASSES}
+
+
+def _entry(call: ast.Call, kinds: Mapping[str, str]) -> Entry | None:
     name = getattr(call.func, "attr", getattr(call.func, "id", ""))
     if name == "Clash" and len(call.args) > 1:
         fix = next((_words(keyword.value) for keyword in call.keywords if keyword.arg == "fix"), Clash.fix)
         return Entry("UnsupportedError", _words(call.args[1]), fix, lists=False)
-    name = NARROWER.get(name, name)
+    name = kinds.get(name, name)
     if name not in CLASSES or not call.args:
         return None
     fix = next((keyword.value for keyword in call.keywords if keyword.arg == "fix"), None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.files import open_regular
 from dvdquant.system.records import brief
+from dvdquant.system.several import one_or_several
 
 __all__ = ["MAX_PLUGIN", "PluginFile", "Plugins", "machine_name", "parse_plugin", "plugin_paths", "read_plugin"]
 
@@ -60,9 +61,8 @@ def plugin_paths(plugins: Plugins) -> tuple[Path, ...]:
     Raises:
         UnsupportedError: One is no path, or no file is there.
     """
-    one = isinstance(plugins, (str, os.PathLike)) or not isinstance(plugins, Iterable)
     paths = []
-    for plugin in (plugins,) if one else tuple(plugins):  # type: ignore[arg-type]
+    for plugin in one_or_several(plugins):
         if not isinstance(plugin, (str, os.PathLike)) or not os.fspath(plugin):
             raise UnsupportedError(
                 f"plugins holds {brief(plugin)}", available="a path, or several", fix="give the path of the library"

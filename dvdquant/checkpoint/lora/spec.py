@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.records import brief
+from dvdquant.system.several import one_or_several
 from dvdquant.text import shown
 
 __all__ = ["LoraSpec", "parse_lora", "parse_loras"]
@@ -80,11 +81,10 @@ def parse_loras(value: str | Path | LoraSpec | Sequence[str | Path | LoraSpec]) 
     Raises:
         UnsupportedError: one of them is out of form or of another kind, or there are more than 64.
     """
-    one = isinstance(value, (str, Path, LoraSpec)) or not isinstance(value, Iterable)
-    several = [value] if one else list(value)  # type: ignore[arg-type]
+    several = one_or_several(value)
     if len(several) > MAX_LORAS:
         raise UnsupportedError(f"{len(several)} LoRAs", available=f"up to {MAX_LORAS}", fix="leave some out")
-    return tuple(_spec(one) for one in several)  # type: ignore[arg-type]
+    return tuple(_spec(one) for one in several)
 
 
 def _spec(value: str | Path | LoraSpec) -> LoraSpec:
