@@ -72,7 +72,7 @@ class Runner:
         bench = self.worker.bench(self.name)
         self.plan = plan(bench, min(clips, 64), -(-clips // 64))[:clips]
         self.linears, self.built = "", None
-        self.states: dict[str, tuple[Any, int]] = {}
+        self.states: dict[str, tuple[Any, Any]] = {}
 
     def model(self, linears: str, kind: str) -> Any:
         """Return the model with some linear layers and some attention.
@@ -99,7 +99,7 @@ class Runner:
         if kind != "16" and kind not in self.states:
             made: Any = _Format(kind)
             self.states[kind] = (made, number_of(made))
-        self.state.number = 0 if kind == "16" else self.states[kind][1]
+        self.state.number = None if kind == "16" else self.states[kind][1]
         return self.built
 
     def do(self, job: Job) -> list[dict[str, Any]]:

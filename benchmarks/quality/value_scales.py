@@ -136,7 +136,7 @@ def main() -> int:
         scales = {"bound": bounds, "predicted": [MARGIN * each for each in guessed], "predicted-exact": guessed}
         for name in ("16 bit", *scales, "clips"):
             made: Any = _EngineAttention(seen if name == "clips" else scales.get(name, bounds))
-            runner.state.number = 0 if name == "16 bit" else number_of(made)
+            runner.state.number = None if name == "16 bit" else number_of(made)
             found = runner.worker.step_errors(runner.name, model, options.every)
             per_clip: dict[int, list[float]] = {}
             for clip, _, _, error in found:

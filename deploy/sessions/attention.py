@@ -54,13 +54,13 @@ class AttentionState:
         chosen: The session's attention; None leaves it in 16 bit, so that only masks are left out.
 
     Attributes:
-        number: The number of ``chosen`` for the operation, or 0.
+        number: The number of ``chosen`` for the operation, or None.
         least: The shortest sequence that is not in 16 bit.
         whole: Whether masks over keys are true everywhere, so that they are left out.
     """
 
     def __init__(self, chosen: Attention | None) -> None:
-        self.number = 0 if chosen is None else number_of(chosen)
+        self.number = None if chosen is None else number_of(chosen)
         self.least = ladder.MIN_TOKENS
         self.whole = False
 
@@ -92,7 +92,7 @@ class AttentionState:
         if self.whole and attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.shape[-2] == 1:
             attn_mask = None
         plain = attn_mask is None and not is_causal and not dropout_p
-        if self.number and plain and k.shape[1] == q.shape[1] and q.shape[1] >= self.least:
+        if self.number is not None and plain and k.shape[1] == q.shape[1] and q.shape[1] >= self.least:
             factor = q.shape[-1] ** -0.5 if scale is None else scale
             out: Tensor = attention(q, k, v, bounds, factor, self.number)
             return out
@@ -132,18 +132,23 @@ def _backend() -> Any:
 
 
 class _Functions:
-    """``torch.nn.functional`` as a processor sees it that calls PyTorch itself. Its layers have no bounds: one serves all."""
+    """``torch.nn.functional`` as a processor sees it that calls PyTorch itself.
 
-    def __init__(self, state: AttentionState) -> None:
-        self.state = state
+    Args:
+        calls: Has the layer of the processor that was called last in this thread.
+    """
+
+    def __init__(self, calls: threading.local) -> None:
+        self.calls = calls
 
     def scaled_dot_product_attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None,
     ) -> Tensor:  # fmt: skip
         """Compute attention as PyTorch's function does, in the arithmetic of the session."""
+        layer: _Layer = self.calls.layer
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return self.state.attention(q, k, v, None, attn_mask, is_causal, scale, dropout_p).transpose(1, 2)
+        return layer.state.attention(q, k, v, layer.bounds, attn_mask, is_causal, scale, dropout_p).transpose(1, 2)
 
 
 def check_attention(model: nn.Module) -> None:
@@ -175,30 +180,41 @@ def install_attention(model: nn.Module, chosen: Attention | None) -> AttentionSt
     """
     check_attention(model)
     state = AttentionState(chosen)
-    direct: dict[type, Any] = {}
     for module in self_attentions(model):
         if chosen is not None:
             fold_norms(module)
+        layer = _Layer(state, None if chosen is None else norm_bounds(module))
         processor: Any = module.processor
         if attention_is_dispatched(processor):
-            dispatch_to(module, _backend(), _Layer(state, None if chosen is None else norm_bounds(module)))
+            dispatch_to(module, _backend(), layer)
         else:
-            kind = type(processor)
-            if kind not in direct:
-                direct[kind] = _with_functions(kind, _Functions(state))
-            module.processor = direct[kind]
+            module.processor = _with_functions(type(processor))()
+            module.processor.layer = layer
     return state
 
 
-def _with_functions(kind: Any, functions: _Functions) -> Any:
-    """Return a processor of this class whose ``F`` is another."""
-    call = kind.__call__
+@functools.cache
+def _with_functions(kind: Any) -> Any:
+    """Return the class of processors whose ``F`` is another: one for all sessions, which share compiled code by it.
+
+    Args:
+        kind: The class of a processor that calls PyTorch itself. Those of the class that is returned have a ``layer``.
+    """
+    call, calls = kind.__call__, threading.local()
     # Without the module's name: torch.compile would look F up in the module that is called so.
-    known = {name: value for name, value in call.__globals__.items() if name != "__name__"} | {"F": functions}
+    known = {name: value for name, value in call.__globals__.items() if name != "__name__"}
+    known["F"] = _Functions(calls)
     rebound = types.FunctionType(call.__code__, known, call.__name__, call.__defaults__, call.__closure__)
     rebound.__kwdefaults__ = call.__kwdefaults__
     rebound.__module__ = call.__module__
-    return type(kind.__name__, (kind,), {"__call__": rebound})()
+
+    # With its signature, by which diffusers finds out what it may hand on.
+    @functools.wraps(rebound)
+    def with_layer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.layer = self.layer
+        return rebound(self, *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": with_layer})
 
 
 def self_attentions(model: nn.Module) -> list[nn.Module]:

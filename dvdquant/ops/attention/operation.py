@@ -21,19 +21,27 @@ _numbers = itertools.count(1)
 _known: weakref.WeakValueDictionary[int, Attention] = weakref.WeakValueDictionary()
 
 
-def number_of(chosen: Attention) -> int:
+def number_of(chosen: Attention) -> Tensor:
     """Return a new number by which :func:`attention` finds ``chosen``: an operation takes no Python objects.
+
+    It is a tensor, which a compiled model reads at every call. A plain number would be a constant of the compiled code, so
+    that every session, and every process, would compile anew.
 
     Args:
         chosen: The attention that a session has taken.
+
+    Returns:
+        int64 [], on the CPU.
     """
     number = next(_numbers)
     _known[number] = chosen
-    return number
+    # Sessions are alike for the compiler only if this is, wherever they were opened.
+    with torch.inference_mode(False):
+        return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("dvdquant::attention", mutates_args=())
-def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float, number: int) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float, number: Tensor) -> Tensor:
     """Compute attention as the session of this number does.
 
     Args:
@@ -53,20 +61,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: flo
     return _chosen(number)(q, k, v, scale, bounds).contiguous()
 
 
-def _chosen(number: int) -> Attention:
+def _chosen(number: Tensor) -> Attention:
     """Return the attention of a number.
 
     Raises:
         EngineError: Its session is gone.
     """
-    chosen = _known.get(number)
+    chosen = _known.get(int(number))
     if chosen is None:
         raise EngineError("the session that a compiled model was made for is gone", fix="open it again")
     return chosen
 
 
 @attention.register_fake
-def _attention_fake(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float, number: int) -> Tensor:
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: float, number: Tensor) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -94,7 +102,7 @@ def rope_attention(
     first: int,
     per_channel: bool,
     scale: float,
-    number: int,
+    number: Tensor,
     kernels: int,
 ) -> Tensor:
     """Take q and k through their norm and rope in one kernel each, and compute attention as the session of this number does.

@@ -128,21 +128,29 @@ import sys
 from torch._dynamo.utils import counters
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
-artifact = Artifact.open(sys.argv[1])
-with PyTorchSession(artifact, compile=True) as session:
+from dvdquant.ops.attention import ladder
+from dvdquant.ops.attention.operation import number_of
+path, attention, sessions = sys.argv[1:]
+artifact = Artifact.open(path)
+ladder.MIN_TOKENS = 16
+for _ in range(int(sessions)):  # the numbers of sessions that were open before
+    number_of(ladder.Attention("int8", ()))
+options = {} if attention == "16" else {"attention": attention, "attention_backend": "reference"}
+with PyTorchSession(artifact, compile=True, **options) as session:
     session.run(artifact.family().sample(artifact.sizes, artifact.dtype), 8)
 print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"])
 """
 
 
 @pytest.mark.stress
-def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("attention", ["16", "int8"])
+def test_a_second_process_compiles_nothing(attention: str, tmp_path: Path) -> None:
     """With inductor's C++; its key does not depend on what is compiled to."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # inductor's own processes would hold the output open
     told = []
-    for _ in range(2):
-        command = [sys.executable, "-c", _RUN, str(made.weights_export("wan"))]
+    for sessions in ("0", "3"):
+        command = [sys.executable, "-c", _RUN, str(made.weights_export("wan")), attention, sessions]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         told.append([int(word) for word in done.stdout.split()[-2:]])

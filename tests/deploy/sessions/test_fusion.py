@@ -290,10 +290,7 @@ def test_where_it_does_not_apply() -> None:
 def test_q_and_k_come_to_8_bit_attention_by_one_kernel(
     name: str, attentions: int, kinds_of: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Norm, rope, rotation and codes of q and k, from the second call on; before, and for int8, in 16 bit.
-
-    CogVideoX's layer norm gives no bound: 16 bit.
-    """
+    """Norm, rope, rotation and codes of q and k, from the second call on; before, and for int8, in 16 bit."""
     monkeypatch.setattr(ladder, "MIN_TOKENS", 16)
     found: list[int] = []
     fuse = fusion.fuse_attention
@@ -316,7 +313,7 @@ def test_q_and_k_come_to_8_bit_attention_by_one_kernel(
             session.run(inputs, 8)
             kinds.clear()
             fused = session.run(inputs, 8)
-        codes = torch.float8_e4m3fn if kind == "fp8" and name != "cogvideox" else torch.bfloat16
+        codes = torch.float8_e4m3fn if kind == "fp8" else torch.bfloat16
         assert set(kinds) == {codes}
         # Rounded less often than apart, and as far from attention in 16 bit.
         distance = made.relative(apart, sixteen)

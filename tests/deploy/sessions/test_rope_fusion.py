@@ -181,7 +181,7 @@ def test_what_is_recognised(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         chosen = Chosen(codes)
         number = operation.number_of(chosen)  # type: ignore[arg-type]
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, number: int = number) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, number: Tensor = number) -> Tensor:
             return operation.attention(q, k, v, BOUNDS, HEAD**-0.5, number)
 
         with torch.inference_mode():

@@ -72,6 +72,33 @@ def test_every_family_eager_and_compiled(name: str, kind: str, monkeypatch: pyte
     assert counters["stats"]["unique_graphs"] <= 2 * len(classes)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["wan", "cogvideox", *(pytest.param(name, marks=pytest.mark.stress) for name in ("hunyuan-video", "ltx-video"))],
+)
+def test_sessions_share_compiled_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reopened, as by a server that loads again, and two at once, as of a model with two transformers."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    artifact = Artifact.open(made.weights_export(name, ranges=False))
+    inputs = sample(artifact)
+    torch._dynamo.reset()
+    counters.clear()
+    graphs, outputs = [], []
+    options: dict[str, Any] = {"bits": [8], "attention": "fp8", "attention_backend": "reference", "compile": True}
+    with PyTorchSession(artifact, **options) as first:
+        outputs += [first.run(inputs, 8) for _ in range(2)]
+        graphs.append(counters["stats"]["unique_graphs"])
+        for _ in range(2):
+            with PyTorchSession(artifact, **options) as session:
+                outputs.append(session.run(inputs, 8))
+                assert session.attention is not None
+                assert session.attention.decided
+            graphs.append(counters["stats"]["unique_graphs"])
+        outputs.append(first.run(inputs, 8))
+    assert graphs == graphs[:1] * 3
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
 @pytest.mark.parametrize("name", [*FAMILIES[:3], pytest.param("ltx-video", marks=pytest.mark.stress)])  # built as Wan
 def test_only_long_self_attention_is_taken_over(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer once, all of its tokens; text attention never, and nothing below the least length."""
@@ -83,12 +110,10 @@ def test_only_long_self_attention_is_taken_over(name: str, monkeypatch: pytest.M
         seen.append(tuple(q.shape))
         assert q.shape == k.shape == v.shape
         # The bounds hold for what is rounded, whatever the data.
-        if bounds is not None:
-            matrix = hadamard_matrix(q.shape[-1], torch.float32)
-            for x, bound in zip((q, k), bounds):
-                assert (x.float() @ matrix).abs().max() <= bound * 1.01  # q and k are rounded to 16 bit
-        else:
-            assert name == "cogvideox"
+        assert bounds is not None
+        matrix = hadamard_matrix(q.shape[-1], torch.float32)
+        for x, bound in zip((q, k), bounds):
+            assert (x.float() @ matrix).abs().max() <= bound * 1.01  # q and k are rounded to 16 bit
         return ladder.exact(q, k, v, scale)
 
     watched = dataclasses.replace(REFERENCE["fp8"], load=lambda: kernel)
