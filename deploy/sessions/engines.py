@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from dvdquant.deploy.sessions.engine_binding import (
 )
 from dvdquant.deploy.sessions.engine_choice import build_target, device_sm, find_engines, select_engine
 from dvdquant.deploy.sessions.lora_inputs import LoraInputs
+from dvdquant.deploy.sessions.replay import capture_step, failure_text
 from dvdquant.deploy.sessions.weight_form import choose_form
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, OutputError, UnsupportedError
@@ -52,13 +53,13 @@ class _Capture:
     """A CUDA graph of one bit-width, with the memory that it reads and writes.
 
     Args:
-        graph: The ``torch.cuda.CUDAGraph``.
+        replay: Repeats the pass.
         inputs: The tensors that the graph reads, by name.
         output: The tensor that the graph writes.
         generation: The generation of the scratch memory at the capture.
     """
 
-    graph: Any
+    replay: Callable[[], Any]
     inputs: dict[str, Tensor]
     output: Tensor
     generation: int
@@ -84,7 +85,8 @@ class TensorRTSession(EngineSession):
         plugins: Plugin libraries, loaded once per process before the engines that need them. If all engines use one
             library, their contexts share what the plugin prepares from a weight. The copy inside an engine shares
             nothing.
-        cuda_graphs: True replays passes of the same shapes as a CUDA graph, which saves kernel launches.
+        cuda_graphs: True replays passes of the same shapes as a CUDA graph, which saves kernel launches. Where a pass cannot
+            be captured, the log says why, and passes run as usual.
         weights: ``auto``, ``packed`` or ``expanded``: how the plugin holds weights. ``auto`` follows ``DVDQUANT_WEIGHTS``
             where it is set, and else the count of :class:`.HeldWeights`.
 
@@ -220,19 +222,31 @@ class TensorRTSession(EngineSession):
         return output.to(self.dtype)
 
     def _replay(self, engine: BoundEngine, inputs: dict[str, Tensor], bits: int, stream: Any) -> Tensor:
-        """Replay the CUDA graph on ``stream``, after a new capture if shapes or scratch memory have changed."""
+        """Replay the CUDA graph on ``stream``, after a new capture if shapes or scratch memory have changed.
+
+        A pass that cannot be captured runs as usual, and so do all from then on.
+        """
         engine.prepare(inputs)
         capture = self._captures.get(bits)
         shapes = {name: tensor.shape for name, tensor in inputs.items()}
         if capture is None or capture.generation != self._scratch.generation or capture.shapes != shapes:
             self._captures.pop(bits, None)
-            capture = self._captures[bits] = self._capture(engine, inputs)
+            try:
+                capture = self._captures[bits] = self._capture(engine, inputs)
+            except Exception as error:  # noqa: BLE001 - an error of the engine comes again when it runs as usual
+                capture = None
+                module_log.warning("%s: steps are not captured as CUDA graphs: %s", self.component, failure_text(error))
+            if capture is None:
+                self._cuda_graphs = False
+                self._captures.clear()
+                torch.cuda.empty_cache()  # what the captures held, which PyTorch would keep
+                return engine.enqueue(inputs, self.device, stream.cuda_stream)
         # The output is allocated on torch's current stream, where the caller may free it. The pass's stream fills it.
         output = torch.empty_like(capture.output)
         with torch.cuda.stream(stream):
             for name, tensor in inputs.items():
                 capture.inputs[name].copy_(tensor)
-            capture.graph.replay()
+            capture.replay()
             output.copy_(capture.output)
         return output
 
@@ -243,10 +257,10 @@ class TensorRTSession(EngineSession):
         stream = self._lane.own
         engine.enqueue(held, self.device, stream.cuda_stream)
         torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            output = engine.enqueue(held, self.device, stream.cuda_stream)
-        return _Capture(graph, held, output, self._scratch.generation)
+        output, replay = capture_step(
+            lambda given: engine.enqueue(given, self.device, stream.cuda_stream), held, self.device, stream
+        )
+        return _Capture(replay, held, output, self._scratch.generation)
 
     def _resident_bytes(self) -> dict[str, int]:
         """Return the bytes that are held between calls.

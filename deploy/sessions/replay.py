@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MOST_CAPTURES", "MOST_TOKENS", "GraphReplay", "why_not"]
+__all__ = ["MOST_CAPTURES", "MOST_TOKENS", "GraphReplay", "capture_step", "failure_text", "why_not"]
 
 log = logging.getLogger(__name__)
 
@@ -50,22 +50,29 @@ class _Capture:
     replay: Callable[[], Any]
 
 
-def capture_step(step: Step, inputs: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Callable[[], Any]]:
+def capture_step(
+    step: Step, inputs: dict[str, Tensor], device: torch.device, stream: Any = None
+) -> tuple[Tensor, Callable[[], Any]]:
     """Capture a step on a CUDA device; return the tensor that it writes, and what repeats it.
 
     PyTorch's own stream for captures belongs to the device of the first one, and kernels of another device would run instead of
-    being captured. So each capture has a stream of its device.
+    being captured. So each capture has a stream of its device. The caller's stream is the current one again behind a capture that
+    fails, too, where PyTorch may leave that of the capture.
 
     Args:
         step: The step.
         inputs: The tensors that it reads, now and at every repetition.
         device: The device of the session.
+        stream: The stream that the step is captured on. By default it is a new one.
+
+    Raises:
+        Exception: The step cannot be captured: whatever it, PyTorch or a library raises.
     """
-    with _CAPTURING, torch.cuda.device(device):
+    with _CAPTURING, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(device) if stream is None else stream  # type: ignore[no-untyped-call]
         # Other threads may allocate memory meanwhile: those of a second session, or of a server.
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             output = step(inputs)
     return output, graph.replay
@@ -84,6 +91,16 @@ def why_not(device: torch.device, dynamic: bool, tokens: int) -> str | None:
     if dynamic:
         return RANGED
     return LONG if tokens > MOST_TOKENS else None
+
+
+def failure_text(error: BaseException) -> str:
+    """Return the first line of an error, or its class where it says nothing.
+
+    Args:
+        error: What a capture raised.
+    """
+    said = str(error).strip()
+    return said.splitlines()[0][:200] if said else type(error).__name__
 
 
 class GraphReplay:
@@ -136,22 +153,27 @@ class GraphReplay:
 
     def _capture(self, key: Key, inputs: dict[str, Tensor]) -> bool:
         """Capture a step, the least recently used one giving way; return whether that worked."""
-        held = {name: tensor.clone() for name, tensor in inputs.items()}
         while len(self._captures) >= MOST_CAPTURES:
             self._captures.popitem(last=False)
         try:
-            output, replay = capture_step(self._step, held, self._device)
-            self._try(held, output, replay)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            self.failed = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            self._captures.clear()
-            log.warning("%s: steps are not captured as CUDA graphs: %s", self._name, self.failed)
-            return False
-        self._captures[key] = _Capture(held, output, replay)
-        log.info("%s: a step is captured as a CUDA graph", self._name)
-        return True
+            self._captures[key] = self._captured(inputs)
+        except Exception as error:  # noqa: BLE001 - an error of the step itself comes again when it runs as usual
+            self.failed = failure_text(error)
+        if self.failed is None:
+            log.info("%s: a step is captured as a CUDA graph", self._name)
+            return True
+        log.warning("%s: steps are not captured as CUDA graphs: %s", self._name, self.failed)
+        self._captures.clear()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what the captures held, which PyTorch would keep
+        return False
+
+    def _captured(self, inputs: dict[str, Tensor]) -> _Capture:
+        """Return a captured step that was tried."""
+        held = {name: tensor.clone() for name, tensor in inputs.items()}
+        output, replay = capture_step(self._step, held, self._device)
+        self._try(held, output, replay)
+        return _Capture(held, output, replay)
 
     def _try(self, inputs: dict[str, Tensor], output: Tensor, replay: Callable[[], Any]) -> None:
         """Repeat a captured step once.

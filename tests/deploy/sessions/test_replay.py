@@ -17,6 +17,7 @@ from dvdquant.deploy.pipelines.transformer import DvdqTransformer
 from dvdquant.deploy.sessions import open_session, replay
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.deploy.sessions.replay import GraphReplay, why_not
+from dvdquant.ops.cuda.errors import KernelError
 from tests.support import session_exports as made
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -74,16 +75,54 @@ def test_each_width_and_each_shape_has_its_own(captured: list[Any]) -> None:
     assert len(captured) == before
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("operation not permitted when stream is capturing\nmore"), "when stream is capturing"),
+        (KernelError("its weight is prepared at the first call"), "its weight is prepared at the first call"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+        (TypeError(), "TypeError"),
+    ],
+    ids=["capture", "kernels", "memory", "hook"],
+)
 def test_what_cannot_be_captured_runs_as_usual(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, captured: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(*_: Any) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+    """Whatever it raises; and what was captured before is dropped, with its memory."""
+    capture, freed = replay.capture_step, []
 
-    monkeypatch.setattr(replay, "capture_step", refuse)
+    def refuse_another(step: replay.Step, inputs: dict[str, Tensor], device: torch.device) -> Any:
+        if captured:
+            raise error
+        return capture(step, inputs, device)
+
+    monkeypatch.setattr(replay, "capture_step", refuse_another)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(graphs.nbytes))
     graphs = GraphReplay(step_of([]), "transformer", CUDA)
-    assert [float(graphs(given(float(i)), 8)[0]) for i in range(4)] == [1.0, 3.0, 5.0, 7.0]
-    assert caplog.text.count("not permitted when stream is capturing") == 1
+    for state in (8, 4, 8):
+        assert [float(graphs(given(float(i)), state)[0]) for i in range(4)] == [1.0, 3.0, 5.0, 7.0]
+    assert (len(captured), graphs.nbytes, freed) == (1, 0, [0])
+    assert caplog.text.count(said) == 1
+    assert "more" not in caplog.text
+
+
+def test_an_error_of_the_step_itself_surfaces(captured: list[Any]) -> None:
+    """It fails while it is captured, and again when it runs as usual: that is what the caller sees."""
+    failing = False
+
+    def step(inputs: dict[str, Tensor]) -> Tensor:
+        if failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inputs["x"] * 2
+
+    graphs = GraphReplay(step, "transformer", CUDA)
+    graphs(given(1.0), 8)
+    failing = True
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs(given(1.0), 8)
+    failing = False
+    assert float(graphs(given(2.0), 8)[0]) == 4.0
+    assert not captured
 
 
 def test_a_capture_without_the_kernels_of_its_step_is_not_repeated(
@@ -105,6 +144,8 @@ class _Cuda:
     def __init__(self) -> None:
         self.calls: list[Any] = []
         self.under_way = 0
+        self.current: Any = "the caller's stream"
+        self.fails: str | None = None
 
     def synchronize(self, device: torch.device) -> None:
         self.calls.append(("synchronize", device))
@@ -117,13 +158,34 @@ class _Cuda:
         self.calls.append(("device", device))
         yield
 
+    def current_stream(self, device: torch.device) -> Any:
+        return self.current
+
+    @contextlib.contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
     @contextlib.contextmanager
     def graph(self, graph: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        """As of PyTorch 2.13: where its end fails, as after a step that is no part of a graph, its stream stays the current one."""
         self.under_way += 1
         assert self.under_way == 1
         self.calls.append((stream, capture_error_mode))
-        yield
-        self.under_way -= 1
+        before, self.current = self.current, stream
+        try:
+            if self.fails == "begin":
+                raise RuntimeError("no capture begins")
+            with contextlib.suppress(RuntimeError):
+                yield
+            if self.fails == "end":
+                raise RuntimeError("the capture was invalidated")
+            self.current = before
+        finally:
+            self.under_way -= 1
 
 
 def test_a_capture_is_on_a_stream_of_its_device_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +212,21 @@ def test_a_capture_is_on_a_stream_of_its_device_and_alone(monkeypatch: pytest.Mo
     streams = [call for call in cuda.calls if call[1] == "thread_local"]
     assert streams == [(("stream", device), "thread_local") for device in devices]
     assert [call[1] for call in cuda.calls if call[0] == "device"] == devices
+
+
+@pytest.mark.parametrize("fails", ["begin", "end"])
+def test_the_callers_stream_is_back_after_a_capture_that_fails(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all work of the thread would go on on the stream of the capture, not ordered with that of others."""
+    cuda = _Cuda()
+    cuda.fails = fails
+    monkeypatch.setattr(replay.torch, "cuda", cuda)
+    with pytest.raises(RuntimeError, match=r"no capture begins|was invalidated"):
+        replay.capture_step(step_of([]), given(1.0), torch.device("cuda", 1))
+    assert cuda.current == "the caller's stream"
+    cuda.fails = None
+    output, _ = replay.capture_step(step_of([]), given(1.0), torch.device("cuda", 1), "a stream of the caller")
+    assert float(output[0]) == 3.0
+    assert cuda.calls[-1] == ("a stream of the caller", "thread_local")
 
 
 def test_where_it_is_off() -> None:

@@ -435,6 +435,49 @@ def test_an_engine_without_memory_is_told_as_such(
         assert "memory" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "error", [None, RuntimeError("the capture was invalidated"), torch.OutOfMemoryError("CUDA out of memory")], ids=str
+)
+def test_engines_that_cannot_be_captured_run_as_usual(
+    error: Exception | None,
+    artifact: Artifact,
+    sample: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As steps of PyTorch sessions, with the same capture; the log says so once."""
+    library = Library(BF16, lambda inputs, name: inputs["hidden_states"])
+    on_the_host(monkeypatch, library)
+    captured: list[Any] = []
+
+    def capture(step: Any, inputs: Any, device: torch.device, stream: Any) -> Any:
+        captured.append(stream)
+        if error is not None:
+            raise error
+        output = step(inputs)
+        return output, lambda: output.copy_(step(inputs))
+
+    with TensorRTSession(artifact, device=HOST) as session:
+        device = Device(monkeypatch)
+        session._lane.own, session._lane._done = device.stream(), DeviceEvent()
+        monkeypatch.setattr(engines, "capture_step", capture)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(session, "_cuda_graphs", True)
+        monkeypatch.setattr(session, "_library", SimpleNamespace(takes_plugins=True))
+        for factor in (1, 2, 3):
+            given = {**sample, "hidden_states": factor * sample["hidden_states"]}
+            for bits in (4, 8):
+                assert torch.equal(session.run(given, bits), given["hidden_states"])
+        assert captured == [session._lane.own] * (2 if error is None else 1)
+        assert caplog.text.count("not captured as CUDA graphs") == int(error is not None)
+        if error is not None:
+            assert str(error) in caplog.text
+        # What is no fault of the capture is an error of the pass.
+        library.fail = "execute"
+        with pytest.raises(EngineError, match="the engine failed: an illegal access"):
+            session.run(sample, 4)
+
+
 # ---------------------------------------------------------------------------------------------- order of streams (double)
 
 
@@ -537,10 +580,9 @@ def test_passes_and_what_surrounds_them_are_in_order(
     if replays:
         held = {name: tensor.clone() for name, tensor in sample.items()}
         output = sample["hidden_states"].float()
-        graph = SimpleNamespace(replay=lambda: device.queue("pass"))
         monkeypatch.setattr(session, "_cuda_graphs", True)
         monkeypatch.setattr(session, "_library", SimpleNamespace(takes_plugins=True))
-        session._captures[4] = engines._Capture(graph, held, output, session._scratch.generation)
+        session._captures[4] = engines._Capture(lambda: device.queue("pass"), held, output, session._scratch.generation)
     others = [device.stream(), device.stream()]
     with Watch(device):
         for caller in (device.streams[0], others[0], device.streams[0], device.streams[0], others[1], others[0]):
