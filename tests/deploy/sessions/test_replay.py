@@ -171,7 +171,7 @@ class _Cuda:
 
     @contextlib.contextmanager
     def graph(self, graph: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
-        """As of PyTorch 2.13: where its end fails, as after a step that is no part of a graph, its stream stays the current one."""
+        """As of PyTorch 2.13: where a capture cannot begin or end, its stream stays the current one."""
         self.under_way += 1
         assert self.under_way == 1
         self.calls.append((stream, capture_error_mode))
