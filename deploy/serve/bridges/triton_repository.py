@@ -12,6 +12,7 @@ import site
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import dvdquant
 from dvdquant.errors import OutputError
 from dvdquant.system.whole_file import write_whole
 
@@ -57,7 +58,7 @@ def write_repository(folder: Path, source: ModelSource, sessions: SessionSetting
     }  # fmt: skip
     kind = "KIND_CPU" if sessions.device == "cpu" else "KIND_GPU"
     texts = {"dvdq_step": _step_config(artifact), "dvdq_video": _video_config()}
-    places = os.pathsep.join([str(Path(__file__).resolve().parents[4]), *site.getsitepackages()])
+    places = os.pathsep.join([str(Path(dvdquant.__file__).resolve().parents[1]), *site.getsitepackages()])
     written = []
     for name, text in texts.items():
         parameters = "".join(

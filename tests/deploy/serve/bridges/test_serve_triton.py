@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -51,7 +52,10 @@ def test_the_command_writes_two_models(tmp_path: Path) -> None:
     assert "decoupled: true" in (tmp_path / "models/dvdq_video/config.pbtxt").read_text()
     for path in files:
         if path.suffix == ".py":
-            compile((tmp_path / "models" / path).read_text(), str(path), "exec")
+            code = (tmp_path / "models" / path).read_text()
+            compile(code, str(path), "exec")
+            places = ast.literal_eval(code.partition('"DVDQ_SITE", ')[2].partition(")")[0]).split(os.pathsep)
+            assert (Path(places[0]) / "dvdquant" / "__init__.py").is_file()  # a checkout is found, too
 
 
 def _models(monkeypatch: pytest.MonkeyPatch) -> Any:
