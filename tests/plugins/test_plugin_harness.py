@@ -206,7 +206,9 @@ FUSED = {
 CASES = {
     "a4-token-rotated": Case((2, 5, 96), 40, act_bits=4, block=8, outer=12),
     "a8-token-fp16": Case((7, 128), 24, act_bits=8, block=128, dtype="fp16"),
-    "a4-group-real-zero": Case((1, 3, 2, 256), 33, act_bits=4, act_group=64, groups=8, float_zero_point=True, block=64),
+    "a4-group-float-zero": Case(
+        (1, 3, 2, 256), 33, act_bits=4, act_group=64, groups=8, float_zero_point=True, block=64
+    ),
     "a8-wide-bytes": Case((4, 64), 9, act_bits=8, groups=2, float_zero_point=True, wide=True, block=32),
     "a8-no-rotation": Case((1, 32), 1, act_bits=8, wide=True, dtype="fp16"),
     "vector": Case((64,), 5, act_bits=4, groups=4, block=32, outer=2),
