@@ -188,19 +188,22 @@ def install_attention(model: nn.Module, chosen: Attention | None) -> AttentionSt
         if attention_is_dispatched(processor):
             dispatch_to(module, _backend(), layer)
         else:
-            module.processor = _with_functions(type(processor))()
-            module.processor.layer = layer
+            kind: Any = type(processor)
+            own: Any = _with_functions(kind)()
+            own.layer = layer
+            module.processor = own
     return state
 
 
 @functools.cache
-def _with_functions(kind: Any) -> Any:
+def _with_functions(kind: type) -> Any:
     """Return the class of processors whose ``F`` is another: one for all sessions, which share compiled code by it.
 
     Args:
         kind: The class of a processor that calls PyTorch itself. Those of the class that is returned have a ``layer``.
     """
-    call, calls = kind.__call__, threading.local()
+    call: Any = kind.__call__
+    calls = threading.local()
     # Without the module's name: torch.compile would look F up in the module that is called so.
     known = {name: value for name, value in call.__globals__.items() if name != "__name__"}
     known["F"] = _Functions(calls)
