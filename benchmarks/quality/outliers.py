@@ -20,7 +20,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-__all__ = ["add_outliers", "modulation"]
+__all__ = ["KINDS", "add_outliers", "modulation", "toy_folders"]
+
+KINDS = ("plain", "outliers")  # of the toy models, as options name them
 
 # scale_shift_table and the projection hold six rows: shift, scale, gate of attention, then of the feed-forward layer.
 SHIFT, SCALE = (0, 3), (1, 4)
@@ -123,6 +125,19 @@ def write(source: Path, out: Path, count: int, largest: float) -> dict[int, floa
         f"{out}: outlier channels {', '.join(f'{c} x {f:.0f}' for c, f in factors.items())}; output within {found:.1e}"
     )
     return factors
+
+
+def toy_folders(model: Path, work: Path) -> dict[str, Path]:
+    """Return the folders of the toy model and of the one with outlier channels by their names; the latter is written once.
+
+    Args:
+        model: The folder of the toy model.
+        work: The folder of what processes share.
+    """
+    plain, outliers = model.resolve(), (work / f"{model.resolve().name}-outliers").resolve()
+    if not (outliers / "transformer" / "config.json").exists():
+        write(model, outliers, count=5, largest=60.0)
+    return {plain.name: plain, outliers.name: outliers}
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
-from benchmarks.rows import read_rows
+from benchmarks.rows import append_rows, read_rows
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
@@ -120,9 +120,7 @@ class Worker:
                 reference = self.generator.generate(dataclass_replace(base, mode="16")).frames
             row = {"key": key, "prompt": prompt, "seed": seed, **self._one(base, variant, reference, done)}
             done[variant["name"]] = row
-            line = json.dumps(row, ensure_ascii=False) + "\n"
-            with open(self.results, "ab", buffering=0) as file:
-                file.write(line.encode())  # one write of less than a page: lines of two processes do not mix
+            append_rows(self.results, [row])
 
     def _one(self, base: Any, variant: Variant, reference: Any, done: dict[str, Row]) -> Row:
         from benchmarks.switching.metrics import ssim
@@ -211,8 +209,7 @@ def plan_deltas(out: Path, model: Path, steps: int, results: Path, export_key: s
         {"key": key, "name": name, "delta": delta_for_average_bits(recordings, bits)[0]}
         for name, bits in (("6", 6.0), ("5", 5.0))
     ]
-    with open(results, "a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    append_rows(results, rows)
     return {row["name"]: row["delta"] for row in rows}
 
 
