@@ -67,7 +67,8 @@ class AttentionRunner:
         self.every, self.work = every, work
         bench = self.worker.bench(self.name)
         self.plan = plan(bench, min(clips, 64), -(-clips // 64))[:clips]
-        self.linears, self.built = "", None
+        self.linears = ""
+        self.built: Any = None
         self.states: dict[str, tuple[Any, int]] = {}
 
     def model(self, linears: str, kind: str) -> Any:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def controller_of(setting: str) -> Any:
         policy, threshold, residual, most, warm_up, *weighting = words[1:]
         given: Any = (float(threshold), residual, int(most), policy, float(warm_up), *weighting)
         cache = StepCachePolicy(*given)
-    rule = {"delta": float(delta or DEFAULT_DELTA)} if mode == "switch" else {}
+    rule: dict[str, Any] = {"delta": float(delta or DEFAULT_DELTA)} if mode == "switch" else {}
     return make_controller(mode, component="transformer", family="wan", bits=(4, 8), cache=cache, **rule)
 
 
@@ -176,7 +176,9 @@ def table_of(rows: Sequence[dict[str, Any]], settings: Sequence[str]) -> str:
         for row in rows:
             if row["model"] == model:
                 found.setdefault(row["setting"], []).append(row)
-        psnrs = {name: {(r["prompt"], r["seed"]): r["psnr"] for r in each} for name, each in found.items()}
+        psnrs: dict[str, dict[Hashable, float]] = {
+            name: {(r["prompt"], r["seed"]): r["psnr"] for r in each} for name, each in found.items()
+        }
         for setting in settings:
             if setting not in found:
                 continue

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ["KINDS", "add_outliers", "modulation", "toy_folders"]
 
@@ -29,7 +29,7 @@ SHIFT, SCALE = (0, 3), (1, 4)
 
 
 @torch.no_grad()
-def modulation(model: nn.Module, timesteps: Tensor) -> Tensor:
+def modulation(model: WanTransformer3DModel, timesteps: Tensor) -> Tensor:
     """Return shift, scale, gate, shift, scale, gate of every block, fp32 [blocks, T, 6, D].
 
     Args:
@@ -43,7 +43,9 @@ def modulation(model: nn.Module, timesteps: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def add_outliers(model: nn.Module, count: int, largest: float) -> tuple[nn.Module, dict[int, float]]:
+def add_outliers(
+    model: WanTransformer3DModel, count: int, largest: float
+) -> tuple[WanTransformer3DModel, dict[int, float]]:
     """Return a copy with outlier channels in the inputs of q, k, v (self- and cross-attention) and of the feed-forward layer.
 
     The channels are those whose modulation varies most over the timesteps; factors fall geometrically from ``largest`` to
@@ -85,7 +87,7 @@ def add_outliers(model: nn.Module, count: int, largest: float) -> tuple[nn.Modul
 
 
 @torch.no_grad()
-def difference(model: nn.Module, changed: nn.Module) -> float:
+def difference(model: WanTransformer3DModel, changed: WanTransformer3DModel) -> float:
     """Return the largest relative L2 difference of the output over five timesteps, on noise.
 
     Args:

@@ -132,8 +132,8 @@ def finished(results: Path) -> set[str]:
     """
     from benchmarks.quality.results.results_file import name_of_today
 
-    keys = [row.get("job") for row in read_rows(results)]
-    return {name_of_today(key) if key and key.startswith("study/") else key for key in keys}
+    keys: set[str] = {row["job"] for row in read_rows(results) if "job" in row}
+    return {name_of_today(key) if key.startswith("study/") else key for key in keys}
 
 
 def run_jobs(pool: Any, jobs: list[Job], results: Path, what: str) -> None:

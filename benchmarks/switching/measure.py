@@ -60,7 +60,7 @@ def quality_variants(deltas: dict[str, float], cache: float) -> list[Variant]:
 def cache_variants(deltas: dict[str, float]) -> list[Variant]:
     """Thresholds and residuals of the step cache, on all-8-bit and on switched generation."""
     variants: list[Variant] = [{"name": "a8", "mode": "a8"}]
-    bases = [{"mode": "a8"}, {"mode": "switch", "delta": deltas["6"]}]
+    bases: list[Variant] = [{"mode": "a8"}, {"mode": "switch", "delta": deltas["6"]}]
     variants.append({"name": "δ-GBS 6", **bases[1]})
     for threshold in (0.02, 0.05, 0.01, 0.03, 0.005, 0.1):
         for base, title in zip(bases, ("a8", "δ-GBS 6")):
@@ -128,7 +128,7 @@ class Worker:
         from dvdquant.deploy.switching import step_cache
         from dvdquant.deploy.switching.schedule import Schedule, average_bits
 
-        fields = {name: variant[name] for name in ("mode", "delta", "last_high", "cache") if name in variant}
+        fields: Variant = {name: variant[name] for name in ("mode", "delta", "last_high", "cache") if name in variant}
         if "place" in variant:
             bits: list[int | None] = list(place_high(variant["place"], done[variant["like"]]["high_steps"], self.steps))
             fields["schedule"] = Schedule("benchmark", "w4a4", self.steps, 0.0, tuple(bits), average_bits(bits))
@@ -205,7 +205,7 @@ def plan_deltas(out: Path, model: Path, steps: int, results: Path, export_key: s
         backend="onnxruntime", device="cpu", progress=Progress("text"),
     )  # fmt: skip
     recordings = [clip.changes for clip in found.clips]
-    rows = [
+    rows: list[Row] = [
         {"key": key, "name": name, "delta": delta_for_average_bits(recordings, bits)[0]}
         for name, bits in (("6", 6.0), ("5", 5.0))
     ]
