@@ -20,7 +20,7 @@ from dvdquant.model.families import Family, Sizes
 from dvdquant.system.out_of_memory import ran_out_of_memory
 
 if TYPE_CHECKING:
-    from dvdquant.ops.attention.ladder import Attention
+    from dvdquant.ops.attention.ladder import AttentionReport
 
 __all__ = ["EngineSession", "WrappedSession"]
 
@@ -42,7 +42,7 @@ class EngineSession(ABC):
 
     backend: str
     # What chooses the library of 8-bit attention; None is 16 bit, as in every backend but PyTorch.
-    attention: Attention | None = None
+    attention: AttentionReport | None = None
     # Whether what comes before quantized layers is in their kernels: sessions of PyTorch say so.
     fused = False
     # The library that runs engines, with its release; "" for the other backends.
@@ -125,6 +125,16 @@ class EngineSession(ABC):
             inputs: Inputs by name. They are contiguous, on ``self.device``, and have the graph's dtypes.
             bits: Activation bits, one of ``self.bits``.
         """
+
+    def follow_attention(self, choice: str | None) -> None:
+        """Compute 8-bit attention by what another session has chosen from now on; a session in 16 bit has nothing to choose.
+
+        A call that cannot raises :class:`~dvdquant.errors.ChoiceError`.
+
+        Args:
+            choice: As of :meth:`.Attention.follow`.
+        """
+        del choice
 
     def set_loras(self, specs: Sequence[LoraSpec]) -> None:
         """Run LoRAs beside the quantized weights, in 16 bit, instead of those that ran before; none switches them off.
@@ -235,6 +245,10 @@ class WrappedSession(EngineSession):
 
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         return self.inner._run(inputs, bits)
+
+    def follow_attention(self, choice: str | None) -> None:
+        """See :meth:`EngineSession.follow_attention`; of the inner session."""
+        self.inner.follow_attention(choice)
 
     def set_loras(self, specs: Sequence[LoraSpec]) -> None:
         """See :meth:`EngineSession.set_loras`; of the inner session.

@@ -29,7 +29,7 @@ from dvdquant.model.weight_choice import WeightChoice
 from dvdquant.ops.attention.ladder import Attention, rungs_for
 from dvdquant.ops.cuda_linear import CACHE, CudaKernels, usable_kernels
 from dvdquant.recipe import ATTENTION, Recipe
-from dvdquant.system.devices import cuda_sm
+from dvdquant.system.devices import cuda_sm, current_device
 from dvdquant.system.torch_hooks import check_example_values
 
 __all__ = ["PyTorchSession"]
@@ -78,6 +78,7 @@ class PyTorchSession(EngineSession):
     """
 
     backend = "pytorch"
+    attention: Attention | None
 
     def __init__(
         self,
@@ -190,17 +191,23 @@ class PyTorchSession(EngineSession):
             make_weights(model)
         if self._cuts:
             inputs = self._state.cut(inputs)
-        with torch.inference_mode():
+        with current_device(self.device), torch.inference_mode():
             if self._graphs is None:
                 output: Tensor = model(inputs)
             else:
-                output = self._graphs(inputs, (bits, self._cuts and self._state.whole))
+                choice = None if self.attention is None else self.attention.choice
+                output = self._graphs(inputs, (bits, self._cuts and self._state.whole, choice))
         if bits not in self._ran and self.device.type != "cpu":
             # Packed weights serve every width: nothing on the host is needed any more.
             self._files.close() if self.weights == "packed" else self._files.drop_pages()
         self._ran.add(bits)
         # A copy made outside of inference mode is an ordinary tensor, which schedulers may change in place.
         return output.to(self.dtype, copy=True)
+
+    def follow_attention(self, choice: str | None) -> None:
+        """See :meth:`EngineSession.follow_attention`."""
+        if self.attention is not None:
+            self.attention.follow(choice)
 
     def set_loras(self, specs: Sequence[LoraSpec]) -> None:
         """See :class:`EngineSession`. Each costs rank · (K + N) · 2 bytes a layer, and as many products for every token.
