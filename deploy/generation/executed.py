@@ -8,6 +8,7 @@ import torch
 
 from dvdquant.deploy.sessions import EngineSession
 from dvdquant.deploy.sessions.guidance_pair import GuidancePair
+from dvdquant.deploy.sessions.options_text import attention_json
 
 __all__ = ["executed_original", "executed_session"]
 
@@ -35,8 +36,7 @@ def executed_session(session: EngineSession) -> dict[str, Any]:
 
 def _choices(session: EngineSession) -> dict[str, Any]:
     """Return what a session has chosen by self-tests on its device."""
-    attention = session.attention
-    return {"attention": "16" if attention is None else attention.to_json(), "fused": session.fused}
+    return {"attention": attention_json(session), "fused": session.fused}
 
 
 def executed_original(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -17,13 +17,16 @@ from dvdquant.deploy.sessions.inputs import check_inputs, graph_dtype
 from dvdquant.deploy.sessions.lora_inputs import LoraInputs, refuse_without_inputs
 from dvdquant.errors import DvdquantError, EngineError
 from dvdquant.model.families import Family, Sizes
+from dvdquant.ops.cuda.errors import KernelError
 from dvdquant.system.out_of_memory import ran_out_of_memory
 
 if TYPE_CHECKING:
     from dvdquant.ops.attention.ladder import AttentionReport
 
-__all__ = ["EngineSession", "WrappedSession"]
+__all__ = ["ENGINES", "EngineSession", "WrappedSession"]
 
+# The backends whose sessions run engines.
+ENGINES = ("tensorrt_rtx", "tensorrt")
 _MORE_MEMORY = "close other sessions and programs, or use a smaller size (dvdq-run --dry-run says what a run needs)"
 
 
@@ -41,7 +44,7 @@ class EngineSession(ABC):
     """
 
     backend: str
-    # What chooses the library of 8-bit attention; None is 16 bit, as in every backend but PyTorch.
+    # What chooses the library of 8-bit attention; None is 16 bit, or what engines were built with.
     attention: AttentionReport | None = None
     # Whether what comes before quantized layers is in their kernels: sessions of PyTorch say so.
     fused = False
@@ -91,11 +94,13 @@ class EngineSession(ABC):
             ready = {s.name: inputs[s.name].to(self.device, graph_dtype(s, self.dtype)).contiguous() for s in specs}
             try:
                 return self._run(ready, bits)
-            except EngineError as error:
-                if not ran_out_of_memory(error):
+            except (EngineError, KernelError) as error:
+                memory = ran_out_of_memory(error)
+                if isinstance(error, EngineError) and not memory:
                     raise
                 # The binding says what to do about an engine that fails, which is no help against too little memory.
-                raise EngineError(error.what, available=error.available, fix=_MORE_MEMORY) from error
+                fix = _MORE_MEMORY if memory else error.fix if error.has_own_fix else None
+                raise EngineError(error.what, available=error.available, fix=fix) from error
             except DvdquantError:
                 raise
             except Exception as error:  # each backend has its own exceptions, and they share no base class
@@ -193,6 +198,11 @@ class EngineSession(ABC):
     def _resident_bytes(self) -> dict[str, int]:
         """Return what :meth:`resident_bytes` does. The session is open and stays so."""
 
+    @property
+    def repeats_steps(self) -> bool:
+        """Return whether steps of the same shapes are repeated as CUDA graphs."""
+        return False
+
     def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
         """Refuse inputs that the export does not serve.
 
@@ -249,6 +259,11 @@ class WrappedSession(EngineSession):
     def follow_attention(self, choice: str | None) -> None:
         """See :meth:`EngineSession.follow_attention`; of the inner session."""
         self.inner.follow_attention(choice)
+
+    @property
+    def repeats_steps(self) -> bool:
+        """Return whether the inner session repeats steps as CUDA graphs."""
+        return self.inner.repeats_steps
 
     def set_loras(self, specs: Sequence[LoraSpec]) -> None:
         """See :meth:`EngineSession.set_loras`; of the inner session.
