@@ -15,7 +15,7 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.attention import MASK, check_attention, install_attention
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.compiled import compile_blocks
-from dvdquant.deploy.sessions.fusion import why_not_fused
+from dvdquant.deploy.sessions.fusion import kernel_layers, why_not_fused
 from dvdquant.deploy.sessions.lora_branches import LoraBranches
 from dvdquant.deploy.sessions.replay import GraphReplay, why_not
 from dvdquant.deploy.sessions.weight_form import choose_form
@@ -129,7 +129,9 @@ class PyTorchSession(EngineSession):
             # 3. Attention, fused and compiled blocks, CUDA graphs.
             if self._cuts:
                 self._state = install_attention(model, self.attention)
-            self.fused = bool(compile if fuse is None else fuse) and self._may_fuse(kernels, plan, asked=bool(fuse))
+            self.fused = bool(compile if fuse is None else fuse) and self._may_fuse(
+                kernels, plan, model, asked=bool(fuse)
+            )
             if compile or self.fused:
                 dynamic = True if self.sizes.dynamic else None
                 count = compile_blocks(model, dynamic, self.fused, compile)
@@ -174,9 +176,9 @@ class PyTorchSession(EngineSession):
         """Return whether steps are captured and repeated, or would be from the second one on."""
         return self._graphs is not None and self._graphs.failed is None
 
-    def _may_fuse(self, kernels: CudaKernels | None, plan: ModelPlan, asked: bool) -> bool:
+    def _may_fuse(self, kernels: CudaKernels | None, plan: ModelPlan, model: nn.Module, asked: bool) -> bool:
         """Return whether the fused kernels are there and pass their self-test; else say why not, louder if it was asked for."""
-        why = why_not_fused(kernels, self.device, plan.dtype)
+        why = why_not_fused(kernels, self.device, plan.dtype, kernel_layers(model))
         if why is None:
             return True
         log.log(logging.WARNING if asked else logging.INFO, "%s: nothing is fused: %s", self.component, why)

@@ -159,6 +159,48 @@ def test_a_wrong_kernel_is_not_taken(monkeypatch: pytest.MonkeyPatch, caplog: py
         assert why in caplog.text
 
 
+class WrongAt(HostLibrary):
+    """Kernels of which one is wrong: of a form of weights, at a width of activations."""
+
+    def __init__(self, form: str, bits: int) -> None:
+        super().__init__()
+        self.form, self.bits = form, bits
+
+    def fused_linear(
+        self, layer: Any, sm: int, prologue: Any, x: int, prepared: int, y: int, m: int, *rest: Any
+    ) -> None:
+        super().fused_linear(layer, sm, prologue, x, prepared, y, self._tokens("expanded", layer, m), *rest)
+
+    def packed_fused_linear(
+        self, layer: Any, sm: int, prologue: Any, x: int, weight: Any, rows: int, y: int, m: int, *rest: Any
+    ) -> None:
+        super().packed_fused_linear(layer, sm, prologue, x, weight, rows, y, self._tokens("packed", layer, m), *rest)
+
+    def _tokens(self, form: str, layer: Any, m: int) -> int:
+        """The last token is left out, as by a wrong bound of a loop."""
+        return m - 1 if (form, layer.act_bits) == (self.form, self.bits) else m
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("form", ["packed", "expanded"])
+def test_the_self_test_runs_what_the_session_will(
+    form: str, bits: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each width that was asked for, and weights as they are held; a kernel that no step calls is no matter."""
+    artifact = Artifact.open(made.weights_export("wan", ranges=False))
+    kernels = CudaKernels(WrongAt(form, bits), 90)  # type: ignore[arg-type]
+    allocate = kernels.allocate
+    monkeypatch.setattr(kernels, "allocate", lambda *given: allocate(*given).zero_())
+    monkeypatch.setattr(pytorch, "usable_kernels", lambda device: kernels)
+    for widths in ([4], [8], [4, 8]):
+        for weights in ("packed", "expanded"):
+            caplog.clear()
+            with PyTorchSession(artifact, bits=widths, fuse=True, weights=weights) as session:  # type: ignore[arg-type]
+                right = bits not in widths or weights != form
+                assert session.fused is right, (widths, weights)
+            assert (f"(a{bits}, {form}) differs from one that is not" in caplog.text) is not right
+
+
 @pytest.mark.usefixtures("double")
 def test_it_is_on_where_the_session_compiles() -> None:
     artifact = Artifact.open(made.weights_export("wan"))
