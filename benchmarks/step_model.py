@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from benchmarks.step_cases import Flavour
 from dvdquant.deploy.sessions.attention import MASK, AttentionState, install_attention
 from dvdquant.deploy.sessions.compiled import compile_blocks
-from dvdquant.deploy.sessions.fusion import why_not_fused
+from dvdquant.deploy.sessions.fusion import kernel_layers, why_not_fused
 from dvdquant.deploy.sessions.pytorch import wanted_attention
 from dvdquant.deploy.sessions.replay import GraphReplay, why_not
 from dvdquant.errors import UnsupportedError
@@ -152,6 +152,8 @@ def build(plan: ModelPlan, flavour: Flavour, device: torch.device, inputs: dict[
     if kernels is not None:
         prepare_layers(model, kernels, [plan.recipe.activation(flavour.bits)], plan.dtype, device, flavour.weights)
         make_weights(model)
+        if flavour.fused and (why := why_not_fused(kernels, device, plan.dtype, kernel_layers(model))):
+            raise UnsupportedError(f"nothing is fused: {why}", fix="a GPU that the kernels are right on")
     model = model.to(device)
     # 3. Attention, fused and compiled blocks, CUDA graphs.
     state = None

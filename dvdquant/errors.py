@@ -13,6 +13,7 @@ from dvdquant.text import shown
 __all__ = [
     "Cancelled",
     "CheckpointError",
+    "ChoiceError",
     "DvdquantError",
     "EngineError",
     "ExportError",
@@ -120,6 +121,10 @@ class EngineError(DvdquantError):
     """TensorRT or TensorRT-RTX refused a graph, or is not installed."""
 
     remedy = "try --backend pytorch or onnxruntime; dvdq doctor shows what this machine has"
+
+
+class ChoiceError(EngineError):
+    """A session cannot compute as another session has chosen to, so that its outputs would differ."""
 
 
 class Cancelled(DvdquantError):

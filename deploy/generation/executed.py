@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dvdquant.deploy.sessions import EngineSession
+from dvdquant.deploy.sessions.guidance_pair import GuidancePair
 from dvdquant.deploy.sessions.options_text import attention_json
 
 __all__ = ["executed_original", "executed_session"]
@@ -18,6 +19,7 @@ def executed_session(session: EngineSession) -> dict[str, Any]:
     Args:
         session: The session.
     """
+    peer = session.peer if isinstance(session, GuidancePair) else None
     beside = [{"path": str(spec.path), "scale": spec.scale} for spec in session.loras]
     return {
         **({"lora": beside} if beside else {}),
@@ -27,9 +29,14 @@ def executed_session(session: EngineSession) -> dict[str, Any]:
         "dtype": str(session.dtype).removeprefix("torch."),
         "activation_bits": list(session.bits),
         "resident_bytes": session.resident_bytes(),
-        "attention": attention_json(session),
-        "fused": session.fused,
+        **_choices(session),
+        **({"second": {"device": str(peer.device), **_choices(peer)}} if peer is not None else {}),
     }
+
+
+def _choices(session: EngineSession) -> dict[str, Any]:
+    """Return what a session has chosen by self-tests on its device."""
+    return {"attention": attention_json(session), "fused": session.fused}
 
 
 def executed_original(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

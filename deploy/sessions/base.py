@@ -17,10 +17,11 @@ from dvdquant.deploy.sessions.inputs import check_inputs, graph_dtype
 from dvdquant.deploy.sessions.lora_inputs import LoraInputs, refuse_without_inputs
 from dvdquant.errors import DvdquantError, EngineError
 from dvdquant.model.families import Family, Sizes
+from dvdquant.ops.cuda.errors import KernelError
 from dvdquant.system.out_of_memory import ran_out_of_memory
 
 if TYPE_CHECKING:
-    from dvdquant.ops.attention.ladder import Attention
+    from dvdquant.ops.attention.ladder import AttentionReport
 
 __all__ = ["ENGINES", "EngineSession", "WrappedSession"]
 
@@ -44,7 +45,7 @@ class EngineSession(ABC):
 
     backend: str
     # What chooses the library of 8-bit attention; None is 16 bit, or what engines were built with.
-    attention: Attention | None = None
+    attention: AttentionReport | None = None
     # Whether what comes before quantized layers is in their kernels: sessions of PyTorch say so.
     fused = False
     # The library that runs engines, with its release; "" for the other backends.
@@ -93,11 +94,13 @@ class EngineSession(ABC):
             ready = {s.name: inputs[s.name].to(self.device, graph_dtype(s, self.dtype)).contiguous() for s in specs}
             try:
                 return self._run(ready, bits)
-            except EngineError as error:
-                if not ran_out_of_memory(error):
+            except (EngineError, KernelError) as error:
+                memory = ran_out_of_memory(error)
+                if isinstance(error, EngineError) and not memory:
                     raise
                 # The binding says what to do about an engine that fails, which is no help against too little memory.
-                raise EngineError(error.what, available=error.available, fix=_MORE_MEMORY) from error
+                fix = _MORE_MEMORY if memory else error.fix if error.has_own_fix else None
+                raise EngineError(error.what, available=error.available, fix=fix) from error
             except DvdquantError:
                 raise
             except Exception as error:  # each backend has its own exceptions, and they share no base class
@@ -127,6 +130,16 @@ class EngineSession(ABC):
             inputs: Inputs by name. They are contiguous, on ``self.device``, and have the graph's dtypes.
             bits: Activation bits, one of ``self.bits``.
         """
+
+    def follow_attention(self, choice: str | None) -> None:
+        """Compute 8-bit attention by what another session has chosen from now on; a session in 16 bit has nothing to choose.
+
+        A call that cannot raises :class:`~dvdquant.errors.ChoiceError`.
+
+        Args:
+            choice: As of :meth:`.Attention.follow`.
+        """
+        del choice
 
     def set_loras(self, specs: Sequence[LoraSpec]) -> None:
         """Run LoRAs beside the quantized weights, in 16 bit, instead of those that ran before; none switches them off.
@@ -242,6 +255,10 @@ class WrappedSession(EngineSession):
 
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         return self.inner._run(inputs, bits)
+
+    def follow_attention(self, choice: str | None) -> None:
+        """See :meth:`EngineSession.follow_attention`; of the inner session."""
+        self.inner.follow_attention(choice)
 
     @property
     def repeats_steps(self) -> bool:

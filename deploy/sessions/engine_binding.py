@@ -23,7 +23,6 @@ __all__ = [
     "EngineLog",
     "Lane",
     "Scratch",
-    "current_device",
     "make_logger",
     "torch_dtype",
 ]
@@ -294,15 +293,6 @@ class BoundEngine:
                 out_of_memory=self._log.out_of_memory,
             )
         return results[0]
-
-
-def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Return a context manager that makes a CUDA device the current one, and does nothing on the host.
-
-    Args:
-        device: The device of the work in the ``with`` block.
-    """
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class Lane:

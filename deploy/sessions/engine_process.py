@@ -64,10 +64,12 @@ def _serve(link: Link, session: EngineSession) -> None:
         try:
             if kind == "run":
                 bits, place = fields["bits"], next(iter(tensors.values())).device
+                if "follow" in fields:
+                    session.follow_attention(fields["follow"])
                 # Memory of the caller's device: it need not open memory of ours.
                 with torch.inference_mode():
                     output = session.run(tensors, bits).detach().to(place)
-                link.send("output", {"output": output})
+                link.send("output", {"output": output}, attention=_attention(session))
             elif kind == "loras":
                 session.set_loras(fields["specs"])
                 link.send("done")
@@ -82,8 +84,14 @@ def _serve(link: Link, session: EngineSession) -> None:
 
 
 def _facts(session: EngineSession) -> dict[str, Any]:
-    names = ("backend", "dtype", "weights", "library")
-    return {name: getattr(session, name) for name in names}
+    names = ("backend", "dtype", "weights", "library", "fused")
+    return {**{name: getattr(session, name) for name in names}, "attention": _attention(session)}
+
+
+def _attention(session: EngineSession) -> dict[str, Any] | None:
+    """Return what is told of a session's attention, or None in 16 bit."""
+    attention = session.attention
+    return None if attention is None else {"choice": attention.choice, "json": attention.to_json()}
 
 
 def _said(error: Exception) -> dict[str, Any]:

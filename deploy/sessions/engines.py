@@ -26,7 +26,6 @@ from dvdquant.deploy.sessions.engine_binding import (
     EngineLog,
     Lane,
     Scratch,
-    current_device,
     make_logger,
 )
 from dvdquant.deploy.sessions.engine_choice import build_target, device_sm, find_engines, select_engine
@@ -38,6 +37,7 @@ from dvdquant.errors import EngineError, OutputError, UnsupportedError
 from dvdquant.hardware.capabilities import sm_number
 from dvdquant.hardware.weights import WeightPolicy, check_policy
 from dvdquant.plugin_library import load_plugin, require_no_plugins
+from dvdquant.system.devices import current_device
 
 __all__ = ["TensorRTSession", "deserialize", "device_sm", "find_engines", "load_plugins", "select_engine"]
 

@@ -6,10 +6,14 @@ branch is begun with the first, on the other session and at the same bits. When 
 compared with those that were begun, value by value; only if all are equal the result is taken. So every output is what
 one session would have given, wherever the decisions of the step controller lead: a skipped step begins nothing, and a step
 that runs again on the high engine begins its other branch again, too.
+
+With 8-bit attention the second session computes by the library that the first one has chosen: the time of a library decides
+there, so that two sessions may choose differently. A branch that it cannot compute so runs on the first session.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,11 +24,13 @@ from torch import Tensor
 
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.sessions.base import EngineSession, WrappedSession
-from dvdquant.errors import UnsupportedError
+from dvdquant.errors import ChoiceError, UnsupportedError
 
 __all__ = ["GuidancePair", "paired"]
 
 # What the branches of a step share in every family; their other inputs belong to the text or do not change in a request.
+log = logging.getLogger(__name__)
+
 _SHARED = ("hidden_states", "timestep")
 Inputs = Mapping[str, Tensor]
 
@@ -36,11 +42,13 @@ class _Begun:
     Args:
         inputs: Its inputs.
         bits: Its activation bits.
+        choice: What the first session has chosen for attention, by which the second computes; None before that, and in 16 bit.
         output: What it gives, on the device of the first session.
     """
 
     inputs: dict[str, Tensor]
     bits: int
+    choice: str | None
     output: Future[Tensor]
 
 
@@ -79,16 +87,20 @@ class GuidancePair(WrappedSession):
     """
 
     def __init__(self, inner: EngineSession, peer: EngineSession) -> None:
-        kinds = [(s.artifact.root, s.component, s.backend, s.bits, s.dtype, s.device.type) for s in (inner, peer)]
+        kinds = [
+            (s.artifact.root, s.component, s.backend, s.bits, s.dtype, s.device.type, s.fused, s.attention is None)
+            for s in (inner, peer)
+        ]
         if kinds[0] != kinds[1] or inner is peer:
             raise UnsupportedError(
                 f"outputs of {inner.backend} on {inner.device} and {peer.backend} on {peer.device} may differ",
-                fix="use two devices of one kind, with the same backend",
+                fix="use two devices of one kind, with the same backend; or --no-fuse, where one of them alone fuses layers",
             )
         super().__init__(inner)
         self.peer = peer
         self.paired = self.wasted = 0
         self._loop = _Loop()
+        self._refused: str | None = None  # a choice that the second session cannot follow
         self._counting = threading.Lock()
         # PyTorch keeps the number of threads by thread, and sums in another order with another number.
         threads = torch.get_num_threads()
@@ -99,10 +111,15 @@ class GuidancePair(WrappedSession):
         loop, begun = self._loop, self._loop.begun
         loop.begun = None
         if begun is not None:
-            if begun.bits == bits and _equal(begun.inputs, inputs):
-                self._count(paired=1)
-                return begun.output.result()
-            # The step runs again, at other bits, or the caller does something else: nothing of it is used.
+            if begun.bits == bits and begun.choice == self._choice() and _equal(begun.inputs, inputs):
+                try:
+                    output = begun.output.result()
+                except ChoiceError as error:
+                    self._refuse(begun.choice, error)
+                else:
+                    self._count(paired=1)
+                    return output
+            # The step runs again, at other bits or with other attention, or the caller does something else: it is not used.
             self._count(wasted=1)
             begun.output.cancel()
         self._learn(loop, inputs)
@@ -110,6 +127,16 @@ class GuidancePair(WrappedSession):
             loop.begun = self._begin({**{name: inputs[name] for name in _SHARED}, **loop.second}, bits)
         loop.before = dict(inputs)
         return self.inner.run(inputs, bits)
+
+    def _choice(self) -> str | None:
+        """Return what the first session has chosen for attention."""
+        return None if self.inner.attention is None else self.inner.attention.choice
+
+    def _refuse(self, choice: str | None, error: ChoiceError) -> None:
+        """Begin nothing on the second session any more where it cannot follow a choice."""
+        if choice is not None and choice != self._refused:
+            self._refused = choice
+            log.warning("%s: both branches of guidance run on %s: %s", self.component, self.device, error.what)
 
     def _learn(self, loop: _Loop, inputs: Inputs) -> None:
         """Note the order of the branches where two calls in a row are of one step."""
@@ -125,20 +152,24 @@ class GuidancePair(WrappedSession):
         """Begin a call on the second session. The caller may change its tensors meanwhile, so they are copied.
 
         Returns:
-            What was begun, or None if another thread closes the pair.
+            What was begun, or None if the second session cannot follow the first, or another thread closes the pair.
         """
+        choice = self._choice()
+        if choice is not None and choice == self._refused:
+            return None
         inputs = {name: value.clone() if name in _SHARED else value for name, value in inputs.items()}
         if any(value.is_cuda for value in inputs.values()):
             torch.cuda.current_stream(self.device).synchronize()  # the other thread has a stream of its own
 
         def run() -> Tensor:
+            self.peer.follow_attention(choice)
             output = self.peer.run(inputs, bits).to(self.device)
             if output.is_cuda:
                 torch.cuda.current_stream(self.device).synchronize()
             return output
 
         try:
-            return _Begun(inputs, bits, self._pool.submit(run))
+            return _Begun(inputs, bits, choice, self._pool.submit(run))
         except RuntimeError:  # the pool is shut down
             return None
 

@@ -32,6 +32,28 @@ _COMMAND = (sys.executable, "-m", "dvdquant.deploy.sessions.engine_process")
 _LAST_SECONDS = 10.0  # that the process gets to free its device
 
 
+class _Told:
+    """What the other process has told of its attention: an :class:`.AttentionReport`."""
+
+    def __init__(self, said: dict[str, Any]) -> None:
+        self.said = said
+
+    @property
+    def wanted(self) -> str:
+        """Return the recipe's format."""
+        return str(self.said["json"]["wanted"])
+
+    @property
+    def choice(self) -> str | None:
+        """Return what ran in the last call."""
+        choice: str | None = self.said["choice"]
+        return choice
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what was wanted and what ran in the last call."""
+        return dict(self.said["json"])
+
+
 class ProcessSession(EngineSession):
     """See :class:`EngineSession`. Outputs are on the device of the inputs, so that this process needs no other device.
 
@@ -56,9 +78,12 @@ class ProcessSession(EngineSession):
         self._threads = torch.get_num_threads()
         self._process: subprocess.Popen[bytes] | None = None
         self._link: Link | None = None
+        self._follow: dict[str, str | None] = {}
         facts = self._start()
         self.backend, self.dtype, self.weights = facts["backend"], facts["dtype"], facts["weights"]
-        self.library = facts["library"]
+        self.library, self.fused = facts["library"], facts["fused"]
+        self._told = None if facts["attention"] is None else _Told(facts["attention"])
+        self.attention = self._told
 
     @property
     def pid(self) -> int | None:
@@ -82,11 +107,18 @@ class ProcessSession(EngineSession):
             names = [spec.name for spec in self.family.inputs(self.sizes)]
             place = inputs[names[0]].device if names[0] in inputs else self.device
             sent = {name: inputs[name].detach().to(place) for name in names if name in inputs}
-            tensors, _ = self._ask("run", sent, bits=bits)
+            tensors, told = self._ask("run", sent, bits=bits, **self._follow)
+            if self._told is not None:
+                self._told.said = told["attention"]
             return tensors["output"].to(place, copy=True)
 
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         return self.run(inputs, bits)
+
+    def follow_attention(self, choice: str | None) -> None:
+        """See :meth:`EngineSession.follow_attention`. It is told with every call, to a process that has started again, too."""
+        with self._lock:
+            self._follow = {"follow": choice}
 
     def set_loras(self, specs: Sequence[LoraSpec]) -> None:
         """See :meth:`EngineSession.set_loras`.

@@ -15,7 +15,7 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.attention import MASK, check_attention, install_attention
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.compiled import compile_blocks
-from dvdquant.deploy.sessions.fusion import why_not_fused
+from dvdquant.deploy.sessions.fusion import kernel_layers, why_not_fused
 from dvdquant.deploy.sessions.lora_branches import LoraBranches
 from dvdquant.deploy.sessions.replay import GraphReplay, why_not
 from dvdquant.deploy.sessions.weight_form import choose_form
@@ -29,7 +29,7 @@ from dvdquant.model.weight_choice import WeightChoice
 from dvdquant.ops.attention.ladder import Attention, rungs_for
 from dvdquant.ops.cuda_linear import CACHE, CudaKernels, usable_kernels
 from dvdquant.recipe import ATTENTION, Recipe
-from dvdquant.system.devices import cuda_sm
+from dvdquant.system.devices import cuda_sm, current_device
 from dvdquant.system.torch_hooks import check_example_values
 
 __all__ = ["PyTorchSession"]
@@ -78,6 +78,7 @@ class PyTorchSession(EngineSession):
     """
 
     backend = "pytorch"
+    attention: Attention | None
 
     def __init__(
         self,
@@ -128,7 +129,9 @@ class PyTorchSession(EngineSession):
             # 3. Attention, fused and compiled blocks, CUDA graphs.
             if self._cuts:
                 self._state = install_attention(model, self.attention)
-            self.fused = bool(compile if fuse is None else fuse) and self._may_fuse(kernels, plan, asked=bool(fuse))
+            self.fused = bool(compile if fuse is None else fuse) and self._may_fuse(
+                kernels, plan, model, asked=bool(fuse)
+            )
             if compile or self.fused:
                 dynamic = True if self.sizes.dynamic else None
                 count = compile_blocks(model, dynamic, self.fused, compile)
@@ -173,9 +176,9 @@ class PyTorchSession(EngineSession):
         """Return whether steps are captured and repeated, or would be from the second one on."""
         return self._graphs is not None and self._graphs.failed is None
 
-    def _may_fuse(self, kernels: CudaKernels | None, plan: ModelPlan, asked: bool) -> bool:
+    def _may_fuse(self, kernels: CudaKernels | None, plan: ModelPlan, model: nn.Module, asked: bool) -> bool:
         """Return whether the fused kernels are there and pass their self-test; else say why not, louder if it was asked for."""
-        why = why_not_fused(kernels, self.device, plan.dtype)
+        why = why_not_fused(kernels, self.device, plan.dtype, kernel_layers(model))
         if why is None:
             return True
         log.log(logging.WARNING if asked else logging.INFO, "%s: nothing is fused: %s", self.component, why)
@@ -195,17 +198,23 @@ class PyTorchSession(EngineSession):
             make_weights(model)
         if self._cuts:
             inputs = self._state.cut(inputs)
-        with torch.inference_mode():
+        with current_device(self.device), torch.inference_mode():
             if self._graphs is None:
                 output: Tensor = model(inputs)
             else:
-                output = self._graphs(inputs, (bits, self._cuts and self._state.whole))
+                choice = None if self.attention is None else self.attention.choice
+                output = self._graphs(inputs, (bits, self._cuts and self._state.whole, choice))
         if bits not in self._ran and self.device.type != "cpu":
             # Packed weights serve every width: nothing on the host is needed any more.
             self._files.close() if self.weights == "packed" else self._files.drop_pages()
         self._ran.add(bits)
         # A copy made outside of inference mode is an ordinary tensor, which schedulers may change in place.
         return output.to(self.dtype, copy=True)
+
+    def follow_attention(self, choice: str | None) -> None:
+        """See :meth:`EngineSession.follow_attention`."""
+        if self.attention is not None:
+            self.attention.follow(choice)
 
     def set_loras(self, specs: Sequence[LoraSpec]) -> None:
         """See :class:`EngineSession`. Each costs rank · (K + N) · 2 bytes a layer, and as many products for every token.

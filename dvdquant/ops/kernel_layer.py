@@ -125,6 +125,34 @@ class KernelLayer:
         y: Tensor = packed_linear(*here, *grid) if packed else prepared_linear(*here, shape.n, *grid)
         return y.to(x.dtype)
 
+    def with_rows(self, rows: int) -> KernelLayer:
+        """Return a layer of the first output features of this one, without bias, on its grids and in its form: for a self-test.
+
+        Args:
+            rows: At most so many.
+        """
+        weight, scale, group_scale, zero, bias = (tensor[:rows] for tensor in self.packed.stored())
+        packed = replace(
+            self.packed, weight=weight, scale=scale, group_scale=group_scale, zero=zero, bias=torch.zeros_like(bias)
+        )
+        grids = [ActivationSpec(bits, group) for bits, group in self._runs]
+        return KernelLayer(self._kernels, packed, grids, self.dtype, self.device, *self._parts, self.form)
+
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """Return shape and grids of the layer, for each activation grid that it was made for."""
+        return tuple(shape for shape, _ in self._runs.values())
+
+    @property
+    def has_pre_quant(self) -> bool:
+        """Return whether x is multiplied, or something is added to it, before the rotation."""
+        return any(part is not None for part in self._parts)
+
+    @property
+    def pre_quant(self) -> Tensor | None:
+        """Return what x is multiplied by and what is added to it, [K/8, 2, 8]; None before a weight is made."""
+        return self._pre_quant
+
     def make_weight(self, act_bits: int, act_group: int) -> tuple[Tensor, ...]:
         """Return the weight for an activation grid, made at the first call.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dvdquant.errors import UnsupportedError
 
@@ -73,6 +74,21 @@ def resolve_device(word: str | torch.device) -> torch.device:
             fix="use --device cpu, or a machine with a GPU, its driver and a CUDA build of PyTorch",
         )
     return torch.device("cuda", index)
+
+
+def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context manager that makes a CUDA device the current one, and does nothing on the host.
+
+    Libraries that launch kernels by themselves do so on the current device, wherever their tensors are.
+
+    Args:
+        device: The device of the work in the ``with`` block.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.cuda.device(device)
 
 
 def wait_for(device: torch.device) -> None:

@@ -6,13 +6,14 @@ import gc
 import importlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from dvdquant.errors import EngineError, ShapeError, UnsupportedError
+from dvdquant.errors import ChoiceError, EngineError, ShapeError, UnsupportedError
 from dvdquant.numerics.hadamard import hadamard_matrix
 from dvdquant.ops.attention.definition import (
     FORMATS,
@@ -315,6 +316,72 @@ def test_16_bit_that_does_not_fit_ends_the_step(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(torch.OutOfMemoryError):
         chosen(*heads_last())
     assert (chosen.decided, chosen.passed_over) == (False, [])
+
+
+def refusing(*tokens: int, error: type[Exception] = RuntimeError) -> Callable[..., Tensor]:
+    """A kernel without a plan for these numbers of tokens."""
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None = None) -> Tensor:
+        if q.shape[1] in tokens:
+            raise error(f"no plan for {q.shape[1]} tokens")
+        return means(q, k, v, scale, bounds)
+
+    return kernel
+
+
+def test_a_library_that_fails_later_gives_way_to_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    """At a size that it has no kernel for: the next one is tried there, and in the end 16 bit; each is said once."""
+    rungs = (library("first", lambda: refusing(24, 32)), library("second", lambda: refusing(32)))
+    chosen = Attention("int8", rungs, must_be_faster=False)
+    caplog.set_level(logging.INFO, "dvdquant")
+    taken = []
+    for tokens in (16, 24, 24, 16, 32, 32):
+        *heads, scale, bounds = heads_last(std=1e-4)
+        q, k, v = (part[:, :tokens] for part in heads)
+        y = chosen(q, k, v, scale, bounds)
+        assert torch.equal(y, means(q, k, v, scale, bounds) if tokens < 32 else exact(q, k, v, scale))
+        taken.append(chosen.choice)
+    assert taken == ["first", "second", "second", "second", "16", "16"]
+    assert [name for name, _ in chosen.passed_over] == ["first", "second"]
+    assert "it fails at [2, 24, 3, 64]: RuntimeError: no plan for 24 tokens" in chosen.passed_over[0][1]
+    assert caplog.text.count("attention no longer by") == 2
+
+
+def test_want_of_memory_stays_an_error() -> None:
+    """Another library would not have more."""
+    q, k, v, scale, bounds = heads_last(std=1e-4)
+    lacking = refusing(192, error=torch.OutOfMemoryError)
+    chosen = Attention("int8", (library("x", lambda: lacking),), must_be_faster=False)
+    chosen(q[:, :16], k[:, :16], v[:, :16], scale, bounds)
+    with pytest.raises(torch.OutOfMemoryError):
+        chosen(q, k, v, scale, bounds)
+    assert (chosen.choice, chosen.passed_over) == ("x", [])
+
+
+def test_a_session_that_follows_takes_what_the_other_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a clock; or it says that it cannot, and why."""
+    monkeypatch.setattr("dvdquant.ops.attention.ladder.seconds", lambda call, device: pytest.fail("it times a library"))
+    q, k, v, scale, bounds = given = heads_last(std=1e-4)
+    rungs = (library("x", lambda: means), library("bad", lambda: wrong), library("y", lambda: refusing(16)))
+    chosen = Attention("int8", rungs)
+    sixteen, mean = exact(q, k, v, scale), means(q, k, v, scale, bounds)
+    for choice, wanted in (("y", mean), ("16", sixteen), ("x", mean)):
+        chosen.follow(choice)
+        assert torch.equal(chosen(*given), wanted)
+        assert chosen.choice == choice
+        chosen.follow(choice)
+        assert chosen.decided  # it is no new choice
+    for choice, why in ((None, "not chosen yet"), ("bad", "10 % from 16 bit"), ("z", "z is none of its libraries")):
+        chosen.follow(choice)
+        with pytest.raises(ChoiceError, match=why):
+            chosen(*given)
+    # It falls to nothing else, and goes on where it can.
+    chosen.follow("y")
+    chosen(*given)
+    with pytest.raises(ChoiceError, match="no plan for 16 tokens"):
+        chosen(q[:, :16], k[:, :16], v[:, :16], scale, bounds)
+    chosen.follow("16")
+    assert torch.equal(chosen(*given), sixteen)
 
 
 @pytest.mark.parametrize("kind", REFERENCE)

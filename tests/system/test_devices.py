@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from dvdquant.deploy.sessions.engine_choice import device_sm
 from dvdquant.errors import UnsupportedError
-from dvdquant.system.devices import cuda_sm, resolve_device
+from dvdquant.system.devices import cuda_sm, current_device, resolve_device
 
 
 @pytest.fixture
@@ -151,3 +152,12 @@ def test_no_other_file_decides_what_a_device_name_means() -> None:
         if own.search(path.read_text()) and path != root / "dvdquant/system/devices.py"
     ]
     assert not found
+
+
+def test_the_current_device_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: made.append(device) or contextlib.nullcontext())
+    for device in (torch.device("cpu"), torch.device("cuda", 1)):
+        with current_device(device):
+            pass
+    assert made == [torch.device("cuda", 1)]

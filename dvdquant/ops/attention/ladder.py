@@ -1,7 +1,10 @@
 """Which library computes a session's attention: the first that is right and faster on the session's own first layer.
 
 16 bit, PyTorch's ``scaled_dot_product_attention``, is the floor. A library that is missing, too old, for other GPUs, that
-fails, is wrong or is slower leads to the next one, with a line that says why.
+fails, is wrong or is slower leads to the next one, with a line that says why. So does one that was taken and fails later, as at
+a shape that it has no kernel for.
+
+A session that shares a clip with another one does not choose: it follows that one (:meth:`Attention.follow`).
 """
 
 from __future__ import annotations
@@ -11,20 +14,21 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dvdquant.errors import UnsupportedError
+from dvdquant.errors import ChoiceError, UnsupportedError
 from dvdquant.ops.attention.libraries import LIBRARIES, REFERENCE, Library, ladder
 from dvdquant.system.devices import wait_for
+from dvdquant.system.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from dvdquant.ops.attention.libraries import Kernel
 
-__all__ = ["MAX_ERROR", "MIN_TOKENS", "Attention", "rungs_for"]
+__all__ = ["MAX_ERROR", "MIN_TOKENS", "SIXTEEN", "Attention", "AttentionReport", "rungs_for"]
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +39,28 @@ MAX_ERROR = 0.05
 # layers with the length itself), and rounding q, k and v takes as long as the faster products save.
 MIN_TOKENS = 2048
 _ROUNDS = 3
+# What a session has chosen that no library suits.
+SIXTEEN = "16"
+
+
+class AttentionReport(Protocol):
+    """What a session says of its attention, in whichever process that is."""
+
+    @property
+    def wanted(self) -> str:
+        """Return the recipe's format, ``int8`` or ``fp8``."""
+
+    @property
+    def choice(self) -> str | None:
+        """Return the name of the library that runs, :data:`SIXTEEN`, or None before the first call."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what was wanted and what runs, for the trace."""
 
 
 @dataclass
 class Attention:
-    """The attention of one session. It chooses at its first call, and stays with what it chose.
+    """The attention of one session. It chooses at its first call, and stays with what it chose as long as that does not fail.
 
     Args:
         wanted: The recipe's format, ``int8`` or ``fp8``.
@@ -66,6 +87,8 @@ class Attention:
     passed_over: list[tuple[str, str]] = field(default_factory=list)
     _kernel: Kernel | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _follows: bool = False
+    _lead: str | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> Tensor:
         """Return attention.
@@ -79,14 +102,76 @@ class Attention:
 
         Returns:
             [B, S, H, d].
+
+        Raises:
+            ChoiceError: It cannot follow another session.
         """
+        while True:
+            if not self.decided:
+                with self._lock:
+                    if not self.decided:
+                        self._choose(q, k, v, scale, bounds)
+            kernel = self._kernel
+            if kernel is None:
+                return exact(q, k, v, scale)
+            out = self._attempt(kernel, q, k, v, scale, bounds)
+            if out is not None:
+                return out
+
+    def of_codes(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor) -> Tensor | None:
+        """Return attention of q and k as e4m3 codes of rotated heads, or None where the library that took them is none any more.
+
+        Args:
+            q: As of a call, in e4m3.
+            k: See q.
+            v: As of a call.
+            scale: As of a call.
+            bounds: What the largest codes stand for, fp32 [2].
+        """
+        kernel = self._kernel
+        return self._attempt(kernel, q, k, v, scale, bounds) if kernel is not None and self.takes_codes else None
+
+    def _attempt(
+        self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None
+    ) -> Tensor | None:
+        """Return what a library computes, or None where it fails and is not asked again. Want of memory stays an error."""
+        try:
+            return kernel(q, k, v, scale, bounds)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            reason = f"it fails at {list(q.shape)}: {_error_text(error)}"
+        with self._lock:
+            if self._kernel is kernel and self.taken is not None:
+                log.warning("%s: attention no longer by %s: %s", self.name, self.taken.name, reason)
+                self.passed_over.append((self.taken.name, reason))
+                self.rungs = self.rungs[self.rungs.index(self.taken) + 1 :]
+                self._forget()
+        return None
+
+    def _forget(self) -> None:
+        """Forget what was chosen, so that the next call chooses."""
+        self.decided, self.taken, self._kernel, self.error, self.speedup = False, None, None, None, None
+
+    def follow(self, choice: str | None) -> None:
+        """Compute by what another session has chosen from now on, and by nothing else.
+
+        Two sessions that choose each for itself may choose differently, as the time of a library decides.
+
+        Args:
+            choice: The other session's :attr:`choice`. Before it has chosen, this one cannot compute attention.
+        """
+        with self._lock:
+            if not self._follows or choice != self._lead:
+                self._follows, self._lead = True, choice
+                self._forget()
+
+    @property
+    def choice(self) -> str | None:
+        """Return the name of the library that runs, :data:`SIXTEEN`, or None before the first call."""
         if not self.decided:
-            with self._lock:
-                if not self.decided:
-                    self._choose(q, k, v, scale, bounds)
-        if self._kernel is None:
-            return exact(q, k, v, scale)
-        return self._kernel(q, k, v, scale, bounds)
+            return None
+        return SIXTEEN if self.taken is None else self.taken.name
 
     @property
     def takes_codes(self) -> bool:
@@ -99,7 +184,7 @@ class Attention:
             "wanted": self.wanted,
             "decided": self.decided,
             "library": self.taken.name if self.taken else None,
-            "format": self.taken.kind if self.taken else "16",
+            "format": self.taken.kind if self.taken else SIXTEEN,
             "error": self.error,
             "speedup": self.speedup,
             "passed_over": [{"library": name, "reason": reason} for name, reason in self.passed_over],
@@ -119,6 +204,9 @@ class Attention:
         )
 
     def _choose(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> None:
+        if self._follows:
+            self._choose_as_the_other(q, k, v, scale, bounds)
+            return
         exact_output: Tensor | None = None
         exact_seconds = 0.0
         for library in self.rungs:
@@ -131,7 +219,7 @@ class Attention:
                     kernel = library.load()
                     reason = self._tested(library, kernel, (q, k, v, scale, bounds), exact_output, exact_seconds)
                 except Exception as error:  # noqa: BLE001 - a library that fails is not taken, whatever it raises
-                    reason = f"it fails: {type(error).__name__}: {str(error).strip():.200}"
+                    reason = f"it fails: {_error_text(error)}"
             if reason is None:
                 break
             self.passed_over.append((library.name, reason))
@@ -144,15 +232,43 @@ class Attention:
             self.words(),
         )
 
+    def _choose_as_the_other(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> None:
+        """Take the library of the session that is followed, if it is right here, too.
+
+        Raises:
+            ChoiceError: It is not, or that session has not chosen yet.
+        """
+        reason: str | None = None
+        if self._lead is None:
+            reason = "the first session has not chosen yet"
+        elif self._lead != SIXTEEN:
+            library = next((rung for rung in self.rungs if rung.name == self._lead), None)
+            if library is None:
+                failed = [why for name, why in self.passed_over if name == self._lead]
+                reason = failed[-1] if failed else f"{self._lead} is none of its libraries"
+            else:
+                reason = library.refused(self.sm, q.shape[-1])
+            if reason is None and library is not None:
+                exact_output = exact(q, k, v, scale)
+                try:
+                    kernel = library.load()
+                    reason = self._tested(library, kernel, (q, k, v, scale, bounds), exact_output, None)
+                except Exception as error:  # noqa: BLE001 - a library that fails is not taken, whatever it raises
+                    reason = f"it fails: {_error_text(error)}"
+        if reason is not None:
+            raise ChoiceError(f"{self.name} cannot compute attention as the first session does: {reason}")
+        self.decided = True
+        log.info("%s: attention of long sequences as the first session: %s", self.name, self._lead)
+
     def _tested(
         self,
         library: Library,
         kernel: Kernel,
         operands: tuple[Tensor, Tensor, Tensor, float, Tensor | None],
         exact_output: Tensor,
-        exact_seconds: float,
+        exact_seconds: float | None,
     ) -> str | None:
-        """Take the library if it is right and faster; else return why not."""
+        """Take the library if it is right and faster (without the time of 16 bit: if it is right); else return why not."""
         q = operands[0]
         output = kernel(*operands)
         if output.shape != q.shape or output.dtype != q.dtype:
@@ -161,11 +277,17 @@ class Attention:
         # Not "error > MAX_ERROR": a NaN is an error too.
         if not error <= MAX_ERROR:
             return f"it is {100 * error:.3g} % from 16 bit on the first layer, of at most {100 * MAX_ERROR:g} %"
-        speedup = exact_seconds / max(seconds(lambda: kernel(*operands), q.device), 1e-9)
-        if self.must_be_faster and speedup <= 1.0:
+        speedup = None
+        if exact_seconds is not None:
+            speedup = exact_seconds / max(seconds(lambda: kernel(*operands), q.device), 1e-9)
+        if self.must_be_faster and speedup is not None and speedup <= 1.0:
             return f"it takes {1 / max(speedup, 1e-9):.2f} times as long as 16 bit on the first layer"
         self.error, self.speedup, self.taken, self._kernel = error, speedup, library, kernel
         return None
+
+
+def _error_text(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip():.200}"
 
 
 def rungs_for(wanted: str, sm: int | None, backend: str | None) -> tuple[Library, ...]:

@@ -108,7 +108,7 @@ def rope_attention(
     """Take q and k through their norm and rope in one kernel each, and compute attention as the session of this number does.
 
     A library that takes e4m3 codes gets those of rotated heads. Any other gets 16 bits, and so does
-    the session's first call, which chooses one.
+    a call that chooses one: the session's first, and the one at which a library fails.
 
     Args:
         q: [B, S, C], and k [B, S, C], of the layers.
@@ -143,22 +143,29 @@ def rope_attention(
         EngineError: The session of this number is gone.
         KernelError: The kernels are.
     """
-    chosen, library = _chosen(number), kernels_of(kernels)
-    head, coded = v.shape[-1], bounds is not None and chosen.takes_codes
-    operands = []
-    for i, (x, weight, bias, eps, text, text_weight, text_eps) in enumerate(
-        (
-            (q, q_weight, q_bias, q_eps, text_q, text_q_weight, text_q_eps),
-            (k, k_weight, k_bias, k_eps, text_k, text_k_weight, text_k_eps),
-        )
-    ):
-        bound = bounds[i : i + 1] if coded and bounds is not None else None
-        parts = [(x, Rope(head, norm, eps, coded, weight, cosines, sines, bound, bias, first, per_channel))]
-        if text is not None:
-            parts.append((text, Rope(head, norm, text_eps, coded, text_weight, bound=bound)))
-        joined = _joined(library, parts)
-        operands.append(joined.reshape(*joined.shape[:2], -1, head))
-    return chosen(operands[0], operands[1], v, scale, bounds).contiguous()
+    chosen, library, head = _chosen(number), kernels_of(kernels), v.shape[-1]
+    sides = (
+        (q, q_weight, q_bias, q_eps, text_q, text_q_weight, text_q_eps),
+        (k, k_weight, k_bias, k_eps, text_k, text_k_weight, text_k_eps),
+    )
+
+    def heads(coded_by: Tensor | None) -> tuple[Tensor, Tensor]:
+        operands = []
+        for i, (x, weight, bias, eps, text, text_weight, text_eps) in enumerate(sides):
+            coded, bound = coded_by is not None, None if coded_by is None else coded_by[i : i + 1]
+            parts = [(x, Rope(head, norm, eps, coded, weight, cosines, sines, bound, bias, first, per_channel))]
+            if text is not None:
+                parts.append((text, Rope(head, norm, text_eps, coded, text_weight, bound=bound)))
+            joined = _joined(library, parts)
+            operands.append(joined.reshape(*joined.shape[:2], -1, head))
+        return operands[0], operands[1]
+
+    out = None
+    if bounds is not None and chosen.takes_codes:
+        out = chosen.of_codes(*heads(bounds), v, scale, bounds)
+    if out is None:
+        out = chosen(*heads(None), v, scale, bounds)
+    return out.contiguous()
 
 
 def _joined(kernels: CudaKernels, parts: list[tuple[Tensor, Rope]]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dvdquant.errors import UnsupportedError
 from dvdquant.model.layers import make_weights, prepare_layers, set_activation
 from dvdquant.model.loading import GraphWrapper
 from dvdquant.ops.attention import ladder, operation
+from dvdquant.ops.attention.libraries import REFERENCE
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.prepared_linear import handle_of, packed_linear, prepared_linear
 from dvdquant.ops.repack import LayerShape
@@ -155,6 +157,48 @@ def test_a_wrong_kernel_is_not_taken(monkeypatch: pytest.MonkeyPatch, caplog: py
         with PyTorchSession(artifact, bits=[8], fuse=True) as session:
             assert not session.fused
         assert why in caplog.text
+
+
+class WrongAt(HostLibrary):
+    """Kernels of which one is wrong: of a form of weights, at a width of activations."""
+
+    def __init__(self, form: str, bits: int) -> None:
+        super().__init__()
+        self.form, self.bits = form, bits
+
+    def fused_linear(
+        self, layer: Any, sm: int, prologue: Any, x: int, prepared: int, y: int, m: int, *rest: Any
+    ) -> None:
+        super().fused_linear(layer, sm, prologue, x, prepared, y, self._tokens("expanded", layer, m), *rest)
+
+    def packed_fused_linear(
+        self, layer: Any, sm: int, prologue: Any, x: int, weight: Any, rows: int, y: int, m: int, *rest: Any
+    ) -> None:
+        super().packed_fused_linear(layer, sm, prologue, x, weight, rows, y, self._tokens("packed", layer, m), *rest)
+
+    def _tokens(self, form: str, layer: Any, m: int) -> int:
+        """The last token is left out, as by a wrong bound of a loop."""
+        return m - 1 if (form, layer.act_bits) == (self.form, self.bits) else m
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("form", ["packed", "expanded"])
+def test_the_self_test_runs_what_the_session_will(
+    form: str, bits: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each width that was asked for, and weights as they are held; a kernel that no step calls is no matter."""
+    artifact = Artifact.open(made.weights_export("wan", ranges=False))
+    kernels = CudaKernels(WrongAt(form, bits), 90)  # type: ignore[arg-type]
+    allocate = kernels.allocate
+    monkeypatch.setattr(kernels, "allocate", lambda *given: allocate(*given).zero_())
+    monkeypatch.setattr(pytorch, "usable_kernels", lambda device: kernels)
+    for widths in ([4], [8], [4, 8]):
+        for weights in ("packed", "expanded"):
+            caplog.clear()
+            with PyTorchSession(artifact, bits=widths, fuse=True, weights=weights) as session:  # type: ignore[arg-type]
+                right = bits not in widths or weights != form
+                assert session.fused is right, (widths, weights)
+            assert (f"(a{bits}, {form}) differs from one that is not" in caplog.text) is not right
 
 
 @pytest.mark.usefixtures("double")
@@ -319,6 +363,37 @@ def test_q_and_k_come_to_8_bit_attention_by_one_kernel(
         distance = made.relative(apart, sixteen)
         assert 0.5 * distance < made.relative(fused, sixteen) < 1.3 * distance
     assert sum(found) == attentions * len(kinds_of)
+
+
+@pytest.mark.usefixtures("double")
+def test_a_library_that_refuses_codes_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passed its self-test in 16 bit; what it refuses at the second call goes on in 16 bit, with operands of that kind."""
+    monkeypatch.setattr(ladder, "MIN_TOKENS", 16)
+    seen: list[torch.dtype] = []
+    definition = REFERENCE["fp8"].load()
+
+    def kernel(q: Tensor, *rest: Any) -> Tensor:
+        seen.append(q.dtype)
+        if q.dtype == torch.float8_e4m3fn:
+            raise RuntimeError("no kernel for these codes")
+        return definition(q, *rest)
+
+    artifact = Artifact.open(made.weights_export("wan", ranges=False))
+    inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
+    options = {"bits": [8], "attention": "fp8", "attention_backend": "reference", "fuse": True}
+    outputs = []
+    for load in (None, lambda: kernel):
+        torch._dynamo.reset()
+        with PyTorchSession(artifact, **options) as session:
+            assert session.attention is not None
+            session.attention.rungs = () if load is None else (replace(REFERENCE["fp8"], load=load),)
+            outputs.append([session.run(inputs, 8) for _ in range(3)])
+            assert session.attention.choice == "16"
+    sixteen, fallen = outputs
+    assert made.relative(fallen[0], sixteen[0]) > 1e-4
+    assert torch.equal(fallen[1], sixteen[1])
+    assert torch.equal(fallen[2], sixteen[1])
+    assert seen.count(torch.float8_e4m3fn) == 1
 
 
 @pytest.mark.usefixtures("double")

@@ -14,15 +14,19 @@ from torch import Tensor
 
 from dvdquant.deploy import DvdqTransformer
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.executed import executed_session
 from dvdquant.deploy.generation.generate import GenerateRequest, open_generator
 from dvdquant.deploy.sessions import open_session
 from dvdquant.deploy.sessions.base import EngineSession, WrappedSession
 from dvdquant.deploy.sessions.guidance_pair import GuidancePair
+from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.errors import EngineError, ShapeError, UnsupportedError
+from dvdquant.ops.attention import ladder
+from dvdquant.ops.attention.libraries import REFERENCE
 from tests.support.commands import refused
 from tests.support.guided_clips import FailingLow, same
 from tests.support.running import PROMPT, run, short_wan_export, wan_pipeline
-from tests.support.session_exports import recipe_export
+from tests.support.session_exports import recipe_export, weights_export
 from tests.support.tiny_pipelines import arguments, build_pipeline, exported
 
 pytestmark = pytest.mark.usefixtures("lent_sessions")
@@ -138,6 +142,94 @@ def test_both_run_at_the_same_time_and_changed_inputs_are_noticed() -> None:
     with pytest.raises(EngineError, match="is closed"):
         pair.run(first, 8)
     assert pair.peer.closed
+
+
+def _attends(artifact: Artifact, fast: bool = True, there: bool = True) -> PyTorchSession:
+    """A session whose only library is fast, slow or not there: the definition."""
+    session = PyTorchSession(artifact, bits=[8], attention="int8", attention_backend="reference")
+    assert session.attention is not None
+    session.attention.must_be_faster = not fast
+    session.attention.rungs = (REFERENCE["int8"],) if there else ()
+    return session
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "choice", "pairs"),
+    [
+        ({}, {"fast": False}, "reference", True),
+        ({"fast": False}, {}, "16", True),
+        ({}, {"there": False}, "reference", False),
+    ],
+    ids=["slow on the second", "slow on the first", "missing on the second"],
+)
+def test_attention_is_what_the_first_session_has_chosen(
+    first: dict[str, bool],
+    second: dict[str, bool],
+    choice: str,
+    pairs: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The self-test of the second session ends otherwise. Where it cannot follow, the first runs both branches."""
+    monkeypatch.setattr(ladder, "MIN_TOKENS", 16)
+    monkeypatch.setattr(ladder, "seconds", lambda call, device: 1.0)  # no library is faster than 16 bit
+    artifact = Artifact.open(weights_export("wan", ranges=False))
+    steps = _branches(artifact, 4)
+    with _attends(artifact, **first) as alone:
+        expected = [[alone.run(branch, 8) for branch in step] for step in steps]
+    with _attends(artifact, **second) as other:
+        other.run(steps[0][0], 8)
+        assert other.attention is not None
+        assert other.attention.choice not in (None, choice)
+    with GuidancePair(_attends(artifact, **first), _attends(artifact, **second)) as pair:
+        for step, outputs in zip(steps, expected):
+            assert all(torch.equal(pair.run(branch, 8), output) for branch, output in zip(step, outputs))
+        assert (pair.paired, pair.wasted) == ((3, 0) if pairs else (0, 1))
+        said = executed_session(pair)
+        assert said["attention"]["library"] == (None if choice == "16" else choice)
+        assert said["second"]["attention"]["decided"] == pairs
+        assert not pairs or said["second"]["attention"]["library"] == said["attention"]["library"]
+    assert caplog.text.count("both branches of guidance run on cpu") == int(not pairs)
+
+
+def test_attention_that_fails_on_the_first_session_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It falls to 16 bit in the middle of a clip, and what the second session has begun is not used."""
+    monkeypatch.setattr(ladder, "MIN_TOKENS", 16)
+    artifact, failing = Artifact.open(weights_export("wan", ranges=False)), threading.Event()
+    definition = REFERENCE["int8"].load()
+
+    def kernel(*operands: Any) -> Tensor:
+        if failing.is_set():
+            raise RuntimeError("no plan")
+        return definition(*operands)
+
+    steps = _branches(artifact, 4)
+    with PyTorchSession(artifact, bits=[8]) as plain, _attends(artifact) as alone:
+        expected = [[(plain if i > 1 else alone).run(branch, 8) for branch in step] for i, step in enumerate(steps)]
+    with GuidancePair(_attends(artifact), _attends(artifact)) as pair:
+        pair.inner.attention.rungs = (dataclasses.replace(REFERENCE["int8"], load=lambda: kernel),)  # type: ignore[union-attr]
+        for i, (step, outputs) in enumerate(zip(steps, expected)):
+            if i == 2:
+                failing.set()
+            assert all(torch.equal(pair.run(branch, 8), output) for branch, output in zip(step, outputs))
+        assert (pair.paired, pair.wasted) == (2, 1)
+        assert pair.peer.attention.choice == "16"  # type: ignore[union-attr]
+
+
+def _branches(artifact: Artifact, steps: int) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """The inputs of both branches, step by step."""
+    one, two = (artifact.family().sample(artifact.sizes, artifact.dtype, seed) for seed in (0, 1))
+    two = {**one, "encoder_hidden_states": two["encoder_hidden_states"]}
+    return [tuple({**each, "timestep": each["timestep"] / 2**i} for each in (one, two)) for i in range(steps)]  # type: ignore[misc]
+
+
+def test_sessions_of_which_one_fuses_layers_are_refused() -> None:
+    artifact = Artifact.open(weights_export("wan", ranges=False))
+    with PyTorchSession(artifact, bits=[8]) as one, PyTorchSession(artifact, bits=[8]) as two:
+        two.fused = True
+        with pytest.raises(UnsupportedError, match="may differ") as caught:
+            GuidancePair(one, two)
+        assert "--no-fuse" in str(caught.value)
 
 
 def test_what_the_second_session_raises_reaches_its_branch() -> None:

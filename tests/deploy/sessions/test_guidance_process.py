@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import psutil
 import pytest
+import torch
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.faults import fault_of
@@ -19,10 +21,12 @@ from dvdquant.deploy.sessions import open_session, other_process
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.guidance_pair import GuidancePair
 from dvdquant.deploy.sessions.other_process import ProcessSession
-from dvdquant.errors import EngineError, ResourceError, ShapeError, UnsupportedError
+from dvdquant.errors import ChoiceError, EngineError, ResourceError, ShapeError, UnsupportedError
+from dvdquant.ops.attention import ladder
 from tests.support.forked_processes import forked_process
 from tests.support.guided_clips import FailingLow, same
 from tests.support.running import PROMPT, short_wan_export
+from tests.support.session_exports import weights_export
 
 OPTIONS: dict[str, Any] = {"backend": "onnxruntime", "device": "cpu"}
 FAILING: set[float] = set()
@@ -127,6 +131,40 @@ def test_errors_of_the_other_process_are_its_own(monkeypatch: pytest.MonkeyPatch
         open_session(artifact, device="process:gpu")
     with pytest.raises(UnsupportedError, match="does not take compile"):
         open_session(artifact, device="process:cpu", backend="onnxruntime", compile=True)
+
+
+# The process of a session, in which the toy model's sequences are long.
+_SHORT = """
+import sys
+from dvdquant.ops.attention import ladder
+ladder.MIN_TOKENS = 16
+from dvdquant.deploy.sessions.engine_process import main
+sys.exit(main())
+"""
+
+
+def test_attention_across_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process computes by what this one has chosen, refuses where it cannot, and tells what it did."""
+    monkeypatch.setattr(other_process, "_COMMAND", (sys.executable, "-c", _SHORT))
+    monkeypatch.setattr(ladder, "MIN_TOKENS", 16)
+    artifact = Artifact.open(weights_export("wan", ranges=False))
+    options: dict[str, Any] = {"backend": "pytorch", "attention": "int8", "attention_backend": "reference"}
+    with (
+        open_session(artifact, device="process:cpu", bits=[8], **options) as other,
+        open_session(artifact, device="cpu", bits=[8], **options) as one,
+        open_session(artifact, device="cpu", bits=[8], backend="pytorch") as plain,
+    ):
+        inputs = one.family.sample(one.sizes, one.dtype, 0)
+        assert other.attention is not None
+        assert (other.fused, other.attention.wanted, other.attention.choice) == (False, "int8", None)
+        for choice, session in (("reference", one), ("16", plain)):
+            other.follow_attention(choice)
+            assert torch.equal(other.run(inputs, 8), session.run(inputs, 8))
+            assert other.attention.choice == choice
+        assert other.attention.to_json()["library"] is None
+        other.follow_attention("another")
+        with pytest.raises(ChoiceError, match="another is none of its libraries"):
+            other.run(inputs, 8)
 
 
 def test_a_session_by_itself(double: Generator) -> None:

@@ -43,6 +43,8 @@ class Chosen:
         q, k, wide = (part.float().transpose(1, 2) for part in (q, k, v))
         return F.scaled_dot_product_attention(q, k, wide, scale=scale).transpose(1, 2).to(v.dtype)
 
+    of_codes = __call__
+
 
 def angles(*shape: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of which the two channels of a pair have the same."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch._dynamo.utils import counters
 from dvdquant.cli.inspect import _summary
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import attention as taken_over
-from dvdquant.deploy.sessions import compiled, open_session
+from dvdquant.deploy.sessions import compiled, open_session, pytorch
 from dvdquant.deploy.sessions.attention import cut_padded_words, fold_norms, norm_bounds, self_attentions
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.errors import UnsupportedError
@@ -164,6 +166,32 @@ def test_folding_norms_changes_no_bit(name: str) -> None:
         bounds = norm_bounds(module)
         assert bounds is not None
         assert bounds.isfinite().all()
+
+
+def test_libraries_run_with_the_sessions_device_as_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They launch their kernels there, wherever their tensors are: a second session has another device."""
+    current: list[torch.device] = []
+    seen: list[list[torch.device]] = []
+
+    @contextlib.contextmanager
+    def made_current(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> Tensor:
+        seen.append(list(current))
+        return ladder.exact(q, k, v, scale)
+
+    monkeypatch.setattr(pytorch, "current_device", made_current)
+    artifact = Artifact.open(made.weights_export("wan", ranges=False))
+    with PyTorchSession(artifact, bits=[8], attention="int8", attention_backend="reference") as session:
+        assert session.attention is not None
+        session.attention.rungs = (dataclasses.replace(REFERENCE["int8"], load=lambda: kernel),)
+        session.run(sample(artifact), 8)
+        assert seen
+        assert all(devices == [session.device] for devices in seen)
+    assert not current
 
 
 # ---------------------------------------------------------------------------------------------------------- HunyuanVideo

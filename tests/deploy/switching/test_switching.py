@@ -11,13 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.gbs import relative_change, switch_bits
 from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import EngineError, ShapeError, UnsupportedError
+from dvdquant.ops.cuda.errors import KernelError
 from tests.support.bounds import UNIT
-from tests.support.session_exports import family_export, recipe_export
+from tests.support.session_exports import family_export, recipe_export, weights_export
 from tests.support.step_sessions import FAULTS, TIMESTEPS, FaultySession, inputs_at, poison, walk
 
 # Of this random model L1 is 0.5 to 1.8 a step: δ = 3 gives runs of one to five low steps.
@@ -315,6 +318,33 @@ def test_a_fault_at_any_low_step_is_retried_on_the_high_engine(
             first = position - steps[0]
             assert session.calls[first : first + 2] == [(TIMESTEPS[position], 4), (TIMESTEPS[position], 8)]
             assert torch.equal(output, session.run(inputs_at(session, position), 8))
+
+
+@pytest.mark.parametrize("text", ["no kernel for this layer", "CUDA error: out of memory"])
+def test_an_error_of_the_kernels_is_one_of_the_engine(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step of the low engine runs again on the high one; there it is an EngineError, which says what the kernels said."""
+    failing = [4]
+    with PyTorchSession(Artifact.open(weights_export("wan", ranges=False))) as session:
+        run = session._run
+
+        def failing_run(inputs: dict[str, Tensor], bits: int) -> Tensor:
+            if bits in failing:
+                raise KernelError(text, fix="another GPU", out_of_memory="memory" in text)
+            return run(inputs, bits)
+
+        monkeypatch.setattr(session, "_run", failing_run)
+        runner = StepRunner(session, StepController("fixed", bits=4))
+        inputs = session.family.sample(session.sizes, session.dtype)
+        assert torch.equal(runner.run(inputs, step=0), run(inputs, 8))
+        assert runner.summary()["retries"] == 1
+        with pytest.raises(EngineError, match=text) as caught:
+            session.run(inputs, 4)
+        assert isinstance(caught.value.__cause__, KernelError)
+        assert caught.value.fix is not None
+        assert ("smaller size" if "memory" in text else "another GPU") in caught.value.fix
+        failing.append(8)
+        with pytest.raises(EngineError, match="on the 8-bit engine"):
+            runner.run(inputs, step=1)
 
 
 def test_a_low_engine_that_never_works(session: FaultySession) -> None:
