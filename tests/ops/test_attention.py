@@ -369,6 +369,7 @@ def test_a_session_that_follows_takes_what_the_other_has_chosen(monkeypatch: pyt
         chosen.follow(choice)
         assert torch.equal(chosen(*given), wanted)
         assert chosen.choice == choice
+        assert "as the first session" in chosen.words()
         chosen.follow(choice)
         assert chosen.decided  # it is no new choice
     for choice, why in ((None, "not chosen yet"), ("bad", "10 % from 16 bit"), ("z", "z is none of its libraries")):

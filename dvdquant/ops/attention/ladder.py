@@ -71,7 +71,7 @@ class Attention:
         decided: Whether the first call has been.
         taken: The library that runs; None is 16 bit, and before the first call.
         error: Its relative L2 distance from 16 bit on the first layer.
-        speedup: The time of 16 bit over its time, there.
+        speedup: The time of 16 bit over its time, there; None where another session has chosen.
         passed_over: A library and the reason, for each that was not taken.
     """
 
@@ -194,14 +194,16 @@ class Attention:
         """Return what runs in one line."""
         if not self.decided:
             return f"{self.wanted} is wanted; no sequence of {MIN_TOKENS} tokens has come yet"
+        if self.taken is None and self._follows:
+            return "16 bit, as the first session"
         if self.taken is None:
             return f"16 bit, not {self.wanted}: " + (
                 "; ".join(f"{name}: {reason}" for name, reason in self.passed_over) or "no library has it here"
             )
-        return (
-            f"{self.taken.name} ({self.taken.kind}), {100 * (self.error or 0):.2g} % from 16 bit and "
-            f"{self.speedup or 0:.2f} times as fast on the first layer"
-        )
+        runs = f"{self.taken.name} ({self.taken.kind}), {100 * (self.error or 0):.2g} % from 16 bit"
+        if self.speedup is None:
+            return f"{runs} on the first layer, as the first session"
+        return f"{runs} and {self.speedup:.2f} times as fast on the first layer"
 
     def _choose(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> None:
         if self._follows:
@@ -258,7 +260,7 @@ class Attention:
         if reason is not None:
             raise ChoiceError(f"{self.name} cannot compute attention as the first session does: {reason}")
         self.decided = True
-        log.info("%s: attention of long sequences as the first session: %s", self.name, self._lead)
+        log.info("%s: attention of long sequences: %s", self.name, self.words())
 
     def _tested(
         self,
