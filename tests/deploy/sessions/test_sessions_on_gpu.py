@@ -71,3 +71,22 @@ def test_a_captured_step_gives_what_a_plain_one_gives(compile: bool) -> None:
             assert session._graphs is not None
             assert session._graphs.failed is None
             assert session._graphs.nbytes > 0
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_captured_runs_as_usual() -> None:
+    """The host reads a value in the middle of it. The stream is the caller's again, and another step can be captured."""
+    device = torch.device(DEVICE)
+    before = torch.cuda.current_stream() if DEVICE == "cuda" else None
+    for read in (True, False):
+        graphs = replay.GraphReplay(
+            lambda inputs, read=read: inputs["x"] * (float(inputs["x"].sum()) if read else inputs["x"].sum()),
+            "transformer",
+            device,
+        )
+        for i in range(4):
+            x = torch.full((8,), float(i), device=device)
+            assert torch.equal(graphs({"x": x}, 8), 8 * x * x)
+        assert (graphs.failed is not None) is (read or DEVICE == "cpu")
+    if DEVICE == "cuda":
+        assert torch.cuda.current_stream() == before
