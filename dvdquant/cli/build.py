@@ -127,10 +127,12 @@ def main(
     result = build_on_device(
         plan, progress, resume=resume, check=None if no_check else check_engine, timing_cache=timing_cache
     )
-    if log_format == "json":
-        progress.event("done", **_result_json(plan, result))
+    if not result.reports:  # another run built them meanwhile
+        _say_current(result.plan, log_format, progress)
+    elif log_format == "json":
+        progress.event("done", **_result_json(result))
     else:
-        echo(_result_text(plan, result))
+        echo(_result_text(result))
 
 
 @contextlib.contextmanager
@@ -287,19 +289,19 @@ def _say_current(plan: DeviceBuild, log_format: str, progress: Progress) -> None
         echo("\n".join([*(f"{name} is up to date" for name in names), "nothing to do"]))
 
 
-def _result_json(plan: DeviceBuild, result: DeviceResult) -> dict[str, Any]:
+def _result_json(result: DeviceResult) -> dict[str, Any]:
     engines = [dict(e) for e in result.manifest.engines if e["path"] in result.reports]
     return {
-        "output": str(plan.out),
+        "output": str(result.plan.out),
         "engines": engines,
         "files": {path: dict(result.manifest.files[path]) for path in result.reports},
         "builds": {path: report.to_json() for path, report in result.reports.items()},
-        "up_to_date": [entry["engine"] for entry in plan.current],
+        "up_to_date": [entry["engine"] for entry in result.plan.current],
         "notes": result.notes,
     }
 
 
-def _result_text(plan: DeviceBuild, result: DeviceResult) -> str:
+def _result_text(result: DeviceResult) -> str:
     rows = []
     for entry in result.manifest.engines:
         if entry["path"] not in result.reports:
@@ -319,8 +321,8 @@ def _result_text(plan: DeviceBuild, result: DeviceResult) -> str:
             )
         )
     header = ("engine", "SM", "size", "built in", "a pass", "error", "SHA-256")
-    lines = [_facts(plan), "", table(header, rows, right=(2, 3, 4, 5)), "", *result.notes]
-    return "\n".join([*lines, f"{plan.out}/manifest.json written"])
+    lines = [_facts(result.plan), "", table(header, rows, right=(2, 3, 4, 5)), "", *result.notes]
+    return "\n".join([*lines, f"{result.plan.out}/manifest.json written"])
 
 
 if __name__ == "__main__":
