@@ -258,7 +258,10 @@ class Attention:
                 except Exception as error:  # noqa: BLE001 - a library that fails is not taken, whatever it raises
                     reason = f"it fails: {_error_text(error)}"
         if reason is not None:
-            raise ChoiceError(f"{self.name} cannot compute attention as the first session does: {reason}")
+            raise ChoiceError(
+                f"{self.name} cannot compute attention as the first session does: {reason}",
+                fix="give both devices the same libraries, or ask for --attention 16",
+            )
         self.decided = True
         log.info("%s: attention of long sequences: %s", self.name, self.words())
 
