@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONDITIONS",
     "SCHEDULERS",
+    "SchedulerConfig",
     "build_scheduler",
     "check_scheduler_config",
     "open_scheduler",
@@ -67,7 +68,7 @@ _Length = Annotated[int, Field(ge=1, le=1 << 24)]
 
 
 @with_config(ConfigDict(strict=True, extra="allow", allow_inf_nan=False))
-class _Config(TypedDict, total=False):
+class SchedulerConfig(TypedDict, total=False):
     """The fields of the schedulers above. A field of another scheduler is ignored, as diffusers does."""
 
     num_train_timesteps: Annotated[int, Field(ge=2, le=MAX_TRAIN_TIMESTEPS)]
@@ -119,7 +120,7 @@ class _Config(TypedDict, total=False):
     scale_factors: list[_Positive] | None
 
 
-_ADAPTER: TypeAdapter[_Config] = TypeAdapter(_Config)
+_ADAPTER: TypeAdapter[SchedulerConfig] = TypeAdapter(SchedulerConfig)
 _QUIET = threading.RLock()
 
 

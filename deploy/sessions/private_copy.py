@@ -29,7 +29,9 @@ __all__ = ["PrivateCopy", "fits_in_memory", "private_copy"]
 log = logging.getLogger(__name__)
 
 _BLOCK = 4 << 20  # bytes that are copied or hashed at a time
-_SEAL_ATTEMPTS, _SEAL_PAUSE = 50, 0.1  # seconds
+SEAL_PAUSE = 0.1
+"""The seconds between two attempts to seal a file in memory."""
+_SEAL_ATTEMPTS = 50
 # The share of free memory that copies may fill. The session, and the pipeline's text encoder and VAE, need the rest.
 _SHARE = 0.5
 
@@ -133,7 +135,7 @@ def _seal(fd: int) -> None:
         except OSError as error:
             if error.errno != errno.EBUSY or not left:
                 raise
-            time.sleep(_SEAL_PAUSE)
+            time.sleep(SEAL_PAUSE)
 
 
 def _copy_and_hash(source: int, name: str, entry: FileEntry, in_memory: bool) -> PrivateCopy:

@@ -50,6 +50,7 @@ __all__ = [
     "recover",
     "recover_locked",
     "remove_stage",
+    "roll_forward",
     "sweep",
     "walk_files",
 ]
@@ -151,7 +152,7 @@ def install(lock: FolderLock, stage: Folder, new: Iterable[str], old: Manifest |
             lock.release()
             return swapped
     _decide(lock.folder, stage, sorted(new), sorted(listed - set(new)))
-    _roll_forward(lock.folder)
+    roll_forward(lock.folder)
     return lock
 
 
@@ -424,12 +425,15 @@ def _obstacle(folder: Folder, name: str) -> str | None:
     return {"folder": "a folder", "other": "a file or link"}.get(_state(folder, name))
 
 
-def _roll_forward(folder: Folder) -> None:
+def roll_forward(folder: Folder) -> None:
     """Install the tree of the record (way 2, second half).
 
     Every step may be repeated, so the next run finishes the work of a killed one. Nothing is changed before the whole
     record was compared with both trees. A link that somebody puts there meanwhile ends the work with an OSError: no
     step goes through a link.
+
+    Args:
+        folder: The locked output folder, which holds a record.
 
     Raises:
         OutputError: The record or the trees are damaged.
@@ -583,7 +587,7 @@ def recover_locked(folder: Folder) -> bool:
     _recover_siblings(folder)
     if not folder.has(COMMIT):
         return False
-    _roll_forward(folder)
+    roll_forward(folder)
     return True
 
 

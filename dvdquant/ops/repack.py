@@ -67,8 +67,8 @@ _INT8 = np.float32(127)
 _ROW_FLOOR = np.float32(2.0**-100)
 # Sections of a prepared buffer start at multiples of this.
 ALIGNMENT = 256
-# Weights expanded to fp32 at a time.
-_BLOCK = 1 << 22
+EXPANDED_AT_ONCE = 1 << 22
+"""The number of weights that are expanded to fp32 at a time."""
 
 
 @dataclass(frozen=True)
@@ -388,6 +388,6 @@ def _decoded(codes: I8 | U8) -> F64:
 
 
 def _blocks(rows: int, features: int) -> Iterator[slice]:
-    step = max(1, _BLOCK // features)
+    step = max(1, EXPANDED_AT_ONCE // features)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

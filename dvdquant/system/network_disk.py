@@ -14,7 +14,8 @@ LIVE_SECONDS = 24 * 3600
 """How long what another machine wrote last counts as its living work, where no lock can tell."""
 RENEW_SECONDS = 600
 """How often living work renews the time of its file: a step of it may take more than ``LIVE_SECONDS``."""
-_MOUNTS = Path("/proc/self/mountinfo")
+MOUNTS = Path("/proc/self/mountinfo")
+"""The table of mounts of this process."""
 _NFS = ("nfs", "nfs4")
 # Their locks are those of the client, or are so by a mount option that is not shown.
 _ONE_HOST = ("cifs", "smb3", "9p", "lustre", "afs", "virtiofs", "vboxsf", "prl_fs", "fuse.sshfs")
@@ -67,7 +68,7 @@ def locks_stay_here(fd: int) -> bool:
     """
     try:
         info = os.fstat(fd)
-        lines = _MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return False
     device = f"{os.major(info.st_dev)}:{os.minor(info.st_dev)}"

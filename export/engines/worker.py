@@ -36,7 +36,7 @@ from dvdquant.system.gpu import read_gpu
 from dvdquant.system.out_of_memory import is_out_of_memory
 from dvdquant.system.whole_file import write_whole
 
-__all__ = ["build", "main"]
+__all__ = ["build", "check_device", "check_operators", "main"]
 
 _LOCK = threading.Lock()
 _LARGEST_CACHE = 1 << 31  # bytes of a timing cache
@@ -147,7 +147,7 @@ def _configure(backend: Backend, builder: Any, request: BuildRequest) -> Any:
     return config
 
 
-def _check_operators(backend: Backend, parser: Any) -> None:
+def check_operators(backend: Backend, parser: Any) -> None:
     """Refuse a version-compatible engine of a graph that needs operators from TensorRT's own plugin libraries.
 
     A session loads the plugin libraries that it is told, so such an engine would be built here and fail there.
@@ -247,7 +247,7 @@ def _peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _check_device(backend: Backend, sms: tuple[str, ...]) -> None:
+def check_device(backend: Backend, sms: tuple[str, ...]) -> None:
     """Check that the GPU a TensorRT engine is for is present; TensorRT-RTX builds without a GPU.
 
     Args:
@@ -295,7 +295,7 @@ def build(request: BuildRequest) -> BuildReport:
             available="tensorrt",
             fix="build it without --version-compatible, or with the tensorrt backend",
         )
-    _check_device(backend, request.sms)
+    check_device(backend, request.sms)
     # 2. Set the builder up.
     listing: list[str] = []
     warnings: list[str] = []
@@ -311,7 +311,7 @@ def build(request: BuildRequest) -> BuildReport:
     network, parser = parse_network(backend, builder, logger, model, maps)
     del model
     if request.version_compatible:
-        _check_operators(backend, parser)
+        check_operators(backend, parser)
     _check_profile(network, request)
     # 4. Build and write the engine.
     size = _build_plan(backend, builder, network, config, request, maps)

@@ -174,7 +174,7 @@ def test_long_rows_keep_their_small_weights(std: float) -> None:
 def test_q_in_parts_is_q_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = operands()
     whole = [quantized_attention(q, k, v, kind) for kind in FORMATS.values()]
-    monkeypatch.setattr("dvdquant.ops.attention.definition._SCORES", 6 * 150 * 7)
+    monkeypatch.setattr("dvdquant.ops.attention.definition.SCORES_AT_ONCE", 6 * 150 * 7)
     for wanted, kind in zip(whole, FORMATS.values()):
         assert torch.allclose(quantized_attention(q, k, v, kind), wanted, rtol=1e-10, atol=1e-12)
 

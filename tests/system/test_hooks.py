@@ -59,10 +59,10 @@ USE = re.compile(rf"\.({NAME})|[\"']({NAME})[\"']|\bimport\s+(?:\([^)]*?)?({NAME
 def asked_anew() -> Iterator[None]:
     """The checks remember what they found."""
     checks: tuple[Any, ...] = (
-        diffusers_hooks._check_declared,
+        diffusers_hooks.check_declared,
         diffusers_hooks.check_pipeline_hooks,
         diffusers_hooks.check_stage_hooks,
-        attention._registered,
+        attention.registered_backend,
         modelopt_hooks.check_nvfp4,
         torch_hooks.check_example_values,
         transformers_hooks.check_packing_hooks,
@@ -292,7 +292,7 @@ def test_a_pipeline_whose_stages_do_not_come_apart(name: str, monkeypatch: pytes
 def test_blocks_that_are_named_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the check other modules than the blocks would be compiled, and nothing would fail."""
     assert diffusers_hooks.repeated_block_names(diffusers.WanTransformer3DModel) == ("WanTransformerBlock",)
-    diffusers_hooks._check_declared.cache_clear()
+    diffusers_hooks.check_declared.cache_clear()
     monkeypatch.delattr(diffusers.ModelMixin, "_repeated_blocks")
     with pytest.raises(UnsupportedError) as caught:
         compiled.repeated_blocks(nn.Module())
@@ -424,7 +424,7 @@ def test_a_graph_without_example_tensors(monkeypatch: pytest.MonkeyPatch) -> Non
     new_backend = fusion.fusing_backend.__wrapped__
     new_backend(None)
     torch_hooks.check_example_values.cache_clear()
-    monkeypatch.setattr(torch_hooks, "_EXAMPLE", "another_value")
+    monkeypatch.setattr(torch_hooks, "EXAMPLE_KEY", "another_value")
     with pytest.raises(UnsupportedError) as caught:
         new_backend(None)
     refused(caught, "torch", "another_value")
@@ -470,7 +470,7 @@ def test_a_text_encoder_whose_layers_were_not_packed() -> None:
     with pytest.raises(UnsupportedError) as caught:
         text_four_bits.check_packed(encoder)
     refused(caught, "transformers", "Encoder")
-    text_four_bits._put_layers_in(encoder)
+    text_four_bits.put_layers_in(encoder)
     text_four_bits.check_packed(encoder)
 
 

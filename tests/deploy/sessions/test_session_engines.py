@@ -20,7 +20,7 @@ from dvdquant.artifact.manifest import Manifest
 from dvdquant.backends import Backend, load_backend
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import engine_choice, engines, open_session
-from dvdquant.deploy.sessions.engine_binding import BoundEngine, EngineLog
+from dvdquant.deploy.sessions.engine_binding import EngineLog
 from dvdquant.deploy.sessions.engine_choice import FoundEngines
 from dvdquant.deploy.sessions.engines import TensorRTSession, deserialize, make_runtime, select_engine
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
@@ -32,7 +32,7 @@ from dvdquant.model import weight_choice
 from dvdquant.model.held_weights import held_weights
 from dvdquant.model.weight_choice import choose_weights
 from tests.support import session_exports as made
-from tests.support.engine_double import BF16, HOST, DoubleContext, Library
+from tests.support.engine_double import BF16, HOST, DoubleContext, DoubleEngine, Library
 
 
 @pytest.fixture(scope="module")
@@ -336,13 +336,13 @@ def test_how_the_plugin_holds_weights(
 
     monkeypatch.setattr(engines, "find_engines", as_plugin)
     told: list[str | None] = []
-    make = BoundEngine._make_context
+    make = DoubleEngine.create_execution_context
 
-    def context(self: BoundEngine, *arguments: Any) -> Any:
+    def context(self: DoubleEngine, how: Any) -> Any:
         told.append(os.environ.get("DVDQUANT_WEIGHTS"))
-        return make(self, *arguments)
+        return make(self, how)
 
-    monkeypatch.setattr(BoundEngine, "_make_context", context)
+    monkeypatch.setattr(DoubleEngine, "create_execution_context", context)
     held = held_weights(artifact.plan("transformer"), 89, (4, 8), artifact.sizes)
     # So few tokens, that the count says expanded; the user's own word comes before it.
     for asked, variable, form in (

@@ -295,7 +295,7 @@ def test_what_runs_where_no_engine_fits(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_four_bits_are_advised_against_where_they_gain_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    pytorch_module._say_once.cache_clear()  # a test before may have had such a GPU
+    pytorch_module.warn_once.cache_clear()  # a test before may have had such a GPU
     plain, grouped = get_recipe("w4a4"), get_recipe("w4a4-g64")
     assert bits_advice(89, plain) is None
     assert "save no time here" in str(bits_advice(120, grouped))
