@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic takes the one of typing from Python 3.12 on only
 
-from dvdquant.checkpoint.untrusted import UntrustedFolder
+from dvdquant.checkpoint.untrusted import MAX_JSON, UntrustedFolder
 from dvdquant.errors import CheckpointError
 from dvdquant.system.files import strict_json
 
@@ -40,7 +40,6 @@ __all__ = [
 ]
 
 FOLDER, FILE, INDEX = "scheduler", "scheduler_config.json", "model_index.json"
-MAX_JSON = 1 << 20  # bytes
 _LIMIT = "lambda_min_clipped"  # the field that diffusers writes as minus infinity
 _NO_LIMIT = re.compile(rb'("lambda_min_clipped"\s*:\s*)-Infinity\b')
 MAX_TRAIN_TIMESTEPS = 100_000  # a thousand in every published model; tables of this length take a second at most

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import logging
 import mmap
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from dvdquant.artifact.listed_file import open_listed, require_digest
 from dvdquant.errors import ResourceError
-from dvdquant.system.files import FileEntry, free_bytes, write_all
+from dvdquant.system.files import FileEntry, free_bytes, hash_descriptor, write_all
 from dvdquant.system.memory import memory_limit
 from dvdquant.text import amount
 
@@ -28,7 +27,7 @@ __all__ = ["PrivateCopy", "fits_in_memory", "private_copy"]
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 4 << 20  # bytes that are copied or hashed at a time
+_BLOCK = 4 << 20  # bytes that are copied at a time
 SEAL_PAUSE = 0.1
 """The seconds between two attempts to seal a file in memory."""
 _SEAL_ATTEMPTS = 50
@@ -155,11 +154,7 @@ def _copy_and_hash(source: int, name: str, entry: FileEntry, in_memory: bool) ->
     if sealed:
         # From here on the bytes cannot change, so the hash is that of the bytes that will run.
         _seal(fd)
-    digest, offset = hashlib.sha256(), 0
-    while count := os.preadv(fd, [block], offset):
-        digest.update(block[:count])
-        offset += count
-    require_digest(digest.hexdigest(), entry)
+    require_digest(hash_descriptor(fd)["sha256"], entry)
     return copy
 
 

@@ -40,7 +40,7 @@ from pydantic import StrictStr, TypeAdapter
 
 from dvdquant.artifact.folder import Folder
 from dvdquant.artifact.layout import COMMIT, MANIFEST, OWNER, STAGE, TREE, is_bookkeeping
-from dvdquant.artifact.lock import FolderLock, is_same
+from dvdquant.artifact.lock import FolderLock
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.errors import OutputError
 from dvdquant.system.files import disk_error, strict_json
@@ -227,8 +227,8 @@ def _swap(lock: FolderLock, stage: Folder, listed: set[str]) -> FolderLock | Non
             if (
                 tree is None
                 or there is None
-                or not is_same(swapped.folder.own(), tree)
-                or not is_same(there, old.own())
+                or not os.path.samestat(swapped.folder.own(), tree)
+                or not os.path.samestat(there, old.own())
             ):
                 raise OSError(errno.ESTALE, "a folder was replaced meanwhile", str(out))
             _carry(old, swapped.folder, listed)
@@ -262,7 +262,7 @@ def _is_at(folder: Folder, name: str, what: os.stat_result) -> bool:
     """Return whether ``name`` in the folder is the file or folder with the status ``what``."""
     with contextlib.suppress(OSError):
         there = folder.info(name)
-        return there is not None and is_same(there, what)
+        return there is not None and os.path.samestat(there, what)
     return False
 
 

@@ -38,6 +38,7 @@ import numpy.typing as npt
 import torch
 
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.numerics.dtypes import E4M3_MAX
 from dvdquant.numerics.packing import expand_zero, pack_int4, unpack_int4
 
 __all__ = [
@@ -62,7 +63,7 @@ U8 = npt.NDArray[np.uint8]
 # In the order of dvdq_path in kernels/include/dvdquant/kernels.h.
 PATHS = ("s4_token", "s4_group", "s8_token", "s8_group", "s8_wgmma", "e4m3_group")
 # Up to 16 every integer is an e4m3 number, and 128 products with 4-bit codes stay below 2¹⁴; 448 is the largest.
-_EXACT_E4M3, _LARGEST_E4M3 = np.float32(16), np.float32(448)
+_EXACT_E4M3, _LARGEST_E4M3 = np.float32(16), np.float32(E4M3_MAX)
 _INT8 = np.float32(127)
 _ROW_FLOOR = np.float32(2.0**-100)
 # Sections of a prepared buffer start at multiples of this.

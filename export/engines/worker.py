@@ -7,7 +7,6 @@ Everything else is the builder's log.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -31,7 +30,7 @@ from dvdquant.export.engines.report import (
     memory_advice,
 )
 from dvdquant.plugin_library import load_plugin
-from dvdquant.system.files import disk_error, read_limited
+from dvdquant.system.files import disk_error, hash_file, read_limited
 from dvdquant.system.gpu import read_gpu
 from dvdquant.system.out_of_memory import is_out_of_memory
 from dvdquant.system.whole_file import write_whole
@@ -324,7 +323,7 @@ def build(request: BuildRequest) -> BuildReport:
         seconds=round(time.monotonic() - start, 3),
         bytes=size,
         peak_rss_bytes=_peak_rss(),
-        onnx_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        onnx_sha256=hash_file(path)["sha256"],
         products=products,
         constant_bytes=constants,
         attention=attention_summary(listing),

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from dvdquant.errors import ShapeError
+from dvdquant.numerics.dtypes import E4M3_MAX
 from dvdquant.numerics.hadamard import kept_hadamard_matrix
 
-__all__ = ["E4M3_MAX", "FORMATS", "AttentionFormat", "e4m3_codes", "exact_attention", "quantized_attention"]
+__all__ = ["FORMATS", "AttentionFormat", "e4m3_codes", "exact_attention", "quantized_attention"]
 
-E4M3_MAX = 448.0
 # SageAttention's blocks of tokens; a scale serves all channels of a head in a block.
 Q_BLOCK, K_BLOCK = 128, 64
 # Keys that share a scale of p.
