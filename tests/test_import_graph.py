@@ -182,7 +182,7 @@ def _arrows_back(name: str, targets: set[str]) -> list[str]:
 def test_arrows_go_one_way(graph: dict[str, set[str]]) -> None:
     modules = _modules()
     strings = {name: _named_in_strings(name, _tree(path), modules) for name, path in modules.items()}
-    assert "dvdquant.deploy.serve.worker_process" in strings["dvdquant.deploy.serve.supervisor"]
+    assert "dvdquant.deploy.serve.workers.worker_process" in strings["dvdquant.deploy.serve.workers.supervisor"]
     assert [arrow for name, targets in graph.items() for arrow in _arrows_back(name, targets | strings[name])] == []
 
 
