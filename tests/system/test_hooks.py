@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import re
 import sys
+import threading
 import tomllib
 import types
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from packaging.requirements import Requirement
 from torch import Tensor, nn
 
 from dvdquant.deploy.generation import in_pipeline, text_encoder, text_four_bits, transformers_hooks
+from dvdquant.deploy.generation.request import GenerateRequest
+from dvdquant.deploy.generation.session_options import SessionOptions
 from dvdquant.deploy.serve.http import uvicorn_hooks
 from dvdquant.deploy.sessions import attention, compiled, fusion
 from dvdquant.deploy.sessions import onnxruntime as onnxruntime_session
@@ -533,16 +536,24 @@ def test_a_uvicorn_that_takes_signals_otherwise(monkeypatch: pytest.MonkeyPatch)
 def test_stages_are_checked_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """No transformer and no part is opened: the generator here has none."""
     generator = object.__new__(in_pipeline.PipelineGenerator)
-    generator.checker = types.SimpleNamespace(pipeline_of=lambda request: "LTXPipeline")  # type: ignore[assignment]
-    monkeypatch.setattr(in_pipeline.PipelineGenerator, "family", types.SimpleNamespace(name="ltx-video"), raising=False)
+    family = types.SimpleNamespace(name="ltx-video", image_tokens=lambda: 0)
+    monkeypatch.setattr(in_pipeline.PipelineGenerator, "family", family)
+    vars(generator).update(
+        check=lambda request: request,
+        checker=types.SimpleNamespace(text=None, pipeline_of=lambda request: "LTXPipeline"),
+        folder=types.SimpleNamespace(parts=(), transformers=()),
+        _encoded={},
+        _encoding=threading.RLock(),
+        _denoising=threading.RLock(),
+        _loading=threading.Lock(),
+    )
     monkeypatch.delattr(diffusers.LTXPipeline, "_denormalize_latents")
-    request: Any = None
-    with pytest.raises(UnsupportedError) as caught:
-        generator._loaded(request)
-    refused(caught, "diffusers", "_denormalize_latents")
-    with pytest.raises(UnsupportedError) as caught:
-        generator._open("LTXPipeline", {}, torch.device("cpu"))
-    refused(caught, "diffusers", "_denormalize_latents")
+    # The whole pipeline, and the text encoder alone, before the transformer.
+    for alternate, begin in ((False, generator.prepare), (True, generator.encode_prompt)):
+        vars(generator).update(options=SessionOptions(device="cpu", alternate=alternate), _engines={}, _pipes={})
+        with pytest.raises(UnsupportedError) as caught:
+            begin(GenerateRequest("a cat"))
+        refused(caught, "diffusers", "_denormalize_latents")
 
 
 def test_nvfp4_is_checked_before_an_export_begins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

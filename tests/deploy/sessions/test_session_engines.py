@@ -456,6 +456,12 @@ class Device:
         made_one = self.streams[len(self.streams)] = DeviceStream(self, len(self.streams))
         return made_one
 
+    def forget(self) -> None:
+        """Begin with nothing queued."""
+        self.order.clear()
+        for stream in self.streams.values():
+            stream.seen.clear()
+
     @contextlib.contextmanager
     def use(self, stream: DeviceStream) -> Iterator[None]:
         before = self.current
@@ -520,7 +526,6 @@ def test_passes_and_what_surrounds_them_are_in_order(
     )
     on_the_host(monkeypatch, library)
     session = TensorRTSession(artifact, device=HOST)
-    session.run(sample, 4)  # binds shapes and scratch; nothing of it counts
     device = Device(monkeypatch)
     lane = session._lane
     lane.own, lane._done = device.stream(), DeviceEvent()
@@ -535,12 +540,15 @@ def test_passes_and_what_surrounds_them_are_in_order(
 
     monkeypatch.setattr(DoubleContext, "execute_async_v3", passing)
     if replays:
-        held = {name: tensor.clone() for name, tensor in sample.items()}
-        output = sample["hidden_states"].float()
-        graph = SimpleNamespace(replay=lambda: device.queue("pass"))
+        captured = SimpleNamespace(replay=lambda: device.queue("pass"))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: captured)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         monkeypatch.setattr(session, "_cuda_graphs", True)
         monkeypatch.setattr(session, "_library", SimpleNamespace(takes_plugins=True))
-        session._captures[4] = engines._Capture(graph, held, output, session._scratch.generation)
+    session.run(sample, 4)  # binds shapes and scratch, and captures; nothing of it counts
+    device.forget()
+    lane._done = DeviceEvent()
     others = [device.stream(), device.stream()]
     with Watch(device):
         for caller in (device.streams[0], others[0], device.streams[0], device.streams[0], others[1], others[0]):
