@@ -18,6 +18,7 @@ import weakref
 from pathlib import Path
 
 from dvdquant.artifact.listed_file import open_listed, require_digest
+from dvdquant.checkpoint.untrusted import FileIdentity
 from dvdquant.errors import ResourceError
 from dvdquant.system.files import FileEntry, free_bytes, hash_descriptor, write_all
 from dvdquant.system.memory import memory_limit
@@ -34,7 +35,7 @@ _SEAL_ATTEMPTS = 50
 # The share of free memory that copies may fill. The session, and the pipeline's text encoder and VAE, need the rest.
 _SHARE = 0.5
 
-_Key = tuple[int, int, int, int, int, str]
+_Key = tuple[FileIdentity, str]
 _copies: weakref.WeakValueDictionary[_Key, PrivateCopy] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
@@ -115,8 +116,7 @@ def private_copy(root: Path, name: str, entry: FileEntry, in_memory: bool) -> Pr
         ResourceError: Neither memory nor the disk of temporary files has room.
     """
     with open_listed(root, name, entry) as source:
-        info = os.fstat(source)
-        key = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns, entry["sha256"])
+        key = (FileIdentity.of(source), entry["sha256"])
         with _lock:
             copy = _copies.get(key)
             if copy is None:
