@@ -101,7 +101,7 @@ def test_the_original_checkpoint_goes_to_the_device_that_was_named(gpus: None, m
         _loading=threading.Lock(),
         beside={"transformer": ()},
     )
-    monkeypatch.setattr(pipeline_generate.PipelineGenerator, "family", SimpleNamespace(name="wan"))
+    monkeypatch.setattr(pipeline_generate.PipelineGenerator, "family", SimpleNamespace(name="wan"), raising=False)
     for generator in (table, pipeline):
         with pytest.raises(InterruptedError):
             generator.prepare(GenerateRequest("a", mode="16"))

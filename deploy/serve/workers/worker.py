@@ -76,7 +76,11 @@ class HeldJob:
         return self.job.token or ""
 
     def end(self, why: str) -> None:
-        """Ask the drawing to stop."""
+        """Ask the drawing to stop.
+
+        Args:
+            why: ``cancelled``, ``lost`` or ``released``.
+        """
         if not self.stop.is_set():
             self.why = why
             self.stop.set()
