@@ -89,6 +89,7 @@ class TensorRTSession(EngineSession):
             where it is set, and else the count of :class:`.HeldWeights`.
 
     Attributes:
+        entries: The manifest's entry of each bit-width's engine.
         weights: ``packed``, ``expanded``, or ``as built`` for engines that hold their weights themselves.
 
     Raises:
@@ -113,6 +114,7 @@ class TensorRTSession(EngineSession):
         self.backend = backend
         super().__init__(artifact, component, bits, device or torch.device("cuda"))
         self._library, entries = find_engines(artifact, component, backend, self.bits, self.device)
+        self.entries = entries
         self.library = f"{self._library.name} {self._library.version}"
         module_log.info("%s: %s runs the engines", component, self.library)
         self._plugin_bytes = 0

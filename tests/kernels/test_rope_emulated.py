@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dvdquant.errors import DvdquantError, ShapeError, UnsupportedError
 from dvdquant.ops.attention.definition import e4m3_codes
+from dvdquant.ops.attention.rope import Rope, apply_rope, rope_quantize, run_rope_quantize
 from dvdquant.ops.cuda.arguments import RopePointers, rope_struct
 from dvdquant.ops.cuda.library import KernelLibrary
-from dvdquant.ops.rope import Rope, apply_rope, rope_quantize, run_rope_quantize
 from tests.support.emulated_kernels import library as library
 from tests.support.emulated_kernels import one_thread  # noqa: F401
 

@@ -31,7 +31,7 @@ def plan_json(plan: ExportPlan, choice: Choice, fused: dict[str, int] | None) ->
         choice: What was chosen for the GPUs, and the notes on it.
         fused: The number of fused layers of each transformer, or None where none is asked for.
     """
-    from dvdquant.cli.export_answers import answers, device_answers
+    from dvdquant.cli.exports.export_answers import answers, device_answers
     from dvdquant.export.source_text import source_facts
 
     return {
@@ -85,7 +85,7 @@ def plan_text(plan: ExportPlan, choice: Choice, fused: dict[str, int] | None) ->
 
 def _made(plan: ExportPlan, choice: Choice) -> list[str]:
     """Return the model, what is made of it, and whether that fits the devices."""
-    from dvdquant.cli.export_answers import answers, device_answers
+    from dvdquant.cli.exports.export_answers import answers, device_answers
     from dvdquant.export.source_text import source_lines
     from dvdquant.ops.attention.libraries import ladders_text
 

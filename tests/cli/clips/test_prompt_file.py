@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dvdquant.cli.prompt_file import MAX_PROMPT_FILE, check_prompt, decode_text, read_prompts
+from dvdquant.cli.clips.prompt_file import MAX_PROMPT_FILE, check_prompt, decode_text, read_prompts
 from dvdquant.errors import DvdquantError, OutputError, ShapeError
 from dvdquant.system import piped_file
 from tests.support.costs import Costs

@@ -6,7 +6,7 @@ import json
 
 from click.testing import CliRunner
 
-from dvdquant.cli.held_text import choice_text
+from dvdquant.cli.exports.held_text import choice_text
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.hardware.capabilities import CAPABILITIES

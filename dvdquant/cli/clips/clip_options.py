@@ -107,14 +107,8 @@ def loading_clashes(options: Mapping[str, Any]) -> list[Clash]:
     Args:
         options: The options of :func:`loading_options`, ``--backend`` and ``--text-embeds``, by their names.
     """
-    backend = options["backend"]
-    elsewhere = backend not in ("auto", "pytorch")
     return [
         *session_clashes(options),
-        Clash(
-            options["attention_backend"] is not None and elsewhere,
-            f"--attention-backend runs in PyTorch, so --backend {backend} does not apply",
-        ),
         Clash(
             options["text_embeds"] is not None and options["text_encoder_bits"] is not None,
             "--text-embeds takes the text encoder's place, so --text-encoder-bits does not apply",

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dvdquant.cli.clips.run_text import compare_text, summary_text
 from dvdquant.cli.common import echo
-from dvdquant.cli.run_text import compare_text, summary_text
 from dvdquant.errors import OutputError
 
 if TYPE_CHECKING:
-    from dvdquant.cli.run_options import RunOptions
+    from dvdquant.cli.clips.run_options import RunOptions
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.request import GenerateResult
     from dvdquant.deploy.generation.video import Row

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from dvdquant.clashes import Clash, refuse_clashes
-from dvdquant.cli.clip_options import loading_clashes
+from dvdquant.cli.clips.clip_options import loading_clashes
 from dvdquant.deploy.switching.defaults import CachePolicy
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy

@@ -14,7 +14,7 @@ from dvdquant.text import amount
 if TYPE_CHECKING:
     import torch
 
-    from dvdquant.cli.run_options import RunOptions
+    from dvdquant.cli.clips.run_options import RunOptions
     from dvdquant.deploy.generation.generate import Generator
     from dvdquant.deploy.generation.memory_plan import MemoryPlan
     from dvdquant.deploy.generation.request import GenerateRequest

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dvdquant import __version__
-from dvdquant.cli.bundle_wheels import download_line
+from dvdquant.cli.bundles.bundle_wheels import download_line
 from dvdquant.hardware.capabilities import JETSONS
 from dvdquant.hardware.make_lines import make_plugin, make_wheel
 from dvdquant.text import amount, shell_line

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dvdquant.cli.engine_copies import copies_text, sum_by_width
+from dvdquant.cli.exports.engine_copies import copies_text, sum_by_width
 from dvdquant.hardware.advice import QUALITY
 from dvdquant.hardware.capabilities import capability, sm_number
 from dvdquant.hardware.find import find_gpu
