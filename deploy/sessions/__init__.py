@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.sessions.base import EngineSession, chosen_bits
+from dvdquant.deploy.sessions.base import ENGINES, EngineSession, chosen_bits
+from dvdquant.deploy.sessions.options_text import built_text
 from dvdquant.deploy.sessions.other_process import PROCESS, ProcessSession
 from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy, check_policy
@@ -17,7 +18,6 @@ from dvdquant.ops.cuda_linear import kernels_for
 from dvdquant.recipe import ATTENTION
 from dvdquant.system.devices import resolve_device
 from dvdquant.system.plugin_file import Plugins, plugin_paths
-from dvdquant.text import shown
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["BACKENDS", "EngineSession", "best_backend", "full_name", "open_session"]
 
 BACKENDS = ("auto", "tensorrt_rtx", "tensorrt", "onnxruntime", "pytorch")
-_ENGINES = ("tensorrt_rtx", "tensorrt")
 _ALIASES = {"rtx": "tensorrt_rtx", "ort": "onnxruntime", "torch": "pytorch"}
 log = logging.getLogger(__name__)
 
@@ -152,18 +151,17 @@ def _say_attention(session: EngineSession, asked: str | None) -> None:
             wanted,
             session.backend,
         )
-    if asked is None or session.backend not in _ENGINES:  # engines say in the manifest what they have
+    if asked is None or session.backend not in ENGINES:  # engines say in the manifest what they have
         return
     from dvdquant.deploy.sessions.engines import TensorRTSession
 
     assert isinstance(session, TensorRTSession)
     if any(_attention_built(session, width) != asked for width in session.bits):
-        built = dict.fromkeys(f"a{width}: {session.entries[width]['executes']}" for width in session.bits)
         log.warning(
             "%s: engines have the attention that they were built with, %s is for PyTorch sessions: %s",
             session.component,
             asked,
-            shown("; ".join(built), 1000),
+            built_text([session.entries[width] for width in session.bits]),
         )
 
 
@@ -260,7 +258,7 @@ def _open_best(
 ) -> EngineSession:
     name, reasons = best_backend(artifact, component, bits, device)
     log.info("%s on %s: %s (%s)", component, device, name, "; ".join(reasons))
-    engines = name in _ENGINES
+    engines = name in ENGINES
     if weights != "auto" and name == "tensorrt_rtx":
         log.warning("%s: weights are as the engine was built with, not %s", component, weights)
     if engines:
@@ -283,7 +281,7 @@ def best_backend(
     if device.type == "cuda":
         from dvdquant.deploy.sessions.engines import find_engines
 
-        for name in _ENGINES:
+        for name in ENGINES:
             try:
                 find_engines(artifact, component, name, chosen_bits(artifact, component, bits), device)
             except DvdquantError as error:

@@ -203,6 +203,11 @@ class TensorRTSession(EngineSession):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    @property
+    def repeats_steps(self) -> bool:
+        """Return whether passes of the same shapes are repeated as CUDA graphs, by the library or here."""
+        return self._cuda_graphs
+
     def _drop_files(self) -> None:
         """Drop the private copy of the weights when they are on the device."""
         if self._files is not None:
