@@ -1,4 +1,4 @@
-"""The options that ``dvdq-run`` and ``dvdq-plan`` share: what a clip shows, and how the model is loaded."""
+"""The options that ``dvdq-run``, ``dvdq-plan`` and others share: what a clip shows, and how the model is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,28 @@ from dvdquant.cli.common import CUDA_GRAPHS, FUSE, P, R, takes_plugins
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.recipe import ATTENTION
 
-__all__ = ["clip_options", "loading_clashes", "loading_options"]
+__all__ = ["clip_options", "loading_clashes", "loading_options", "takes_attention"]
+
+
+def takes_attention(command: Callable[P, R]) -> Callable[P, R]:
+    """Add the options --attention and --attention-backend.
+
+    Args:
+        command: The function of the command.
+    """
+    attention = click.option(
+        "--attention",
+        type=click.Choice(ATTENTION),
+        help="Self-attention of long sequences in PyTorch: 16 bit, int8 or fp8.  [default: the export's]",
+    )
+    backend = click.option(
+        "--attention-backend",
+        type=WORD,
+        metavar="LIBRARY",
+        help="What computes 8-bit attention: reference, or one library.  [default: the first that is right and faster]",
+    )
+    return attention(backend(command))
+
 
 _CLIP = (
     click.option("--negative-prompt", metavar="TEXT", help="What guidance leads away from.  [default: the model's]"),
@@ -59,18 +80,8 @@ _LOADING = (
     ),
     click.option("--fuse/--no-fuse", default=None, help=FUSE),
     click.option("--cuda-graphs", is_flag=True, help=CUDA_GRAPHS),
-    click.option(
-        "--attention",
-        type=click.Choice(ATTENTION),
-        help="Self-attention of long sequences in PyTorch: 16 bit, int8 or fp8.  [default: the export's]",
-    ),
+    takes_attention,
     takes_plugins,
-    click.option(
-        "--attention-backend",
-        type=WORD,
-        metavar="LIBRARY",
-        help="What computes 8-bit attention: reference, or one library.  [default: the first that is right and faster]",
-    ),
     click.option(
         "--revision", type=WORD, metavar="REVISION", help="Branch, tag or commit, where OUT is user/name on the hub."
     ),
@@ -107,14 +118,8 @@ def loading_clashes(options: Mapping[str, Any]) -> list[Clash]:
     Args:
         options: The options of :func:`loading_options`, ``--backend`` and ``--text-embeds``, by their names.
     """
-    backend = options["backend"]
-    elsewhere = backend not in ("auto", "pytorch")
     return [
         *session_clashes(options),
-        Clash(
-            options["attention_backend"] is not None and elsewhere,
-            f"--attention-backend runs in PyTorch, so --backend {backend} does not apply",
-        ),
         Clash(
             options["text_embeds"] is not None and options["text_encoder_bits"] is not None,
             "--text-embeds takes the text encoder's place, so --text-encoder-bits does not apply",

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dvdquant.cli.common import table
+from dvdquant.system.devices import resolve_device
 from dvdquant.text import amount
 
 if TYPE_CHECKING:
+    from dvdquant.deploy.generation.generator import Generator
     from dvdquant.deploy.generation.needs import Part
     from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
 
-__all__ = ["compare_text", "needs_text", "summary_text"]
+__all__ = ["asked_text", "compare_text", "needs_text", "summary_text"]
 
 T = TypeVar("T")
 _LEGEND = "█ a8  ▄ a4  · skipped"
@@ -148,3 +150,26 @@ def needs_text(
             memory,
         ]
     )
+
+
+def asked_text(generator: Generator, backend: str) -> list[str]:
+    """Return in a line each what becomes of fusion, attention and CUDA graphs, where something asks for them.
+
+    Args:
+        generator: The generator as the run would use it.
+        backend: The full name of the backend that runs.
+
+    Raises:
+        UnsupportedError: The library of attention is not possible here.
+    """
+    from dvdquant.deploy.sessions.fusion import fusion_text
+    from dvdquant.deploy.sessions.options_text import attention_text, graphs_text
+
+    how = generator.options
+    device = resolve_device(how.device)
+    lines = [
+        fusion_text(device, how.compile, how.fuse),
+        attention_text(generator.artifact, backend, device, how.attention, how.attention_backend),
+        graphs_text(generator.artifact, backend, device) if how.cuda_graphs else None,
+    ]
+    return [line for line in lines if line is not None]
