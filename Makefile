@@ -91,7 +91,7 @@ $(TRITON)/.unpacked:
 	@touch $@
 
 triton-check: $(INSTALLED_TEST) $(TRITON)/.unpacked
-	DVDQ_TRITON=$(TRITON) $(BIN)/python -m pytest -q tests/deploy/serve/test_serve_triton.py $(PYTEST_ARGS)
+	DVDQ_TRITON=$(TRITON) $(BIN)/python -m pytest -q tests/deploy/serve/bridges/test_serve_triton.py $(PYTEST_ARGS)
 
 # Built from the tracked files alone, so that no leftover of build/ gets into it.
 wheel: $(INSTALLED_TEST)
@@ -119,7 +119,7 @@ $(DYNAMO)/.unpacked:
 	@touch $@
 
 dynamo-check: $(INSTALLED_TEST) $(DYNAMO)/.unpacked
-	DVDQ_DYNAMO=$(DYNAMO) $(BIN)/python -m pytest -q tests/deploy/serve/test_serve_dynamo.py $(PYTEST_ARGS)
+	DVDQ_DYNAMO=$(DYNAMO) $(BIN)/python -m pytest -q tests/deploy/serve/bridges/test_serve_dynamo.py $(PYTEST_ARGS)
 
 # The releases that dvdquant/ops/attention/libraries.py was written for; newer ones are tried by their numbers here.
 ATTENTION := build/attention

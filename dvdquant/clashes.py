@@ -46,9 +46,11 @@ def session_clashes(options: Mapping[str, Any]) -> list[Clash]:
     """Return the options of sessions that a backend excludes.
 
     Args:
-        options: ``--backend``, ``--compile``, ``--cuda-graphs``, ``--fuse`` and ``plugins`` of ``--plugin``, by their names.
+        options: ``--backend``, ``--compile``, ``--cuda-graphs``, ``--fuse`` and ``plugins`` of ``--plugin``, by their names,
+            and ``--attention`` and ``--attention-backend`` where there are such.
     """
-    backend = options["backend"]
+    backend, attention = options["backend"], options.get("attention")
+    library = options.get("attention_backend")
     elsewhere = backend not in ("auto", "pytorch")
     return [
         Clash(options["compile"] and elsewhere, f"--compile runs in PyTorch, so --backend {backend} does not apply"),
@@ -57,6 +59,18 @@ def session_clashes(options: Mapping[str, Any]) -> list[Clash]:
             "ONNX Runtime has none, so --cuda-graphs does not apply",
         ),
         Clash(options["fuse"] and elsewhere, f"--fuse runs in PyTorch, so --backend {backend} does not apply"),
+        Clash(
+            attention not in (None, "16") and backend == "onnxruntime",
+            f"ONNX Runtime computes attention in 16 bit, so --attention {attention} does not apply",
+        ),
+        Clash(
+            library is not None and elsewhere,
+            f"--attention-backend runs in PyTorch, so --backend {backend} does not apply",
+        ),
+        Clash(
+            library is not None and attention == "16",
+            "--attention-backend computes attention in 8 bits, so --attention 16 does not apply",
+        ),
         Clash(
             options["plugins"] and backend not in ("auto", "tensorrt"),
             f"--plugin is for TensorRT engines, so --backend {backend} does not apply",

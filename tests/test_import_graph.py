@@ -163,6 +163,37 @@ def test_no_circle_of_rooms() -> None:
     assert _circles(graph) == []
 
 
+def _between_folders(graph: dict[str, set[str]], packages: Collection[str]) -> dict[str, set[str]]:
+    """The graph with each folder that holds no other as one room; a file beside folders is a room of its own."""
+    outer = {name.rpartition(".")[0] for name in packages}
+
+    def room(name: str) -> str:
+        folder = name if name in packages else name.rpartition(".")[0]
+        return name if folder in outer else folder
+
+    found: dict[str, set[str]] = {}
+    for name, targets in graph.items():
+        found.setdefault(room(name), set()).update({room(target) for target in targets} - {room(name)})
+    return found
+
+
+def test_no_circle_of_inner_rooms(graph: dict[str, set[str]]) -> None:
+    """Nor between the folders within a room, such as those of the server."""
+    packages = {name for name, path in _modules().items() if path.name == "__init__.py"}
+    found = _between_folders(graph, packages)
+    assert {"dvdquant.cli.run", "dvdquant.deploy.serve.server", "dvdquant.deploy.serve.store"} <= found.keys()
+    assert "dvdquant.deploy.serve.store.files" not in found
+    assert _circles(found) == []
+
+
+def test_a_circle_of_inner_rooms_would_be_found() -> None:
+    """Two folders whose files make no circle: a.b.one -> a.c.two, a.c.three -> a.b.four."""
+    graph: dict[str, set[str]] = {name: set() for name in ("a", "a.b", "a.c", "a.c.two", "a.b.four")}
+    graph |= {"a.b.one": {"a.c.two"}, "a.c.three": {"a.b.four"}}
+    assert _circles(graph) == []
+    assert _circles(_between_folders(graph, {"a", "a.b", "a.c"})) == [["a.b", "a.c"]]
+
+
 def test_a_circle_would_be_found() -> None:
     assert _circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
@@ -182,7 +213,7 @@ def _arrows_back(name: str, targets: set[str]) -> list[str]:
 def test_arrows_go_one_way(graph: dict[str, set[str]]) -> None:
     modules = _modules()
     strings = {name: _named_in_strings(name, _tree(path), modules) for name, path in modules.items()}
-    assert "dvdquant.deploy.serve.worker_process" in strings["dvdquant.deploy.serve.supervisor"]
+    assert "dvdquant.deploy.serve.workers.worker_process" in strings["dvdquant.deploy.serve.workers.supervisor"]
     assert [arrow for name, targets in graph.items() for arrow in _arrows_back(name, targets | strings[name])] == []
 
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dvdquant.deploy.serve.files import FolderFiles
 from dvdquant.deploy.serve.metrics import ServerMetrics
 from dvdquant.deploy.serve.server import http_server
 from dvdquant.deploy.serve.service import Service
 from dvdquant.deploy.serve.settings import ServerSettings
-from dvdquant.deploy.serve.sqlite_store import SqliteStore
+from dvdquant.deploy.serve.store.files import FolderFiles
+from dvdquant.deploy.serve.store.sqlite_store import SqliteStore
 
 __all__ = ["LocalHttp", "LocalWorkers", "local_http"]
 

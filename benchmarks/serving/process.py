@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from dvdquant.deploy.serve.left_workers import find_left
+from dvdquant.deploy.serve.workers.left_workers import find_left
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY_WAN = REPOSITORY / "examples" / "tiny-wan"

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dvdquant.deploy.serve.worker_process import main
+from dvdquant.deploy.serve.workers.worker_process import main
 from dvdquant.errors import EngineError
 
 

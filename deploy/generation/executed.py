@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dvdquant.deploy.sessions import EngineSession
+from dvdquant.deploy.sessions.options_text import attention_json
 
 __all__ = ["executed_original", "executed_session"]
 
@@ -26,7 +27,7 @@ def executed_session(session: EngineSession) -> dict[str, Any]:
         "dtype": str(session.dtype).removeprefix("torch."),
         "activation_bits": list(session.bits),
         "resident_bytes": session.resident_bytes(),
-        "attention": "16" if session.attention is None else session.attention.to_json(),
+        "attention": attention_json(session),
         "fused": session.fused,
     }
 

@@ -26,14 +26,14 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from dvdquant.clashes import refuse_clashes, session_clashes
-from dvdquant.deploy.serve.app import make_app
+from dvdquant.deploy.serve.bridges.queue_policy import STORE_VARIABLE
+from dvdquant.deploy.serve.bridges.ray_figures import RayFigures
 from dvdquant.deploy.serve.expiry import expire_for_ever
-from dvdquant.deploy.serve.gate import key_digest
+from dvdquant.deploy.serve.http.app import make_app
+from dvdquant.deploy.serve.http.gate import key_digest
 from dvdquant.deploy.serve.logs import log_event, setup_server_log
 from dvdquant.deploy.serve.metrics import ServerMetrics
-from dvdquant.deploy.serve.model_names import named_export
-from dvdquant.deploy.serve.queue_policy import STORE_VARIABLE
-from dvdquant.deploy.serve.ray_figures import RayFigures
+from dvdquant.deploy.serve.request.model_names import named_export
 from dvdquant.deploy.serve.service import Service
 from dvdquant.deploy.serve.settings import (
     EngineSettings,
@@ -44,8 +44,8 @@ from dvdquant.deploy.serve.settings import (
     WorkerSettings,
     fields_of,
 )
-from dvdquant.deploy.serve.stores import open_store
-from dvdquant.deploy.serve.worker import Worker
+from dvdquant.deploy.serve.store.stores import open_store
+from dvdquant.deploy.serve.workers.worker import Worker
 from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.text import shown
@@ -353,7 +353,7 @@ def bind_app(args: RayArguments, wrap_session: WrapSession | None = None) -> Any
         upscale_delay_s=args.up_seconds,
         downscale_delay_s=args.down_seconds,
         policy=AutoscalingPolicy(
-            policy_function="dvdquant.deploy.serve.queue_policy:QueuePolicy",
+            policy_function="dvdquant.deploy.serve.bridges.queue_policy:QueuePolicy",
             policy_kwargs={"jobs_per_worker": args.jobs_per_worker},
         ),
     )

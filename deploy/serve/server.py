@@ -17,17 +17,17 @@ from typing import Any
 import uvicorn
 
 from dvdquant import errors
-from dvdquant.deploy.serve.app import make_app
 from dvdquant.deploy.serve.expiry import expire_for_ever
-from dvdquant.deploy.serve.files import ClipFiles
+from dvdquant.deploy.serve.http.app import make_app
+from dvdquant.deploy.serve.http.uvicorn_hooks import ServerWithoutSignals
 from dvdquant.deploy.serve.jobs import JobStore
 from dvdquant.deploy.serve.logs import log_event, setup_server_log
 from dvdquant.deploy.serve.metrics import ServerMetrics
 from dvdquant.deploy.serve.service import Service
 from dvdquant.deploy.serve.settings import ServerSettings
-from dvdquant.deploy.serve.stores import open_store
-from dvdquant.deploy.serve.supervisor import WORKER_COMMAND, Pool
-from dvdquant.deploy.serve.uvicorn_hooks import ServerWithoutSignals
+from dvdquant.deploy.serve.store.files import ClipFiles
+from dvdquant.deploy.serve.store.stores import open_store
+from dvdquant.deploy.serve.workers.supervisor import WORKER_COMMAND, Pool
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.system.files import disk_error
 

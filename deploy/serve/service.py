@@ -8,12 +8,12 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar
 
-from dvdquant.deploy.serve.checks import CheckedRequest, ServedModel
-from dvdquant.deploy.serve.decoding import DecodedPicture, decode_picture
-from dvdquant.deploy.serve.files import ClipFiles
 from dvdquant.deploy.serve.jobs import Job, JobStore, new_video_id
 from dvdquant.deploy.serve.metrics import ServerMetrics
+from dvdquant.deploy.serve.request.checks import CheckedRequest, ServedModel
+from dvdquant.deploy.serve.request.decoding import DecodedPicture, decode_picture
 from dvdquant.deploy.serve.settings import ServerSettings
+from dvdquant.deploy.serve.store.files import ClipFiles
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.files import free_bytes
 from dvdquant.text import shown

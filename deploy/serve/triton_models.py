@@ -15,9 +15,9 @@ import triton_python_backend_utils as backend
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.faults import fault_of
-from dvdquant.deploy.serve.direct import DirectModel
+from dvdquant.deploy.serve.bridges.direct import DirectModel
+from dvdquant.deploy.serve.request.wording import public_text
 from dvdquant.deploy.serve.settings import ModelSource, SessionSettings
-from dvdquant.deploy.serve.wording import public_text
 from dvdquant.deploy.sessions import open_session
 from dvdquant.errors import Cancelled, DvdquantError, ShapeError, UnsupportedError
 from dvdquant.system.files import strict_json

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.sessions.base import EngineSession, chosen_bits
+from dvdquant.deploy.sessions.base import ENGINES, EngineSession, chosen_bits
+from dvdquant.deploy.sessions.options_text import built_text
 from dvdquant.deploy.sessions.other_process import PROCESS, ProcessSession
 from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy, check_policy
@@ -20,6 +21,8 @@ from dvdquant.system.plugin_file import Plugins, plugin_paths
 
 if TYPE_CHECKING:
     import torch
+
+    from dvdquant.deploy.sessions.engines import TensorRTSession
 
 __all__ = ["BACKENDS", "EngineSession", "best_backend", "full_name", "open_session"]
 
@@ -59,7 +62,8 @@ def open_session(
         plugins: TensorRT plugin libraries to load before the engines that need them, one path or several. Their code runs.
         compile: Run in PyTorch with the transformer's blocks compiled (:class:`.pytorch.PyTorchSession`).
         attention: ``16``, ``int8`` or ``fp8`` for self-attention of long sequences in PyTorch sessions. The default is the
-            recipe's. ONNX Runtime computes in 16 bit, and engines have what they were built with.
+            recipe's. ONNX Runtime computes in 16 bit, and engines have what they were built with; a session of these that
+            was asked for something else says so in a warning.
         attention_backend: The library that computes it, or ``reference``. It makes the session one of PyTorch.
         weights: ``packed`` holds the quantized weights once, with 4 bits; ``expanded`` holds what is multiplied, which
             takes more memory and less time; ``auto`` decides by the count of :mod:`dvdquant.model.held_weights`, and takes
@@ -132,12 +136,41 @@ def open_session(
     # 5. Say what the chosen backend leaves out.
     if cuda_graphs and session.backend == "onnxruntime":
         log.warning("%s: ONNX Runtime repeats no steps as CUDA graphs", component)
-    wanted = attention or artifact.recipe.attention
-    if wanted != "16" and session.backend == "onnxruntime":  # engines say in the manifest what they have
-        log.info(
-            "%s: attention is in 16 bit: only PyTorch sessions have %s, not %s", component, wanted, session.backend
-        )
+    _say_attention(session, attention)
     return session
+
+
+def _say_attention(session: EngineSession, asked: str | None) -> None:
+    """Say that a session's attention is not what was asked for; None says it of the recipe's, which nobody asked for now."""
+    wanted = asked or session.artifact.recipe.attention
+    if session.backend == "onnxruntime" and wanted != "16":
+        log.log(
+            logging.WARNING if asked else logging.INFO,
+            "%s: attention is in 16 bit: only PyTorch sessions have %s, not %s",
+            session.component,
+            wanted,
+            session.backend,
+        )
+    if asked is None or session.backend not in ENGINES:  # engines say in the manifest what they have
+        return
+    from dvdquant.deploy.sessions.engines import TensorRTSession
+
+    assert isinstance(session, TensorRTSession)
+    if any(_attention_built(session, width) != asked for width in session.bits):
+        log.warning(
+            "%s: engines have the attention that they were built with, %s is for PyTorch sessions: %s",
+            session.component,
+            asked,
+            built_text([session.entries[width] for width in session.bits]),
+        )
+
+
+def _attention_built(session: TensorRTSession, width: int) -> str | None:
+    """Return the attention of an engine, ``16`` or ``fp8``; None where its builder listed no kernels of attention."""
+    if session.artifact.recipe.attention == "16":
+        return "16"
+    kernels = session.entries[width].get("attention")
+    return ("fp8" if "FP8" in kernels else "16") if kernels else None
 
 
 def _refuse_options_of_pytorch(name: str, compile: bool, fuse: bool | None, attention_backend: str | None) -> None:
@@ -225,7 +258,7 @@ def _open_best(
 ) -> EngineSession:
     name, reasons = best_backend(artifact, component, bits, device)
     log.info("%s on %s: %s (%s)", component, device, name, "; ".join(reasons))
-    engines = name in ("tensorrt_rtx", "tensorrt")
+    engines = name in ENGINES
     if weights != "auto" and name == "tensorrt_rtx":
         log.warning("%s: weights are as the engine was built with, not %s", component, weights)
     if engines:
@@ -248,7 +281,7 @@ def best_backend(
     if device.type == "cuda":
         from dvdquant.deploy.sessions.engines import find_engines
 
-        for name in ("tensorrt_rtx", "tensorrt"):
+        for name in ENGINES:
             try:
                 find_engines(artifact, component, name, chosen_bits(artifact, component, bits), device)
             except DvdquantError as error:

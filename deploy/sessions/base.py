@@ -22,8 +22,10 @@ from dvdquant.system.out_of_memory import ran_out_of_memory
 if TYPE_CHECKING:
     from dvdquant.ops.attention.ladder import Attention
 
-__all__ = ["EngineSession", "WrappedSession"]
+__all__ = ["ENGINES", "EngineSession", "WrappedSession"]
 
+# The backends whose sessions run engines.
+ENGINES = ("tensorrt_rtx", "tensorrt")
 _MORE_MEMORY = "close other sessions and programs, or use a smaller size (dvdq-run --dry-run says what a run needs)"
 
 
@@ -41,7 +43,7 @@ class EngineSession(ABC):
     """
 
     backend: str
-    # What chooses the library of 8-bit attention; None is 16 bit, as in every backend but PyTorch.
+    # What chooses the library of 8-bit attention; None is 16 bit, or what engines were built with.
     attention: Attention | None = None
     # Whether what comes before quantized layers is in their kernels: sessions of PyTorch say so.
     fused = False
@@ -183,6 +185,11 @@ class EngineSession(ABC):
     def _resident_bytes(self) -> dict[str, int]:
         """Return what :meth:`resident_bytes` does. The session is open and stays so."""
 
+    @property
+    def repeats_steps(self) -> bool:
+        """Return whether steps of the same shapes are repeated as CUDA graphs."""
+        return False
+
     def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
         """Refuse inputs that the export does not serve.
 
@@ -235,6 +242,11 @@ class WrappedSession(EngineSession):
 
     def _run(self, inputs: dict[str, Tensor], bits: int) -> Tensor:
         return self.inner._run(inputs, bits)
+
+    @property
+    def repeats_steps(self) -> bool:
+        """Return whether the inner session repeats steps as CUDA graphs."""
+        return self.inner.repeats_steps
 
     def set_loras(self, specs: Sequence[LoraSpec]) -> None:
         """See :meth:`EngineSession.set_loras`; of the inner session.

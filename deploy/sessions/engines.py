@@ -89,6 +89,7 @@ class TensorRTSession(EngineSession):
             where it is set, and else the count of :class:`.HeldWeights`.
 
     Attributes:
+        entries: The manifest's entry of each bit-width's engine.
         weights: ``packed``, ``expanded``, or ``as built`` for engines that hold their weights themselves.
 
     Raises:
@@ -113,6 +114,7 @@ class TensorRTSession(EngineSession):
         self.backend = backend
         super().__init__(artifact, component, bits, device or torch.device("cuda"))
         self._library, entries = find_engines(artifact, component, backend, self.bits, self.device)
+        self.entries = entries
         self.library = f"{self._library.name} {self._library.version}"
         module_log.info("%s: %s runs the engines", component, self.library)
         self._plugin_bytes = 0
@@ -200,6 +202,11 @@ class TensorRTSession(EngineSession):
             held.zero_() if value is None else held.copy_(value.to(held.dtype))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    @property
+    def repeats_steps(self) -> bool:
+        """Return whether passes of the same shapes are repeated as CUDA graphs, by the library or here."""
+        return self._cuda_graphs
 
     def _drop_files(self) -> None:
         """Drop the private copy of the weights when they are on the device."""

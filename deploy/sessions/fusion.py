@@ -22,12 +22,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from dvdquant.deploy.sessions.fx_nodes import as_float, inverse_rms, is_call, value_of
 from dvdquant.deploy.sessions.rope_fusion import fuse_attention
 from dvdquant.errors import DvdquantError
+from dvdquant.ops.attention.rope import Rope, apply_rope, run_rope_quantize
 from dvdquant.ops.cuda_linear import CudaKernels, usable_kernels
 from dvdquant.ops.fused import MAX_CHANNELS, Prologue, apply_prologue, run_fused_quantize
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPE_NAMES
 from dvdquant.ops.repack import LayerShape
-from dvdquant.ops.rope import Rope, apply_rope, run_rope_quantize
 from dvdquant.system.torch_hooks import check_example_values, compiler_named, set_example_value
 
 __all__ = ["fuse_graph", "fusing_backend", "fusion_text", "kernels_fuse", "why_not_fused"]

@@ -168,6 +168,11 @@ class PyTorchSession(EngineSession):
         log.warning("%s: steps are not captured as CUDA graphs: %s", self.component, why)
         return None
 
+    @property
+    def repeats_steps(self) -> bool:
+        """Return whether steps are captured and repeated, or would be from the second one on."""
+        return self._graphs is not None and self._graphs.failed is None
+
     def _may_fuse(self, kernels: CudaKernels | None, plan: ModelPlan, asked: bool) -> bool:
         """Return whether the fused kernels are there and pass their self-test; else say why not, louder if it was asked for."""
         why = why_not_fused(kernels, self.device, plan.dtype)

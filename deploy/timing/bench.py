@@ -6,7 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,13 +15,14 @@ from dvdquant import __version__
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.run_report import machine
 from dvdquant.deploy.sessions import open_session
-from dvdquant.deploy.sessions.base import EngineSession
+from dvdquant.deploy.sessions.base import ENGINES, EngineSession
+from dvdquant.deploy.sessions.options_text import attention_json
 from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.system.plugin_file import Plugins, plugin_paths
 from dvdquant.system.progress import Progress
 
-__all__ = ["BenchResult", "Timing", "bench"]
+__all__ = ["BenchResult", "Timing", "bench", "executed_text"]
 
 Which = Literal["min", "opt", "max"]
 
@@ -84,6 +85,10 @@ class BenchResult:
         sizes: The shapes of the inputs by name.
         resident_bytes: What each session holds between calls, by transformer.
         weights: How the sessions hold quantized weights: ``packed``, ``expanded`` or ``as built``.
+        attention: What each session's attention was, by transformer: ``16``, ``as built`` of engines, or what was wanted and
+            the library that ran.
+        fused: Whether each session had what comes before quantized layers in their kernels, by transformer.
+        cuda_graphs: Whether each session repeated steps as CUDA graphs, by transformer.
     """
 
     timings: tuple[Timing, ...]
@@ -93,6 +98,9 @@ class BenchResult:
     sizes: dict[str, list[int]]
     resident_bytes: dict[str, dict[str, int]]
     weights: str = ""
+    attention: dict[str, Any] = field(default_factory=dict)
+    fused: dict[str, bool] = field(default_factory=dict)
+    cuda_graphs: dict[str, bool] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a plain dict."""
@@ -113,6 +121,7 @@ def bench(
     seconds: float = 60.0,
     compile: bool = False,
     attention: str | None = None,
+    attention_backend: str | None = None,
     weights: WeightPolicy = "auto",
     fuse: bool | None = None,
     cuda_graphs: bool = False,
@@ -135,6 +144,7 @@ def bench(
         seconds: The time for the counted calls of one transformer, after which no further turn begins.
         compile: Compile the blocks, in PyTorch sessions.
         attention: ``16``, ``int8`` or ``fp8``, in PyTorch sessions.
+        attention_backend: The library that computes it, or ``reference``; it makes the sessions those of PyTorch.
         weights: ``auto``, ``packed`` or ``expanded``.
         fuse: Take what comes before quantized layers into their kernels, in PyTorch sessions; None where ``compile`` is on.
         cuda_graphs: Repeat steps as CUDA graphs.
@@ -142,7 +152,8 @@ def bench(
         progress: The receiver of the progress.
 
     Raises:
-        UnsupportedError: The export has no such transformer, or a plugin library is not there.
+        UnsupportedError: The export has no such transformer, a plugin library is not there, or the library of attention is
+            not possible here.
         EngineError: No engine fits, or a call fails.
     """
     if unknown := sorted(set(components) - set(artifact.components)):
@@ -151,7 +162,7 @@ def bench(
         )
     libraries = plugin_paths(plugins)
     timings: list[Timing] = []
-    resident = {}
+    resident, attentions, fused, graphs = {}, {}, {}, {}
     backend_name = device_name = form = ""
     shapes: dict[str, list[int]] = {}
     for component in components or artifact.components:
@@ -163,6 +174,7 @@ def bench(
             bits=bits,
             compile=compile,
             attention=attention,
+            attention_backend=attention_backend,
             weights=weights,
             fuse=fuse,
             cuda_graphs=cuda_graphs,
@@ -175,10 +187,13 @@ def bench(
             with (progress or Progress()).stage("time", (1 + warm_up + repeats) * len(calls), "call") as stage:
                 first, taken = _measure(calls, warm_up, repeats, seconds, stage.update)
             for width, times in taken.items():
-                timings.append(Timing(component, width, _executes(session, width), tuple(times), first[width]))
-            resident[component] = session.resident_bytes()
+                timings.append(Timing(component, width, executed_text(session, width), tuple(times), first[width]))
+            resident[component], attentions[component] = session.resident_bytes(), attention_json(session)
+            fused[component], graphs[component] = session.fused, session.repeats_steps
             backend_name, device_name, form = session.backend, str(session.device), session.weights
-    return BenchResult(tuple(timings), backend_name, device_name, machine(), shapes, resident, form)
+    return BenchResult(
+        tuple(timings), backend_name, device_name, machine(), shapes, resident, form, attentions, fused, graphs
+    )
 
 
 def _call(session: EngineSession, inputs: dict[str, torch.Tensor], bits: int) -> Callable[[], float]:
@@ -223,15 +238,21 @@ def _measure(
     return first, taken
 
 
-def _executes(session: EngineSession, bits: int) -> str:
-    """Return what ran: of an engine what its builder said, else the session's own means."""
-    if session.backend in ("tensorrt_rtx", "tensorrt"):
+def executed_text(session: EngineSession, bits: int) -> str:
+    """Return what ran: of an engine what its builder said, else the session's own means.
+
+    Args:
+        session: The session.
+        bits: The activation bits of the call.
+    """
+    if session.backend in ENGINES:
         entries = session.artifact.engines(session.component, session.backend, bits)
         return "; ".join(dict.fromkeys(entry["executes"] for entry in entries))
     if session.backend == "onnxruntime":
         return "ONNX Runtime: the functions of the graph, in floating point"
     if session.device.type != "cuda":
         return "PyTorch on the CPU, without kernels"
-    from dvdquant.ops.cuda_linear import kernels_for
+    from dvdquant.ops.cuda_linear import usable_kernels
 
-    return "PyTorch with the CUDA kernels" if kernels_for(session.device) is not None else "PyTorch without kernels"
+    # A library that is built for other GPUs is there, and runs nothing here.
+    return "PyTorch with the CUDA kernels" if usable_kernels(session.device) is not None else "PyTorch without kernels"

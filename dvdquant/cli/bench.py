@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
+from dvdquant.clashes import refuse_clashes, session_clashes
+from dvdquant.cli.clips.clip_options import takes_attention
 from dvdquant.cli.common import (
     CUDA_GRAPHS,
     FUSE,
@@ -20,7 +22,6 @@ from dvdquant.cli.common import (
     takes_plugins,
 )
 from dvdquant.cli.paths import EXPORT, PATH, WORD
-from dvdquant.recipe import ATTENTION
 from dvdquant.system.devices import check_device_word
 from dvdquant.system.whole_file import check_writable, write_whole
 from dvdquant.text import amount, json_text
@@ -38,6 +39,8 @@ dvdq bench out/wan --backend pytorch --bits 8 --size max --json
 # more calls, and the result in a file
 dvdq bench out/wan --repeats 50 --seconds 300 -o bench.json
 """
+
+_YES = {True: "yes", False: "no"}
 
 
 @click.command(cls=ExamplesCommand, examples=EXAMPLES)
@@ -70,7 +73,7 @@ dvdq bench out/wan --repeats 50 --seconds 300 -o bench.json
 @click.option("--fuse/--no-fuse", default=None, help=FUSE)
 @click.option("--cuda-graphs", is_flag=True, help=CUDA_GRAPHS)
 @takes_plugins
-@click.option("--attention", type=click.Choice(ATTENTION), help="Self-attention in PyTorch.  [default: the export's]")
+@takes_attention
 @click.option("-o", "--output", type=PATH, metavar="PATH", help="Write the result with all samples as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print that JSON instead of the table.")
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
@@ -81,6 +84,7 @@ def main(out: Path, bits: tuple[str, ...], output: Path | None, as_json: bool, v
     A call is one forward pass; a step with guidance is two. Text encoder, scheduler and VAE are not in it.
     """
     setup_logging(verbose, "text")
+    refuse_clashes(session_clashes(options))
     check_device_word(options["device"])
     from dvdquant.artifact.manifest import load_manifest
 
@@ -130,9 +134,18 @@ def _text(result: BenchResult) -> str:
             f"inputs: {shapes}",
             f"held between calls: {', '.join(f'{name} {amount(size)}' for name, size in held.items())}; "
             f"weights {result.weights}",
+            *dict.fromkeys(_switched_text(result, name) for name in result.attention),
             f"measured here: {result.backend} on {result.device}; {result.machine}",
         ]
     )
+
+
+def _switched_text(result: BenchResult, name: str) -> str:
+    """Return which attention ran in a transformer, and whether it was fused and its steps repeated."""
+    ran = result.attention[name]
+    if isinstance(ran, dict):
+        ran = f"{ran['format']}, by {ran['library']}" if ran["library"] else f"16, not {ran['wanted']}"
+    return f"attention {ran}; fused: {_YES[result.fused[name]]}; CUDA graphs: {_YES[result.cuda_graphs[name]]}"
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.bundle_page import build_line, bundle_page, sms_of
-from dvdquant.cli.bundle_wheels import download_line, lacking_wheels, required_packages
+from dvdquant.cli.bundles.bundle_page import build_line, bundle_page, sms_of
+from dvdquant.cli.bundles.bundle_wheels import download_line, lacking_wheels, required_packages
 from dvdquant.cli.common import ExamplesCommand, echo, setup_logging
 from dvdquant.cli.paths import EXPORT, PATH
 from dvdquant.errors import UnsupportedError

@@ -10,7 +10,7 @@ import click
 from dvdquant import __version__
 from dvdquant.clashes import Clash, refuse_clashes
 from dvdquant.cli.common import ExamplesCommand, echo, loading, paragraphs, setup_logging, table
-from dvdquant.cli.engine_copies import copies_text, sum_by_width
+from dvdquant.cli.exports.engine_copies import copies_text, sum_by_width
 from dvdquant.cli.paths import EXPORT, PATH, WORD
 from dvdquant.errors import OutputError
 from dvdquant.text import amount, json_text, shown
@@ -183,7 +183,7 @@ def _write_page(out: Path, manifest: Manifest, page: Path, samples: int, trace: 
 
 
 def _weights(out: Path, manifest: Manifest, as_json: bool) -> str:
-    from dvdquant.cli.held_text import held_json, held_text
+    from dvdquant.cli.exports.held_text import held_json, held_text
     from dvdquant.deploy.artifact import Artifact
 
     artifact = Artifact.of(out, manifest)

@@ -11,10 +11,10 @@ from click.core import ParameterSource
 
 from dvdquant import __version__
 from dvdquant.clashes import refuse_clashes
-from dvdquant.cli.clip_options import clip_options, loading_clashes, loading_options
+from dvdquant.cli.clips.clip_options import clip_options, loading_clashes, loading_options
+from dvdquant.cli.clips.prompt_file import check_prompt, read_prompts
 from dvdquant.cli.common import ExamplesCommand, echo, loading, runs_on, setup_logging, table
 from dvdquant.cli.paths import EXPORT, LORA, PATH, TEXT_FILE, WORD
-from dvdquant.cli.prompt_file import check_prompt, read_prompts
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.system.devices import check_device_word

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.clip_options import clip_options, loading_options
+from dvdquant.cli.clips.clip_options import clip_options, loading_options
+from dvdquant.cli.clips.prompt_file import check_prompt, read_prompts
+from dvdquant.cli.clips.run_options import RunOptions, check_options, no_prompts, parse_cache, parse_memory
 from dvdquant.cli.common import ExamplesCommand, echo, loading, runs_on, setup_logging
 from dvdquant.cli.paths import EXPORT, LORA, PATH, TEXT_FILE, WORD
-from dvdquant.cli.prompt_file import check_prompt, read_prompts
-from dvdquant.cli.run_options import RunOptions, check_options, no_prompts, parse_cache, parse_memory
 from dvdquant.deploy.switching.defaults import CACHE_POLICIES, LAST_HIGH, WEIGHTINGS
-from dvdquant.system.devices import check_device_word, resolve_device
+from dvdquant.system.devices import check_device_word
 from dvdquant.system.whole_file import check_writable
 
 if TYPE_CHECKING:
-    from dvdquant.cli.run_memory import ArrangedRun
+    from dvdquant.cli.clips.run_memory import ArrangedRun
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.generate import Generator
     from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
@@ -230,7 +230,7 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
 
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.checkpoint.lora.spec import parse_loras
-    from dvdquant.cli.run_outputs import Writer
+    from dvdquant.cli.clips.run_outputs import Writer
     from dvdquant.hub.locate import locate_export
 
     draws = not (settings.dry_run or settings.save_text_embeds)
@@ -244,7 +244,7 @@ def main(out: Path, revision: str | None, log_format: str, verbose: int, **optio
     out = locate_export(out, revision)
     manifest = load_manifest(out)
     loading("PyTorch and the runtime", log_format)
-    from dvdquant.cli.run_memory import arrange_run
+    from dvdquant.cli.clips.run_memory import arrange_run
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.deploy.generation.generate import open_generator
     from dvdquant.system.progress import Progress
@@ -317,10 +317,9 @@ def say_needs(
         arrangement: How its parts share the device.
         progress: Where it is said.
     """
-    from dvdquant.cli.held_text import held_json, held_text
-    from dvdquant.cli.run_text import needs_text
+    from dvdquant.cli.clips.run_text import asked_text, needs_text
+    from dvdquant.cli.exports.held_text import held_json, held_text
     from dvdquant.deploy.generation.needs import parts_of_run
-    from dvdquant.deploy.sessions.fusion import fusion_text
 
     how = generator.options
     parts = parts_of_run(
@@ -333,12 +332,13 @@ def say_needs(
         loras=generator.loras,
     )
     quantized = any(request.mode != "16" for request in plan[0])
+    asked = asked_text(generator, arrangement.backend) if quantized else []
     held = {"weights": held_json(generator.artifact)} if quantized else {}
     progress.event("needs", parts=[part.to_json() for part in parts], memory=arrangement.plan.to_json(), **held)
     echo(needs_text(parts, plan[0], len(plan), generator.checker.pipeline_of(plan[0][0]), arrangement.text()))
+    if asked:
+        echo("\n" + "\n".join(asked))
     if quantized:
-        if words := fusion_text(resolve_device(how.device), how.compile, how.fuse):
-            echo("\n" + words)
         echo("\n" + held_text(generator.artifact))
 
 

@@ -205,7 +205,7 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
     for name in names:
         check_device_word(name)
 
-    from dvdquant.deploy.serve.gate import key_digest
+    from dvdquant.deploy.serve.http.gate import key_digest
     from dvdquant.deploy.serve.server import serve
     from dvdquant.deploy.serve.settings import EngineSettings, ServerSettings
 
@@ -248,7 +248,7 @@ def write_triton(exports: tuple[str, ...], options: dict[str, Any]) -> None:
         raise UnsupportedError("a model repository takes no schedules", fix="leave --schedule out")
     model = read_one(exports, options, "a model repository")
 
-    from dvdquant.deploy.serve.triton_repository import write_repository
+    from dvdquant.deploy.serve.bridges.triton_repository import write_repository
 
     folder = options["triton_repository"]
     for path in write_repository(folder, model, read_sessions(options)):
@@ -270,7 +270,7 @@ def run_dynamo(exports: tuple[str, ...], options: dict[str, Any]) -> None:
     if importlib.util.find_spec("dynamo") is None or importlib.util.find_spec("dynamo.common") is None:
         raise UnsupportedError("--dynamo needs NVIDIA Dynamo", fix="pip install 'dvdquant[serve-dynamo]'")
 
-    from dvdquant.deploy.serve.dynamo_worker import serve_dynamo
+    from dvdquant.deploy.serve.bridges.dynamo_worker import serve_dynamo
     from dvdquant.deploy.serve.logs import setup_server_log
 
     setup_server_log(options["log_format"], options["verbose"])

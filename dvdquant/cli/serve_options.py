@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvdquant.clashes import refuse_clashes, session_clashes
-from dvdquant.deploy.serve.model_names import named, named_export
+from dvdquant.deploy.serve.request.model_names import named, named_export
 from dvdquant.errors import OutputError, UnsupportedError
 from dvdquant.system.devices import DEVICE_WORDS, check_device_word
 from dvdquant.text import shown

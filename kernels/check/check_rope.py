@@ -15,8 +15,8 @@ from check_kernels import Bench, GuardedKernels, Outcome, Tally
 from torch import Tensor
 
 from dvdquant.ops.attention.definition import E4M3_MAX
+from dvdquant.ops.attention.rope import Rope, apply_rope, run_rope_quantize
 from dvdquant.ops.packed_layer import DTYPES
-from dvdquant.ops.rope import Rope, apply_rope, run_rope_quantize
 
 # Units of the last place of fp32 by which a value may err, of the largest value of its head: the norm's and rope's roundings, and
 # one for each stage of the rotation.

@@ -17,6 +17,7 @@ from torch import Tensor
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.numerics.activation_grid import quantize_activation
 from dvdquant.numerics.hadamard import hadamard_matrix
+from dvdquant.ops.attention.rope import Rope, apply_rope
 from dvdquant.ops.cuda.arguments import (
     GridPointers,
     GridShape,
@@ -32,7 +33,6 @@ from dvdquant.ops.packed_rows import expand, group_bytes, make_rows, rows_bytes
 from dvdquant.ops.paths import choose_path, form_of
 from dvdquant.ops.reference import rotate_by_matrices
 from dvdquant.ops.repack import LayerShape, dequantize, from_bytes, prepare, prepared_bytes, to_bytes
-from dvdquant.ops.rope import Rope, apply_rope
 from dvdquant.ops.rotate_quantize import encode_codes
 from dvdquant.ops.smooth import apply_pre_quant
 from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight

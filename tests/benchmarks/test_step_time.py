@@ -206,7 +206,7 @@ def test_hunyuan_has_a_row_with_the_mask_and_one_without(tiny: None) -> None:
     with_mask = Flavour(16, masked=True)
     assert row("hunyuan", with_mask, scale=16).attention == "16 bit, with a mask"
     assert row("hunyuan", replace(with_mask, masked=False), scale=16).attention == "16 bit"
-    assert row("5x34x60", with_mask).refused == "the model takes no mask over its words"
+    assert "no mask" in row("5x34x60", with_mask).refused
 
 
 @pytest.mark.parametrize(
@@ -232,10 +232,14 @@ def test_a_flavour_that_would_run_as_another_one_does_is_refused(
     """Long steps are not captured, and layers are not fused by kernels that fail their self-test, nor without kernels."""
     fused = Flavour(8, fused=True)
     monkeypatch.setattr(fusion, "kernels_fuse", lambda *_: "its codes differ")
-    assert row("5x34x60", fused).refused == "nothing is fused: its codes differ"
+    refused = row("5x34x60", fused).refused
+    assert "fused" in refused
+    assert "its codes differ" in refused, "why the self-test failed"
     monkeypatch.setattr(step_model, "usable_kernels", lambda device: None)
-    assert row("5x34x60", fused).refused == "nothing is fused: there are no kernels for this device"
-    assert "more than 4000 tokens" in row("21x90x160", Flavour(16, graphs=True), scale=2).refused
+    refused = row("5x34x60", fused).refused
+    assert "fused" in refused
+    assert "no kernels" in refused
+    assert f"{replay.MOST_TOKENS} tokens" in row("21x90x160", Flavour(16, graphs=True), scale=2).refused
     monkeypatch.undo()
     assert "no CUDA device" in row("5x34x60", Flavour(16, graphs=True)).refused
 
@@ -282,7 +286,9 @@ def test_the_script_runs_on_toy_sizes(tiny: None, tmp_path: Path, monkeypatch: p
     assert "the times mean nothing" in text
     name = "a8 eager, fp8 attention by reference"
     assert len(re.findall(rf"^\| wan2\.1-1\.3b 5x34x60 \| {name} \| -?\d", text, re.MULTILINE)) == 2
-    assert "fp8 attention by cudnn | did not run: attention by cudnn is not possible: it needs a CUDA device" in text
+    (refused,) = re.findall(r"^\|.* fp8 attention by cudnn \| did not run: (.*?) \|", text, re.MULTILINE)
+    assert "cudnn" in refused
+    assert "CUDA device" in refused, "what it needs"
     assert "| reference (fp8), " in text
     assert "set grid" in text
 
@@ -324,7 +330,9 @@ def test_nothing_measured_or_nowhere_to_write_is_an_error(
     assert script(monkeypatch, "--case", "5x34x60", "--flavour", "a8 eager") == 2
     printed = capsys.readouterr()
     assert "nothing could be measured" in printed.err
-    assert "wan2.1-1.3b 5x34x60: not measured: no such thing" in printed.out
+    (line,) = [line for line in printed.out.splitlines() if "not measured" in line]
+    assert "wan2.1-1.3b 5x34x60" in line
+    assert "no such thing" in line, "the error's own words"
     assert script(monkeypatch, "--case", "5x34x60", "--out", str(tmp_path)) == 2
     assert "is a folder" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents
-from dvdquant.cli.run_text import summary_text
+from dvdquant.cli.clips.run_text import summary_text
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.generation.generate import GenerateRequest, Generator, generate, open_generator
 from dvdquant.deploy.pipelines.schedulers import open_table_scheduler

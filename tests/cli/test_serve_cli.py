@@ -17,10 +17,10 @@ from click.testing import CliRunner, Result
 
 from dvdquant.cli.serve import main
 from dvdquant.cli.serve_options import allowed_names, devices, gpus, read_keys
-from dvdquant.deploy.serve.direct import DirectModel
-from dvdquant.deploy.serve.model_names import named, named_export
+from dvdquant.deploy.serve.bridges.direct import DirectModel
+from dvdquant.deploy.serve.request.model_names import named, named_export
 from dvdquant.deploy.serve.settings import Limits, ModelSource, ServerSettings, SessionSettings
-from dvdquant.deploy.serve.worker import open_model
+from dvdquant.deploy.serve.workers.worker import open_model
 from dvdquant.errors import DvdquantError
 from tests.support.commands import refused
 from tests.support.session_exports import family_export
@@ -115,12 +115,12 @@ def test_options_of_sessions_reach_a_worker_of_dynamo(
     def serve_dynamo(source: ModelSource, sessions: SessionSettings, limits: Limits) -> None:
         DirectModel(source, sessions, limits)
 
-    worker = "dvdquant.deploy.serve.dynamo_worker"
+    worker = "dvdquant.deploy.serve.bridges.dynamo_worker"
     monkeypatch.setitem(sys.modules, worker, SimpleNamespace(serve_dynamo=serve_dynamo))  # type: ignore[arg-type]
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name.startswith("dynamo") else find(name))
-    monkeypatch.setattr("dvdquant.deploy.serve.direct.ServedModel", lambda *_: None)
-    monkeypatch.setattr("dvdquant.deploy.serve.direct.open_generator", lambda *_, **given: opened.append(given))
+    monkeypatch.setattr("dvdquant.deploy.serve.bridges.direct.ServedModel", lambda *_: None)
+    monkeypatch.setattr("dvdquant.deploy.serve.bridges.direct.open_generator", lambda *_, **given: opened.append(given))
     plugin = tmp_path / "plugin.so"
     plugin.touch()
     words = ("--compile", "--no-fuse", "--cuda-graphs", "--weights", "packed", "--device", "cpu", "--plugin", plugin)

@@ -199,8 +199,8 @@ def test_without_sums(library: KernelLibrary) -> None:
 
 @pytest.mark.parametrize("case", PREPARE_CASES, ids=lambda case: "-".join(map(str, case)))
 def test_prepared_weight_equals_the_repacker(library: KernelLibrary, case: tuple[int, ...]) -> None:
-    n, k, groups, real, bits, group, sm, zeros, path = case
-    layer = LayerShape(n, k, groups, bool(real), 1, 1, bits, group)
+    n, k, groups, float_zero, bits, group, sm, zeros, path = case
+    layer = LayerShape(n, k, groups, bool(float_zero), 1, 1, bits, group)
     assert library.plan_layer(layer, sm).path == path
     weight = stored_weight(layer, str(zeros))
     for bias in (True, False):
@@ -216,8 +216,8 @@ def test_prepared_weight_equals_the_repacker(library: KernelLibrary, case: tuple
 
 @pytest.mark.parametrize("case", LAYER_CASES, ids=lambda case: "-".join(map(str, case)))
 def test_whole_layer_against_float64(library: KernelLibrary, case: tuple[int, ...]) -> None:
-    n, k, groups, real, block, outer, bits, group, sm, m = case
-    layer = LayerShape(n, k, groups, bool(real), block, outer, bits, group)
+    n, k, groups, float_zero, block, outer, bits, group, sm, m = case
+    layer = LayerShape(n, k, groups, bool(float_zero), block, outer, bits, group)
     weight, x = stored_weight(layer, ""), token_rows(m, k)
     prepared = prepare(library, layer, sm, weight, bias=True)
     workspace = Buffer(library.workspace_bytes(layer, sm, m))

@@ -66,8 +66,8 @@ EXPAND_CASES = [
 def test_a_packed_weight_expands_to_the_bytes_of_the_prepared_one(
     library: KernelLibrary, case: tuple[int, ...]
 ) -> None:
-    n, k, groups, real, bits, group, sm, zeros, path = case
-    layer = LayerShape(n, k, groups, bool(real), 1, 1, bits, group)
+    n, k, groups, float_zero, bits, group, sm, zeros, path = case
+    layer = LayerShape(n, k, groups, bool(float_zero), 1, 1, bits, group)
     weight = stored_weight(layer, str(zeros))
     for bias in (True, False):
         held_weight, rows, buffers = make_rows(library, layer, sm, weight, bias)
@@ -101,8 +101,8 @@ def test_a_packed_weight_expands_to_the_bytes_of_the_prepared_one(
 
 @pytest.mark.parametrize("case", LAYER_CASES, ids=lambda case: "-".join(map(str, case)))
 def test_outputs_have_the_bits_of_the_prepared_weight(library: KernelLibrary, case: tuple[int, ...]) -> None:
-    n, k, groups, real, block, outer, bits, group, sm, m = case
-    layer = LayerShape(n, k, groups, bool(real), block, outer, bits, group)
+    n, k, groups, float_zero, block, outer, bits, group, sm, m = case
+    layer = LayerShape(n, k, groups, bool(float_zero), block, outer, bits, group)
     weight, x = stored_weight(layer, ""), token_rows(m, k)
     source, matrix = filled(x), outer_matrix(layer)
     address = matrix.address if matrix else 0
@@ -146,9 +146,9 @@ def test_the_order_of_threads_does_not_matter(library: KernelLibrary) -> None:
 
 def test_paths_in_python_are_those_of_the_library(library: KernelLibrary) -> None:
     layers = [
-        LayerShape(n, 512, groups, real, 1, 1, bits, group)
+        LayerShape(n, 512, groups, float_zero, 1, 1, bits, group)
         for n in (8, 13)
-        for groups, real in ((1, False), (4, True), (8, False), (32, True))
+        for groups, float_zero in ((1, False), (4, True), (8, False), (32, True))
         for bits in (4, 6, 8)
         for group in (0, 32, 64, 128)
     ]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.errors import DvdquantError, ShapeError, UnsupportedError
 from dvdquant.ops.attention.definition import e4m3_codes
+from dvdquant.ops.attention.rope import Rope, apply_rope, rope_quantize, run_rope_quantize
 from dvdquant.ops.cuda.arguments import RopePointers, rope_struct
 from dvdquant.ops.cuda.library import KernelLibrary
-from dvdquant.ops.rope import Rope, apply_rope, rope_quantize, run_rope_quantize
 from tests.support.emulated_kernels import library as library
 from tests.support.emulated_kernels import one_thread  # noqa: F401
 
@@ -90,27 +92,44 @@ def test_the_operation() -> None:
     assert rope_quantize(x.float(), *arguments[1:4], None, *arguments[5:]).dtype == torch.float32
 
 
+def numbers(text: object) -> list[int]:
+    """The whole numbers that a text names, in their order."""
+    return list(map(int, re.findall(r"\d+", str(text))))
+
+
 def test_what_is_refused(library: KernelLibrary) -> None:
+    """Each error names the tensor, its size, and the size that would do."""
     kernels = GuardedKernels(library, 90)
     x, rope = make_rope(CASES[0], "bf16", CPU)
-    with pytest.raises(UnsupportedError, match="heads of 16 channels"):
-        run_rope_quantize(kernels, x, replace(rope, head=16, cosines=None, sines=None))
-    with pytest.raises(UnsupportedError, match="up to 8192"):
-        run_rope_quantize(kernels, torch.zeros(1, 1, 8320, dtype=torch.bfloat16), Rope(128))
-    with pytest.raises(UnsupportedError, match=r"take no torch\.float32"):
-        run_rope_quantize(kernels, x.float(), rope)
-    with pytest.raises(ShapeError, match="a table of 9 rows from token 0 of 1 samples of 8 tokens"):
-        run_rope_quantize(kernels, x[:, 1:], rope)
-    with pytest.raises(ShapeError, match="a table of 9 rows from token 1"):
-        run_rope_quantize(kernels, x, replace(rope, first=1))
-    with pytest.raises(ShapeError, match="of rows of 128 or 1536"):
-        run_rope_quantize(kernels, x, replace(rope, per_channel=True))
-    with pytest.raises(ShapeError, match="a bias"):
-        run_rope_quantize(kernels, x, replace(rope, bias=x.new_zeros(128)))
-    with pytest.raises(ShapeError, match="a place for the result"):
-        run_rope_quantize(kernels, x, rope, torch.empty_like(x))
-    with pytest.raises(ShapeError, match="a weight"):
-        run_rope_quantize(kernels, x, replace(rope, norm="head"))
+
+    def refused(kind: type[DvdquantError], x: Tensor, rope: Rope, *out: Tensor) -> DvdquantError:
+        with pytest.raises(kind) as caught:
+            run_rope_quantize(kernels, x, rope, *out)
+        return caught.value
+
+    assert 16 in numbers(refused(UnsupportedError, x, replace(rope, head=16, cosines=None, sines=None)))
+    assert 8192 in numbers(refused(UnsupportedError, torch.zeros(1, 1, 8320, dtype=torch.bfloat16), Rope(128)))
+    error = refused(UnsupportedError, x.float(), rope)
+    assert "float32" in error.what
+    assert "bf16" in str(error.available)
+    # A table of 9 rows: from token 0 of 8, where 8 rows are left; from token 1 of 9, where 8 are, or 9 from token 0.
+    error = refused(ShapeError, x[:, 1:], rope)
+    assert (numbers(error.what), numbers(error.available)) == ([9, 0, 1, 8], [8, 8, 0])
+    assert "cut the table" in str(error.fix)
+    error = refused(ShapeError, x, replace(rope, first=1))
+    assert (numbers(error.what), numbers(error.available)) == ([9, 1, 1, 9], [8, 9, 0])
+    error = refused(ShapeError, x, replace(rope, per_channel=True))
+    assert "tables" in error.what
+    assert numbers(error.available) == [128, 1536]
+    error = refused(ShapeError, x, replace(rope, bias=x.new_zeros(128)))
+    assert "bias" in error.what
+    assert (numbers(error.what), numbers(error.available)) == ([128, 1536], [1536])
+    error = refused(ShapeError, x, rope, torch.empty_like(x))
+    assert "bfloat16" in error.what
+    assert "float8_e4m3fn" in str(error.available)
+    error = refused(ShapeError, x, replace(rope, norm="head"))
+    assert "weight" in error.what
+    assert (numbers(error.what), numbers(error.available)) == ([1536, 128], [128])
     assert run_rope_quantize(kernels, x[:, :0], Rope(128)).shape == (1, 0, 1536)
 
 
@@ -119,15 +138,22 @@ def test_the_binding_names_what_it_takes() -> None:
     pointers = RopePointers(64, 64, "bf16", 64, 4)
     assert rope_struct(replace(pointers, norm="layer")).norm == 3
     for wrong, words in (
-        (replace(pointers, dtype="fp8"), "no 'fp8' of q and k"),
-        (replace(pointers, norm="rms"), "no 'rms' norm"),
+        (replace(pointers, dtype="fp8"), ("'fp8'", "bf16")),
+        (replace(pointers, norm="rms"), ("'rms'", "layer")),
     ):
-        with pytest.raises(UnsupportedError, match=words):
+        with pytest.raises(UnsupportedError) as caught:
             rope_struct(wrong)
+        name, other = words
+        assert name in caught.value.what
+        assert other in str(caught.value.available), "what it takes"
 
 
 def test_rope_beyond_a_sample_is_refused(library: KernelLibrary) -> None:
     place = torch.zeros(1024, dtype=torch.bfloat16)
     pointers = RopePointers(64, 64, "bf16", 64, 4, 64, 2, 3, cosines=place.data_ptr(), sines=place.data_ptr())
-    with pytest.raises(ShapeError, match="rope of 3 tokens from token 2 of samples of 4"):
+    with pytest.raises(ShapeError) as caught:
         library.rope_quantize(pointers, place.data_ptr(), place.data_ptr(), 4, 0)
+    assert "rope" in str(caught.value)
+    assert [n for n in numbers(caught.value) if n in (3, 2, 4)][:3] == [3, 2, 4], (
+        "its tokens, the first, and the sample's"
+    )

@@ -223,13 +223,13 @@ def test_load_refuses_wrong_shapes_and_dtypes(field: str, shape: tuple[int, ...]
     assert "expected" in str(info.value)
 
 
-def test_real_zero_points_are_bytes_per_group() -> None:
+def test_float_zero_points_are_bytes_per_group() -> None:
     op = op_inputs(FEATURES, ROWS[0], weight_group=32, zero_point="float")
     plain = spec(("attn.to_q",), ROWS[:1])
-    real = replace(plain, float_zero_point=True)
-    assert real.tensors()["attn.to_q.weight_zero"] == (torch.uint8, (ROWS[0], 2))
+    changed = replace(plain, float_zero_point=True)
+    assert changed.tensors()["attn.to_q.weight_zero"] == (torch.uint8, (ROWS[0], 2))
     model = nn.ModuleDict({"attn": Attention()})
-    install_quant_linears(model, [real], ActivationSpec(8))
+    install_quant_linears(model, [changed], ActivationSpec(8))
     layer = model.get_submodule("attn.to_q")
     assert isinstance(layer, QuantLinear)
     assert (layer.weight_zero.dtype, layer.weight_zero.shape) == (torch.uint8, (ROWS[0], 2))

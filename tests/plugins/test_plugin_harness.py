@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -206,7 +207,9 @@ FUSED = {
 CASES = {
     "a4-token-rotated": Case((2, 5, 96), 40, act_bits=4, block=8, outer=12),
     "a8-token-fp16": Case((7, 128), 24, act_bits=8, block=128, dtype="fp16"),
-    "a4-group-real-zero": Case((1, 3, 2, 256), 33, act_bits=4, act_group=64, groups=8, float_zero_point=True, block=64),
+    "a4-group-float-zero": Case(
+        (1, 3, 2, 256), 33, act_bits=4, act_group=64, groups=8, float_zero_point=True, block=64
+    ),
     "a8-wide-bytes": Case((4, 64), 9, act_bits=8, groups=2, float_zero_point=True, wide=True, block=32),
     "a8-no-rotation": Case((1, 32), 1, act_bits=8, wide=True, dtype="fp16"),
     "vector": Case((64,), 5, act_bits=4, groups=4, block=32, outer=2),
@@ -273,14 +276,16 @@ def test_it_registers_itself_where_the_program_only_opens_it(sanitized: Path) ->
     assert unasked.returncode == 1
     assert "count == 2" in unasked.stderr
     alone = run(sanitized, "missing-kernels", DVDQUANT_PLUGIN_REGISTER="1")
-    assert "is not in this process" in alone.stderr
+    assert "TensorRT" in alone.stderr
+    assert "not in this process" in alone.stderr
 
 
 def test_a_tensorrt_of_another_major_version_is_refused(sanitized: Path) -> None:
     for which in ((), ("lean",)):
         done = run(sanitized, "other-version", *which, **host_device(sanitized))
         check(done, device=False)
-        assert "this library is built for TensorRT" in done.stderr
+        built, found = re.findall(r"TensorRT (\d+)", done.stderr)[:2]
+        assert built != found, "the version that it is built for, and the one that is here"
 
 
 @pytest.mark.tensorrt_lean
@@ -377,7 +382,8 @@ def test_the_layers_that_are_named_are_expanded_and_no_others(sanitized: Path, t
         assert f"{folder}: holds {held} bytes" in done.stdout
         # What no node is called is told once, however many contexts ask.
         for word in named.split(","):
-            assert done.stdout.count(f"names {word}, which no layer") == (word != name), done.stdout
+            warned = [line for line in done.stdout.splitlines() if "warning: " in line]
+            assert sum(word in re.split(r"[\s,]+", line) for line in warned) == (word != name), done.stdout
 
 
 def test_an_unknown_layer_is_told_with_the_names_nearest_to_it(sanitized: Path, tmp_path: Path) -> None:
@@ -388,23 +394,31 @@ def test_an_unknown_layer_is_told_with_the_names_nearest_to_it(sanitized: Path, 
     )
     check(done, device=True)
     assert done.stdout.count("warning: ") == 1
-    assert "DVDQUANT_WEIGHTS names blocks.2.ffn, which no layer of the engines loaded so far is called\n" in done.stdout
-    assert "  available: 4 layers; the nearest: blocks.0.ffn, blocks.1.ffn, blocks.1.attn\n  fix: " in done.stdout
+    warning, available, fix = done.stdout[done.stdout.index("warning: ") :].splitlines()[:3]
+    assert "DVDQUANT_WEIGHTS" in warning
+    assert re.findall(r"blocks\S+ffn|proj", warning) == ["blocks.2.ffn"]
+    assert available.startswith("  available: 4 layers")
+    assert re.findall(r"[\w.]*(?:ffn|attn|proj)", available) == ["blocks.0.ffn", "blocks.1.ffn", "blocks.1.attn"]
+    assert fix.startswith("  fix: ")
 
 
 def test_an_unknown_form_of_weights_is_refused(sanitized: Path, tmp_path: Path) -> None:
     folder = CASES["vector"].write(tmp_path / "layer")
     done = run(sanitized, "run", str(folder), **host_device(sanitized) | {"DVDQUANT_WEIGHTS": "thin"})
     assert done.returncode == 1
-    assert "DVDQUANT_WEIGHTS is thin" in done.stderr
-    assert "packed, expanded" in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "DVDQUANT_WEIGHTS" in line]
+    assert "thin" in line
+    for form in ("packed", "expanded", "mixed:"):
+        assert form in done.stderr
 
 
 def test_an_unsupported_gpu_is_refused_in_the_kernels_words(sanitized: Path, tmp_path: Path) -> None:
     folder = CASES["vector"].write(tmp_path / "layer")
     done = run(sanitized, "run", str(folder), **host_device(sanitized, 75))
     assert done.returncode == 1
-    assert "layer on SM 75: SM 75 has no kernels; available: 80 and newer" in done.stderr
+    line = next(line for line in done.stderr.splitlines() if "layer on SM 75" in line)
+    assert "no kernels" in line
+    assert re.search(r"available: 80\b", line)
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,7 @@ def test_search_finds_the_zero_point_of_one_sided_rows() -> None:
     assert quantize_weight(-w, WeightSpec(0, "paper", "search")).zero.tolist() == [7.0] * 3
 
 
-def dense_real_optimum(w: torch.Tensor, group: int) -> torch.Tensor:
+def dense_float_optimum(w: torch.Tensor, group: int) -> torch.Tensor:
     """Least ‖w − ŵ‖² [N, groups] over 160 scales and all 256 zero-points, the best Δ of the codes of each, in fp64."""
     segments = w.double().reshape(-1, group or w.shape[1]).numpy()
     least = np.full(len(segments), np.inf)
@@ -109,9 +109,9 @@ def dense_real_optimum(w: torch.Tensor, group: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["plain", "rotated"])
 @pytest.mark.parametrize("group", [0, 128, 64, 32, 16])
-def test_search_comes_close_to_the_best_real_zero_point(kind: str, group: int) -> None:
+def test_search_comes_close_to_the_best_float_zero_point(kind: str, group: int) -> None:
     w = data(kind, 4, 256, seed=7) if group else data(kind, 2, 512, seed=7)
-    optimum = dense_real_optimum(w, group).sum()
+    optimum = dense_float_optimum(w, group).sum()
     exact = refine_grid(w, group, "float").error.sum()
     stored = row_errors(w, quantize_weight(w, WeightSpec(group, "float"))).sum()
     # As above: the 8-bit factor costs short groups something.
@@ -119,7 +119,7 @@ def test_search_comes_close_to_the_best_real_zero_point(kind: str, group: int) -
     assert 0.98 <= float(stored / optimum) <= (1.008 if group == 16 else 1.003)
 
 
-def test_real_zero_point_of_one_sided_rows() -> None:
+def test_float_zero_point_of_one_sided_rows() -> None:
     w = data("plain", 3, 128, seed=3).abs() + torch.tensor([[0.0], [0.3], [10.0]])
     for sign, end in ((1, -8.0), (-1, 7.0)):
         quantized = quantize_weight(sign * w, WeightSpec(0, "float"))
@@ -130,7 +130,7 @@ def test_real_zero_point_of_one_sided_rows() -> None:
         assert abs(float(expand_zero(quantized.zero)[2]) - end) < 1.0
 
 
-def test_real_zero_point_format() -> None:
+def test_float_zero_point_format() -> None:
     w = data("rotated", 6, 512, seed=9)
     w[2, 64:128] = 0
     w[4] = 0
@@ -152,13 +152,13 @@ def test_real_zero_point_format() -> None:
     assert bool((quantize_weight(w, WeightSpec(64, "float")).dequantize()[2, 64:128] == 0).all())
 
 
-def test_real_zero_point_beats_every_fixed_one() -> None:
+def test_float_zero_point_beats_every_fixed_one() -> None:
     """At equal group sizes, for 8 bits more per group."""
     w = data("rotated", 32, 1024, seed=10)
     for group in (0, 128, 64, 32, 16):
-        real = relative_mse(w, quantize_weight(w, WeightSpec(group, "float")))
+        free = relative_mse(w, quantize_weight(w, WeightSpec(group, "float")))
         fixed = relative_mse(w, quantize_weight(w, WeightSpec(group, "midrise")))
-        assert real < fixed * {0: 1.0, 128: 0.9, 64: 0.85, 32: 0.75, 16: 0.65}[group]
+        assert free < fixed * {0: 1.0, 128: 0.9, 64: 0.85, 32: 0.75, 16: 0.65}[group]
 
 
 @pytest.mark.parametrize("solver", ["paper", "search"])

@@ -43,7 +43,7 @@ def textbook(w: Tensor, grid: QuantizedWeight, hessian: Tensor, damping: float) 
     return codes
 
 
-def test_identity_moments_round_to_nearest() -> None:
+def test_identity_hessian_rounds_to_nearest() -> None:
     w = weight(16, 64)
     grid = quantize_weight(w, WeightSpec())
     again = gptq_round(w, grid, torch.eye(64))
@@ -135,7 +135,7 @@ def test_rows_and_groups_of_zeros_stay_exact() -> None:
     assert torch.equal(found[2, :32], torch.zeros(32))
 
 
-def test_moments_of_another_size_are_refused() -> None:
+def test_a_hessian_of_another_size_is_refused() -> None:
     w = weight(4, 64)
     grid = quantize_weight(w, WeightSpec())
     for hessian in (torch.eye(32), torch.zeros(3, 16, 16), torch.zeros(64, 63)):

@@ -228,11 +228,11 @@ def test_long_texts_mean_fewer_items(text: int, items: int) -> None:
         (257, "none", 1),
     ],
 )
-def test_moment_block(features: int, rotation: str, block: int) -> None:
+def test_hessian_block(features: int, rotation: str, block: int) -> None:
     assert hessian_block(spec_of(features, rotation)) == block
 
 
-def test_balance_divisors() -> None:
+def test_smooth_scale() -> None:
     """Root mean squares 1 apart from one outlier of 100, one of 3 (left alone), a quiet one, and channels without energy."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4096, 64, generator=generator)
@@ -261,7 +261,7 @@ def test_balance_divisors() -> None:
     ("features", "rotation"), [(512, "auto"), (1920, "auto"), (192, "full"), (240, "none"), (24, 12)]
 )
 @pytest.mark.parametrize("divide", [True, False])
-def test_rotated_moments(features: int, rotation: str | int, divide: bool) -> None:
+def test_rotated_hessian(features: int, rotation: str | int, divide: bool) -> None:
     """Against the moments of divided and rotated samples; a multiple of the rotation's block keeps blocks apart."""
     generator = torch.Generator().manual_seed(features)
     spec = spec_of(features, rotation)
@@ -333,8 +333,8 @@ def test_values_beyond_fp32_mean_no_prediction(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1e17, 1e18, 1e19])
-def test_moments_that_fit_until_they_are_rotated(size: float) -> None:
-    """Few inputs of finite moments, whose rotation is beyond fp32: there is no prediction, and no failure later."""
+def test_a_hessian_that_fits_until_it_is_rotated(size: float) -> None:
+    """The Hessian of few inputs is finite, and its rotation beyond fp32: there is no prediction, and no failure later."""
     plan = plan_model(tiny.WAN, get_recipe("w4a4"), torch.bfloat16)
     spec = next(spec for spec in plan.layers if spec.features == 256)
     collected = hessian._Collected(plan)
@@ -348,7 +348,7 @@ def test_moments_that_fit_until_they_are_rotated(size: float) -> None:
 
 
 def test_layer_never_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Identity moments, the energy from the weights."""
+    """An identity Hessian, the energy from the weights."""
     checkpoint, plan = opened(tmp_path, tiny.WAN)
 
     def without_second_block(config: Any, dtype: torch.dtype) -> nn.Module:
@@ -391,7 +391,7 @@ def test_failures_are_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         synthetic_hessians(checkpoint, changed_plan, Progress(), levels=2)
 
 
-def test_moments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_a_hessian_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     checkpoint, plan = opened(tmp_path, tiny.WAN)
     huge = dataclasses.replace(spec_of(1 << 20, 1024), rotation=Rotation(1 << 20, 1024, 1024))
     with pytest.raises(ResourceError, match="GiB"):

@@ -121,7 +121,7 @@ def test_neither_guards_nor_the_order_of_threads_matter(library: KernelLibrary, 
     ("rows", "features", "block", "zero_point", "group"),
     [(32, 256, 256, "midrise", 0), (45, 512, 256, "float", 64), (1, 160, 160, "midrise", 32), (33, 96, 48, "float", 0)],
 )
-def test_feedback_is_the_compiled_loop(
+def test_gptq_is_the_compiled_loop(
     kernels: QuantizerKernels, rows: int, features: int, block: int, zero_point: str, group: int
 ) -> None:
     """fp32 sums where the loop has fp64: other codes only where a last bit decides."""

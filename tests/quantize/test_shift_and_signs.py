@@ -46,7 +46,7 @@ def test_shifted_layers(name: str) -> None:
         assert not any(spec.shifted or spec.random_signs for spec in other.layers)
 
 
-def test_channel_signs() -> None:
+def test_random_signs() -> None:
     """The same for one name, about as many of each, and unlike those of another name; a mean is spread by them."""
     random_signs = random_signs_of("blocks.3.ffn.net.2", 8960)
     assert torch.equal(random_signs, random_signs_of("blocks.3.ffn.net.2", 8960))

@@ -37,7 +37,7 @@ __all__ = ["fork", "serve"]
 MODULES = (
     "onnxruntime", "dvdquant.deploy.generation.generate", "dvdquant.deploy.generation.video", "dvdquant.deploy.switching.factory",
     "dvdquant.deploy.sessions.onnxruntime", "dvdquant.deploy.sessions.pytorch", "diffusers.pipelines.wan.pipeline_wan",
-    "dvdquant.deploy.sessions.engine_process", "dvdquant.deploy.serve.worker_process",
+    "dvdquant.deploy.sessions.engine_process", "dvdquant.deploy.serve.workers.worker_process",
     "dvdquant.export.engines.worker",
 )  # fmt: skip
 
@@ -68,7 +68,7 @@ def fork(asked: dict[str, Any], descriptors: list[int]) -> int:
         words = [str(number) for number in descriptors[3:]]
         if asked["kind"] == "worker":
             from benchmarks.serving.stub_worker import StubSession
-            from dvdquant.deploy.serve import worker_process
+            from dvdquant.deploy.serve.workers import worker_process
 
             code = worker_process.main(words, StubSession)  # type: ignore[arg-type]
         elif asked["kind"] == "session":

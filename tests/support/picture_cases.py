@@ -165,7 +165,7 @@ def _webp(raw: bytes, chance: random.Random) -> bytes:
 
 def _decode(cases: range, seed: int, figures: int) -> None:
     """Decode some cases under the limits of a request's picture, and write the figures to a descriptor."""
-    from dvdquant.deploy.serve import decoding
+    from dvdquant.deploy.serve.request import decoding
 
     whole = pictures()
     decoding._limit(PIXELS)
@@ -193,7 +193,7 @@ def _decode(cases: range, seed: int, figures: int) -> None:
 
 def main(count: int, seed: int) -> int:
     """Decode so many cases, in processes one after the other; returns 1 where one of them failed."""
-    from dvdquant.deploy.serve import decoding
+    from dvdquant.deploy.serve.request import decoding
 
     decoding._prepare()
     pictures()  # Pillow imports what it needs before the limits

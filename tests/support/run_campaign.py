@@ -36,10 +36,10 @@ PARTS = {
     "schedulers": "tests/deploy/pipelines/test_scheduler_config.py::test_mutated_configs_5000",
     "records": "tests/artifact/test_manifest_attacks.py::test_mutated_records[",
     "bundles": "tests/artifact/test_bundle.py::test_mutated_bundles[20000]",
-    "pictures": "tests/deploy/serve/test_serve_pictures.py::test_changed_files_are_decoded_or_refused[20000]",
+    "pictures": "tests/deploy/serve/request/test_serve_pictures.py::test_changed_files_are_decoded_or_refused[20000]",
     "comfyui": "tests/deploy/comfyui/test_comfyui_attacks.py::test_nodes_take_or_refuse_whatever_they_are_given[20000]",
     "output-folders": "tests/artifact/test_hostile_output.py::test_random_hostile_folders[20000]",
-    "prompts": "tests/cli/test_prompt_file.py::test_any_bytes_at_length",
+    "prompts": "tests/cli/clips/test_prompt_file.py::test_any_bytes_at_length",
     "command-lines": "tests/cli/test_command_lines.py::test_no_command_line_of_all_ends_in_a_traceback",
     "kills": "tests/artifact/test_kill_and_full_disk.py::test_random_kills_then_resume_is_bit_identical[200]",
 }

@@ -12,7 +12,7 @@ from benchmarks.serving.local import local_http
 from benchmarks.serving.process import Clients
 from dvdquant.deploy.serve.service import Service
 from dvdquant.deploy.serve.settings import Limits, ModelSource, ServerSettings
-from dvdquant.deploy.serve.worker import Worker
+from dvdquant.deploy.serve.workers.worker import Worker
 
 
 class LocalServer(Clients):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dvdquant.cli import run_memory
+from dvdquant.cli.clips import run_memory
 from dvdquant.deploy.sessions import weight_form
 from dvdquant.model.families import get_family
 from dvdquant.model.held_weights import HeldWeights

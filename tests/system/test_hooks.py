@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from torch import Tensor, nn
 
 from dvdquant.deploy.generation import in_pipeline, text_encoder, text_four_bits, transformers_hooks
-from dvdquant.deploy.serve import uvicorn_hooks
+from dvdquant.deploy.serve.http import uvicorn_hooks
 from dvdquant.deploy.sessions import attention, compiled, fusion
 from dvdquant.deploy.sessions import onnxruntime as onnxruntime_session
 from dvdquant.errors import UnsupportedError
@@ -41,7 +41,7 @@ PLACES = {
     "dvdquant/system/hub_client.py",
     "dvdquant/system/torch_hooks.py",
     "deploy/generation/transformers_hooks.py",
-    "deploy/serve/uvicorn_hooks.py",
+    "deploy/serve/http/uvicorn_hooks.py",
     "export/passes/lowering/modelopt_hooks.py",
 }
 # Python documents them, and so does torch._check; the last one is a folder of ours.

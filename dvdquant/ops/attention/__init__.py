@@ -1,1 +1,1 @@
-"""Attention in 8 bits: its definition in plain PyTorch, the libraries that compute it, and the operation in a model."""
+"""Attention in 8 bits: its definition in PyTorch, q and k on their way to it, the libraries, the operation in a model."""

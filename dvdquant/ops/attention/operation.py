@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dvdquant.errors import EngineError
 from dvdquant.ops.attention.ladder import Attention
+from dvdquant.ops.attention.rope import Rope, run_rope_quantize
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.prepared_linear import kernels_of
-from dvdquant.ops.rope import Rope, run_rope_quantize
 
 __all__ = ["attention", "number_of", "rope_attention"]
 

@@ -153,7 +153,7 @@ class ProloguePointers:
 
 @dataclass(frozen=True)
 class RopePointers:
-    """``dvdq_rope``: what q or k goes through before attention; see :class:`dvdquant.ops.rope.Rope`.
+    """``dvdq_rope``: what q or k goes through before attention; see :class:`dvdquant.ops.attention.rope.Rope`.
 
     Args:
         channels: Channels of a token, all heads.

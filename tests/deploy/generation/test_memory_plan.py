@@ -249,7 +249,7 @@ def test_the_command_plans_refuses_and_draws(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_too_small_is_refused_with_what_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from dvdquant.cli import run_memory
+    from dvdquant.cli.clips import run_memory
 
     out, pipeline = wan_pipeline()
     arguments = (*_words(out, pipeline), "-o", tmp_path / "c.gif")
@@ -285,7 +285,7 @@ def test_a_device_that_is_too_small_is_refused_with_what_fits(monkeypatch: pytes
 
 def test_a_gpu_that_our_kernels_do_not_run_on_is_no_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch runs there without them, and keeps what the files hold."""
-    from dvdquant.cli import run_memory
+    from dvdquant.cli.clips import run_memory
 
     out, pipeline = wan_pipeline()
     monkeypatch.setattr(

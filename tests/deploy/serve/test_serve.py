@@ -365,7 +365,7 @@ def test_a_stop_drains_and_the_queue_waits_for_the_next_start(tmp_path: Path) ->
         _until_draining(client)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(START_SECONDS) == 0
-    from dvdquant.deploy.serve.sqlite_store import SqliteStore
+    from dvdquant.deploy.serve.store.sqlite_store import SqliteStore
 
     store = SqliteStore(server.data / "jobs.sqlite")
     job = store.get(long)

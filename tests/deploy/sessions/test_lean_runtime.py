@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,13 +95,14 @@ def test_auto_takes_them_where_the_lean_runtime_alone_is_installed(artifact: Art
     assert best_backend(artifact, "transformer", None, torch.device("cuda"))[0] == "tensorrt"
 
 
-INSTALL = f"install its lean runtime by `pip install tensorrt-lean-cu13=={RELEASE}`, or build them anew: dvdq-export"
+# The two ways out: the package, and the command.
+WAYS_OUT = (f"pip install tensorrt-lean-cu13=={RELEASE}", "dvdq-export", "--version-compatible")
 
 
 @pytest.mark.parametrize(
     ("full", "lean", "texts"),
     [
-        (NEWER, None, [f"built by TensorRT {RELEASE}", f"tensorrt {NEWER}", "No module named 'tensorrt_lean'"]),
+        (NEWER, None, [f"tensorrt {NEWER}", "No module named 'tensorrt_lean'"]),
         (None, None, ["No module named 'tensorrt'", "No module named 'tensorrt_lean'"]),
         (NEWER, OLDER, [f"tensorrt {NEWER}", f"tensorrt_lean {OLDER}"]),
         (None, NEWER, ["No module named 'tensorrt'", f"tensorrt_lean {NEWER}"]),
@@ -115,7 +117,11 @@ def test_no_library_of_the_release(
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(EngineError) as caught:
         TensorRTSession(artifact, device=HOST, backend="tensorrt")
-    for text in ["run in that release or in its lean runtime", INSTALL, "--version-compatible", *texts]:
+    assert RELEASE in caught.value.what
+    assert "lean runtime" in caught.value.what
+    for text in WAYS_OUT:
+        assert text in str(caught.value.fix)
+    for text in texts:
         assert text in str(caught.value)
     assert machine.deserialized == {}
 
@@ -128,26 +134,30 @@ def _without(*names: str) -> Callable[[EngineEntry], EngineEntry]:
     ("full", "edit", "text"),
     [
         # Not marked: the lean runtime is not even looked for.
-        (NEWER, _without("version_compatible"), "loads in that release only"),
+        (NEWER, _without("version_compatible"), "that release only"),
         (None, _without("version_compatible"), "tensorrt cannot be imported"),
-        (NEWER, lambda e: {**e, "version_compatible": e["act_bits"] == 4}, "loads in that release only"),
+        (NEWER, lambda e: {**e, "version_compatible": e["act_bits"] == 4}, "that release only"),
         # Marked, of the right release, and wrong in another way.
-        (NEWER, lambda e: {**e, "onnx_sha256": "0" * 64}, "built from another graph"),
-        (NEWER, lambda e: {**e, "shapes": {}}, "built for other sizes"),
-        (NEWER, lambda e: {**e, "sm": ["8.9"]}, "for this GPU, which has SM 8.7"),
-        (NEWER, lambda e: {**e, "versions": {}}, "loads in that release only"),
+        (NEWER, lambda e: {**e, "onnx_sha256": "0" * 64}, "another graph"),
+        (NEWER, lambda e: {**e, "shapes": {}}, "other sizes"),
+        (NEWER, lambda e: {**e, "sm": ["8.9"]}, "SM 8.7"),
+        (NEWER, lambda e: {**e, "versions": {}}, "that release only"),
         # A release that is no version gets into no command line.
-        (NEWER, lambda e: {**e, "versions": {"tensorrt": "11.4; rm x"}}, "fix: build them anew: dvdq-export"),
+        (NEWER, lambda e: {**e, "versions": {"tensorrt": "11.4; rm x"}}, "dvdq-export"),
     ],
 )
 def test_what_the_lean_runtime_does_not_mend(
     full: str | None, edit: Callable[[Any], Any], text: str, artifact: Artifact, monkeypatch: Any
 ) -> None:
+    """The error names what is wrong, and the one way out: the library itself, or other engines."""
     machine = Machine(monkeypatch, full, RELEASE)
     manifest = dataclasses.replace(artifact.manifest, engines=tuple(map(edit, artifact.manifest.engines)))
     with pytest.raises(EngineError) as caught:
         TensorRTSession(Artifact(artifact.root, manifest, artifact.configs), device=HOST, backend="tensorrt")
     assert text in str(caught.value)
+    assert ("install it" if full is None else "dvdq-export") in str(caught.value.fix)
+    assert "tensorrt-lean" not in str(caught.value.fix)
+    assert "rm x" not in str(caught.value.fix)
     assert machine.deserialized == {}
 
 
@@ -155,28 +165,33 @@ def test_tensorrt_rtx_has_no_lean_runtime(tmp_path: Path, monkeypatch: Any) -> N
     """An RTX engine of another release that claims to be version-compatible."""
     artifact = built(tmp_path / "out", COMPATIBLE, backend="tensorrt_rtx", precision="int8")
     machine = Machine(monkeypatch, RELEASE, RELEASE)
-    with pytest.raises(EngineError, match=r"was built by tensorrt_rtx 11\.4\.0\.106, and loads in that release only"):
+    with pytest.raises(EngineError, match=rf"tensorrt_rtx {re.escape(RELEASE)}.*that release only") as caught:
         TensorRTSession(artifact, device=HOST, backend="tensorrt_rtx")
+    assert "lean" not in str(caught.value)
     assert (set(machine.imported), machine.deserialized) == ({"tensorrt_rtx"}, {})
 
 
 @pytest.mark.parametrize(
-    ("flags", "text"),
+    ("flags", "texts"),
     [
         # The manifest of a stranger may claim anything of an engine.
-        ([], "Unexpected call to stub loadRunner(?s:.*)the manifest calls it version-compatible(?s:.*)build it again"),
+        ([], ["stub loadRunner", "version-compatible"]),
         # A runtime inside is code, which would run in this process; the double fails if a session allows it.
-        (["VERSION_COMPATIBLE"], "host code, and engine_host_code_allowed is false(?s:.*)build it again"),
+        (["VERSION_COMPATIBLE"], ["host code", "engine_host_code_allowed"]),
     ],
 )
 @pytest.mark.parametrize("full", [None, NEWER])
 def test_engines_that_are_not_what_the_manifest_says(
-    full: str | None, flags: list[str], text: str, tmp_path: Path, monkeypatch: Any
+    full: str | None, flags: list[str], texts: list[str], tmp_path: Path, monkeypatch: Any
 ) -> None:
+    """The error has the library's reason, what the manifest claims, and says to build it again."""
     artifact = built(tmp_path / "out", flags)
     Machine(monkeypatch, full, RELEASE)
-    with pytest.raises(EngineError, match=text):
+    with pytest.raises(EngineError) as caught:
         TensorRTSession(artifact, device=HOST, backend="tensorrt")
+    for text in texts:
+        assert text in str(caught.value)
+    assert "build it again" in str(caught.value.fix)
 
 
 def test_plugins_are_registered_with_the_library_that_runs_the_engines(
@@ -189,10 +204,10 @@ def test_plugins_are_registered_with_the_library_that_runs_the_engines(
         assert machine.libraries["tensorrt"].plugins == []
     # A process may have loaded TensorRT and a lean runtime of another major version: the plugin cannot tell who calls it.
     lean = machine.libraries["tensorrt_lean"].backend
-    with pytest.raises(
-        EngineError, match=r"is built for TensorRT 10, and this machine has tensorrt_lean 11\.4\.0\.106"
-    ):
+    with pytest.raises(EngineError, match=r"other\.so") as caught:
         load_plugins(lean, [plugin_library(tmp_path / "other.so", major=10)])
+    assert "TensorRT 10" in str(caught.value)
+    assert f"tensorrt_lean {RELEASE}" in str(caught.value)
     load_plugins(lean, [plugin_library(tmp_path / "unmarked.so", major=None)])
     assert len(machine.libraries["tensorrt_lean"].plugins) == 2
 

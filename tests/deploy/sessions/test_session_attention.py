@@ -199,10 +199,19 @@ def test_what_attention_does_not_go_with(caplog: pytest.LogCaptureFixture) -> No
         open_session(artifact, backend="onnxruntime", device="cpu", attention_backend="reference")
     with pytest.raises(UnsupportedError, match="attention is in 16 bit here"):
         open_session(artifact, backend="pytorch", device="cpu", attention_backend="reference")
-    caplog.set_level(logging.INFO, "dvdquant")
     with open_session(artifact, backend="onnxruntime", device="cpu", attention="int8") as session:
         assert session.attention is None
-    assert any("only PyTorch sessions have int8, not onnxruntime" in r.message for r in caplog.records)
+    (said,) = [r for r in caplog.records if "only PyTorch sessions have int8, not onnxruntime" in r.message]
+    assert said.levelno == logging.WARNING
+    # The recipe's own, which nobody asked for now, is no warning.
+    caplog.clear()
+    caplog.set_level(logging.INFO, "dvdquant")
+    chosen = {**artifact.manifest.recipe, "attention": "fp8"}
+    other = Artifact(artifact.root, dataclasses.replace(artifact.manifest, recipe=chosen), artifact.configs)
+    with open_session(other, backend="onnxruntime", device="cpu"):
+        pass
+    (said,) = [r for r in caplog.records if "only PyTorch sessions have fp8" in r.message]
+    assert said.levelno == logging.INFO
 
 
 def test_without_a_library_a_session_stays_in_16_bit() -> None:
@@ -229,6 +238,10 @@ def test_the_command_and_its_trace(tmp_path: Path) -> None:
     refused(run(*unknown, "--attention-backend", "x", "-o", tmp_path / "c.mp4"), "unknown")
     line = call(out, "--prompt", PROMPT, "--backend", "onnxruntime", "--attention-backend", "x", "-o", "c.mp4")
     refused(run(*line), "--attention-backend runs in PyTorch")
+    line = call(out, "--prompt", PROMPT, "--backend", "onnxruntime", "--attention", "fp8", "-o", "c.mp4")
+    refused(run(*line), "ONNX Runtime computes attention in 16 bit, so --attention fp8 does not apply")
+    line = (out, "--prompt", PROMPT, "--attention", "16", "--attention-backend", "cudnn", "-o", "c.mp4")
+    refused(run(*line), "--attention 16 does not apply")
 
 
 def test_an_engine_says_what_it_does_instead(tmp_path: Path) -> None:

@@ -255,6 +255,37 @@ def test_binding(
     assert session.resident_bytes() == {"weights": 0, "engines": 0, "workspace": 0}
 
 
+@pytest.mark.parametrize(
+    ("recipe", "kernels", "asked", "warned"),
+    [
+        ("16", {}, "int8", True),
+        ("16", {}, "16", False),
+        ("16", {}, None, False),
+        ("fp8", {"FP8": 2}, "fp8", False),
+        ("fp8", {"FP8": 2}, "16", True),
+        ("fp8", {"BFloat16": 2}, "fp8", True),
+        ("int8", {"FP8": 2}, "int8", True),
+        ("int8", {"FP8": 2}, None, False),
+        ("fp8", {}, "fp8", True),
+    ],
+)
+def test_an_attention_that_engines_do_not_have_is_named(
+    recipe: str, kernels: dict[str, int], asked: str | None, warned: bool,
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """What was asked for and is not there leads to a warning that says what the engines run; the recipe's to none."""
+    on_the_host(monkeypatch, Library(BF16, lambda inputs, name: inputs["hidden_states"]))
+    manifest = change_engines(attention=kernels, executes="tensor cores of this kind")(artifact.manifest)
+    manifest = dataclasses.replace(manifest, recipe={**manifest.recipe, "attention": recipe})
+    other = Artifact(artifact.root, manifest, artifact.configs)
+    with open_session(other, backend="rtx", device="cpu", bits=[4], attention=asked) as session:
+        assert session.backend == "tensorrt_rtx"
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(said) == warned
+    if warned:
+        assert f"{asked} is for PyTorch sessions: a4: tensor cores of this kind" in said[0]
+
+
 def test_shapes_are_told_when_they_change(
     artifact: Artifact, sample: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
 import dvdquant.deploy.sessions.onnxruntime as onnx_session
 from dvdquant.cli.bench import main
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.timing.bench import Timing, bench
+from dvdquant.deploy.timing.bench import Timing, bench, executed_text
 from dvdquant.errors import EngineError
-from tests.support.session_exports import family_export
+from dvdquant.ops import cuda_linear
+from dvdquant.ops.attention import ladder
+from tests.support.session_exports import deep_export, family_export
 
 ONE: dict[str, Any] = {"components": ["transformer"], "backend": "onnxruntime", "device": "cpu"}
 
@@ -74,6 +78,39 @@ def test_table_and_json(out: Path, tmp_path: Path) -> None:
     for timing in (*written["timings"], *printed["timings"]):
         assert len(timing["samples_ms"]) == timing["calls"] == 2
         assert min(timing["samples_ms"]) == timing["milliseconds"]["min"]
+    for data in (written, printed):
+        assert (data["attention"], data["fused"]) == ({"transformer": "16"}, {"transformer": False})
+        assert data["cuda_graphs"] == {"transformer": False}
+    assert "attention 16; fused: no; CUDA graphs: no" in told.output
+
+
+def test_what_ran_of_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The library that computed attention is in table and JSON, and that steps could not be captured on a CPU."""
+    monkeypatch.setattr(ladder, "MIN_TOKENS", 16)
+    asked = ("--device", "cpu", "--repeats", 1, "--warm-up", 0, "--bits", 8, "--attention", "int8", "--cuda-graphs")
+    told = run(deep_export("wan"), *asked, "--attention-backend", "reference", "-o", tmp_path / "bench.json")
+    assert told.exit_code == 0, (told.output, told.exception)
+    assert "attention int8, by reference; fused: no; CUDA graphs: no" in told.output
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert (written["backend"], written["cuda_graphs"]) == ("pytorch", {"transformer": False})
+    ran = written["attention"]["transformer"]
+    assert (ran["library"], ran["format"], ran["wanted"]) == ("reference", "int8", "int8")
+    told = run(deep_export("wan"), *asked, "--backend", "pytorch")
+    assert "attention 16, not int8; fused: no" in told.output
+
+
+def test_kernels_for_other_gpus_are_not_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that is there and serves another SM: the session runs without it, and so it is told."""
+
+    class Elsewhere:
+        sm = 120
+        library = SimpleNamespace(serves=lambda sm: False)
+
+    monkeypatch.setattr(cuda_linear, "kernels_for", lambda device: Elsewhere())
+    session: Any = SimpleNamespace(backend="pytorch", device=torch.device("cuda", 0))
+    assert executed_text(session, 8) == "PyTorch without kernels"
+    Elsewhere.library.serves = lambda sm: True
+    assert executed_text(session, 8) == "PyTorch with the CUDA kernels"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +122,11 @@ def test_table_and_json(out: Path, tmp_path: Path) -> None:
         (("--backend", "rtx", "--device", "cpu"), "fix: "),
         (("-o", "/nowhere/bench.json"), "/nowhere"),
         (("--plugin", "/nowhere/plugin.so"), "/nowhere/plugin.so is not there"),
-        (("--plugin", __file__, "--backend", "pytorch"), "for TensorRT engines, and backend is pytorch"),
+        (("--attention-backend", "cudnn", "--backend", "rtx"), "--attention-backend runs in PyTorch"),
+        (("--attention", "int8", "--attention-backend", "x", "--device", "cpu"), "unknown attention library 'x'"),
+        (("--attention", "int8", "--backend", "onnxruntime"), "--attention int8 does not apply"),
+        (("--compile", "--backend", "rtx"), "--compile runs in PyTorch"),
+        (("--plugin", __file__, "--backend", "pytorch"), "--plugin is for TensorRT engines, so --backend pytorch"),
     ],
 )
 def test_what_is_not_there_is_an_error(arguments: tuple[object, ...], words: str, out: Path) -> None:

@@ -138,7 +138,7 @@ def test_matches_the_definition(name: str, grid: tuple, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOWERINGS)
-def test_the_judge_of_lowerings_sees_a_wrong_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_of_lowerings_sees_a_wrong_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scale of one row is a thousandth off."""
     spec = spec_of((8, 0, 0, "midrise", 64, 1), "fp32")
     lower = LOWERINGS[name]
@@ -215,7 +215,7 @@ def test_int8_weight_of_groups_adds_little(group: int, zero: str) -> None:
     assert qg.relative(codes * scale[:, None], exact) < 0.01  # Gaussian rows: 127 steps to 4 deviations give 0.9 %
 
 
-def test_int8_weight_of_a_real_zero_point_is_rounded_again() -> None:
+def test_int8_weight_of_a_float_zero_point_is_rounded_again() -> None:
     spec = qg.Spec(widths=(256, 64), zero="midrise")
     spec.build_layers()[0].zero[:] = 0.3
     (layer,) = quant_linear_nodes(qg.graph(spec))

@@ -202,7 +202,7 @@ def test_wrong_groups(kind: str, edit: Change, wan: Callable[[str], Stored], tmp
             export.verify(tree, recorded=recorded)
 
 
-def test_without_feedback_every_code_is_judged_alone(wan: Callable[[str], Stored], tmp_path: Path) -> None:
+def test_without_gptq_every_code_is_judged_alone(wan: Callable[[str], Stored], tmp_path: Path) -> None:
     """Even where the record agrees with the fault."""
     export = wan("weights-only")
     tree = damaged(export, tmp_path, f"{VICTIM}.weight", one_code)

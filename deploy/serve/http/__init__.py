@@ -1,0 +1,1 @@
+"""The HTTP interface: routes, what every request passes first, answers, description, pages."""
