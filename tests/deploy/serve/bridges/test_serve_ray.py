@@ -84,18 +84,27 @@ def test_how_engines_run_reaches_the_workers() -> None:
 
     # Each as ``serve run`` gives it, in text; none at its default.
     given = {"backend": "pytorch", "compile": "true", "fuse": "false", "cuda_graphs": "true", "weights": "packed"}
-    given["plugins"] = "/lib/one.so,/lib/two.so"
-    assert set(given) == {each.name for each in dataclasses.fields(EngineSettings)}
+    given |= {"attention": "fp8", "attention_backend": "cudnn"}
+    engines = {"backend": "tensorrt", "plugins": "/lib/one.so,/lib/two.so"}  # which no session of PyTorch takes
+    assert {*given, *engines} == {each.name for each in dataclasses.fields(EngineSettings)}
     worker = RayArguments.model_validate({"models": "out", "open": "true", **given}).server().worker("ray", "cuda:0")
     wanted = {"backend": "pytorch", "compile": True, "fuse": False, "cuda_graphs": True, "weights": "packed"}
-    wanted["plugins"] = ("/lib/one.so", "/lib/two.so")
+    wanted |= {"plugins": (), "attention": "fp8", "attention_backend": "cudnn"}
     assert fields_of(EngineSettings, worker) == wanted
+    worker = RayArguments.model_validate({"models": "out", "open": "true", **engines}).server().worker("ray", "cuda:0")
+    assert (worker.backend, worker.plugins) == ("tensorrt", ("/lib/one.so", "/lib/two.so"))
     usual = RayArguments(models="out", open=True).server().worker("ray", "cuda:0")
     assert fields_of(EngineSettings, usual) == fields_of(EngineSettings, EngineSettings())
     with pytest.raises(UnsupportedError, match="--compile runs in PyTorch, so --backend rtx does not apply"):
         RayArguments(models="out", open=True, compile=True, backend="rtx").server()
     with pytest.raises(UnsupportedError, match="--plugin is for TensorRT engines, so --backend rtx does not apply"):
         RayArguments(models="out", open=True, plugins=("one.so",), backend="rtx").server()
+    with pytest.raises(UnsupportedError, match="--attention-backend runs in PyTorch, so --backend rtx does not apply"):
+        RayArguments(models="out", open=True, attention_backend="cudnn", backend="rtx").server()
+    with pytest.raises(UnsupportedError, match="unknown attention library 'flash'"):
+        RayArguments(models="out", open=True, attention_backend="flash").server()
+    with pytest.raises(ValueError, match="int4"):
+        RayArguments.model_validate({"models": "out", "attention": "int4"})
 
 
 @pytest.fixture(scope="module")
