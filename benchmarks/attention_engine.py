@@ -20,8 +20,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from make_checkpoint import HeavyTailed  # noqa: E402  # the script's own folder comes first
-
+from benchmarks.make_checkpoint import HeavyTailed  # noqa: E402
 from dvdquant.artifact.transaction import ExportTransaction  # noqa: E402
 from dvdquant.checkpoint.opening import open_checkpoint  # noqa: E402
 from dvdquant.export.engines import BuildReport, build_engine  # noqa: E402

@@ -67,6 +67,8 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class TracedLayer(QuantLinear):
     """A quantized layer in a trace: its prepared tensors are buffers, and its forward is the operation alone."""
 
+    constants: tuple[int | bool, ...]
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer.
 
@@ -101,6 +103,7 @@ def wan_block(width: int, ffn: int, heads: int, bits: int) -> nn.Module:
         spec = layer.spec
         rotation = spec.rotation
         layer.__class__ = TracedLayer
+        assert isinstance(layer, TracedLayer)
         for name in TENSORS:
             layer._buffers[name] = None
         layer.register_buffer(

@@ -95,7 +95,8 @@ def estimate(checkpoint: Path, out: Path, options: tuple[str, ...]) -> dict[str,
     """
     run = subprocess.run([*command(checkpoint, out, options), "--dry-run"], capture_output=True, text=True, check=True)
     plan: dict[str, Any] = json.loads(run.stdout)
-    return plan["estimate"]
+    found: dict[str, Any] = plan["estimate"]
+    return found
 
 
 def limited(limit_gib: float | None) -> Any:

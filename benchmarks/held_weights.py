@@ -65,12 +65,12 @@ def sizes_of(plan: ModelPlan) -> Sizes:
         plan: The plan of the model.
     """
     scales = plan.family.vae_scale
-    axes = [
-        size // scale // patch * patch
+    height, width = (
+        Axis.fixed(size // scale // patch * patch)
         for size, scale, patch in zip((HEIGHT, WIDTH), scales[1:], plan.family.patch()[1:])
-    ]
+    )
     frames = plan.family.latent_frames(FRAMES) // plan.family.patch()[0] * plan.family.patch()[0]
-    return Sizes(*map(Axis.fixed, (frames, *axes)), plan.family.default_text_tokens)
+    return Sizes(Axis.fixed(frames), height, width, plan.family.default_text_tokens)
 
 
 def asked(plan: ModelPlan, library: KernelLibrary, sm: int, bits: Sequence[int]) -> tuple[int, int]:
@@ -105,7 +105,8 @@ def rows(name: str, recipe: str, bits: Sequence[int], library: KernelLibrary | N
         SystemExit: The library counts otherwise.
     """
     plan = plan_of(name, recipe)
-    sizes, found = sizes_of(plan), {}
+    sizes = sizes_of(plan)
+    found: dict[tuple[int, int], list[tuple[str, HeldWeights]]] = {}
     for sm, facts in CAPABILITIES.items():
         if not facts.kernels or facts.refused:
             continue

@@ -108,7 +108,7 @@ def main(config: Path, folder: Path, seed: int, hollow: bool) -> None:
         filled += nbytes
     folder.mkdir(parents=True, exist_ok=True)
     weights = HeavyTailed(seed)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     with tqdm(total=sum(2 * torch.Size(s).numel() for s in shapes.values()), unit="B", unit_scale=True) as bar:
         for index, names in enumerate(shards):
             single = len(shards) == 1

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPT = "a red cat runs in the rain"
-CLIP = {"num_frames": 9, "height": 96, "width": 96, "steps": 2}
+CLIP: dict[str, Any] = {"num_frames": 9, "height": 96, "width": 96, "steps": 2}
 TOKENS = 64
 WIDTH = 1024
 WORDS = ["<pad>", "</s>", "<unk>", *PROMPT.split()]
@@ -191,8 +191,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Build what is not there, and measure every arrangement in a process of its own."""
     if "--one" in sys.argv:
-        folder, backend, how = sys.argv[sys.argv.index("--one") + 1 :]
-        print(json.dumps(measure(Path(folder), backend, json.loads(how))))
+        built, session, given = sys.argv[sys.argv.index("--one") + 1 :]
+        print(json.dumps(measure(Path(built), session, json.loads(given))))
         return
     with tempfile.TemporaryDirectory(prefix="dvdquant-memory-", dir="/var/tmp") as temporary:
         folder = Path(sys.argv[1] if len(sys.argv) > 1 else temporary)

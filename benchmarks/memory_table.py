@@ -55,8 +55,8 @@ def fits(case: Case, devices: tuple[DeviceSize, ...] = DEVICES) -> list[Fit]:
     family = plan.family
     frames, height, width = case.size
     _, down, across = family.vae_scale
-    latent = (family.latent_frames(frames), height // down, width // across)
-    sizes = Sizes(*map(Axis.fixed, latent), case.text)
+    latent = Axis.fixed(family.latent_frames(frames)), Axis.fixed(height // down), Axis.fixed(width // across)
+    sizes = Sizes(*latent, case.text)
     found = []
     for device in devices:
         held = held_weights(plan, sm_number(device.sms[-1]), (4, 8), sizes).nbytes("packed")

@@ -220,7 +220,7 @@ def measure(entry: Entry, w: Tensor, repeat: int) -> tuple[float, float]:
     return relative_mse(w, restore()), best
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A mode that counts operations that start a kernel, and the bytes of their operands; an expanded axis counts once.
 
     Attributes:
@@ -232,7 +232,7 @@ class Traffic(TorchDispatchMode):
              "alias", "unbind", "empty", "empty_like", "diagonal", "as_strided")  # fmt: skip
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -299,8 +299,8 @@ def main() -> int:
     for entry in entries(args.groups, args.features, device):
         print(f"{entry.name:<30}{entry.group or 'row':>6}{entry.bits(args.features):>7.3f}", end="", flush=True)
         for w in data.values():
-            error, seconds = measure(entry, w, args.repeat)
-            print(f"{error:>14.5f}{w.numel() / seconds / 1e6:>8.1f}", end="", flush=True)
+            mse, seconds = measure(entry, w, args.repeat)
+            print(f"{mse:>14.5f}{w.numel() / seconds / 1e6:>8.1f}", end="", flush=True)
         print()
     return 0
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_rows"]
+__all__ = ["append_rows", "read_rows"]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -29,3 +30,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):  # a line that was torn, and written on by a run of an older version
             rows.append(json.loads(line))
     return rows
+
+
+def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows behind those of a file in one call, so that lines of two processes do not mix.
+
+    Args:
+        path: The file; it need not exist.
+        rows: The rows.
+    """
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with open(path, "ab") as file:
+        file.write(text.encode())

@@ -135,11 +135,11 @@ def touched(tensor: Tensor) -> int:
     return elements * min(max(step, 1), 2) * tensor.element_size()
 
 
-class Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up what operations read and write. Linears, attention and quantized layers are counted by their own hooks."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.work = Work()
         self._opaque = 0
 

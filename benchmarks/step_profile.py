@@ -57,7 +57,7 @@ def profile_classes(work: Callable[[], Any], device: torch.device, repeats: int 
             torch.cuda.synchronize()
     sums = dict.fromkeys(MEASURED, 0.0)
     for event in seen.key_averages():
-        on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+        on_gpu = event.device_type.name == "CUDA"
         if on_gpu != cuda:
             continue
         microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--disk", action="store_true")
     options = parser.parse_args()
     if options.disk:
-        weights.fits_in_memory = lambda nbytes: False
+        mock.patch.object(weights, "fits_in_memory", return_value=False).start()
     # 1. Write a weight file.
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/var/tmp")) as folder:
         path = Path(folder) / NAME

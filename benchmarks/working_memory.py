@@ -27,7 +27,7 @@ from dvdquant.model.working_memory import TEXT_BYTES, decode_bytes, step_bytes_a
 MIB = 1 << 20
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the tensors that are alive, and the most at once.
 
     Args:
@@ -35,7 +35,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen: dict[int, int] = {}
         for tensor in known:
@@ -189,7 +189,8 @@ def count_step(name: str) -> tuple[Counted, int]:
     if "num_single_layers" in config:
         config["num_single_layers"] = 2
     family = get_family(config)
-    sizes = Sizes(*map(Axis.fixed, latent), text)
+    frames, height, width = map(Axis.fixed, latent)
+    sizes = Sizes(frames, height, width, text)
 
     def make() -> nn.Module:
         options = {key: value for key, value in config.items() if not key.startswith("_")}

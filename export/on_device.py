@@ -18,19 +18,19 @@ from dvdquant.artifact.verify_files import verify_files
 from dvdquant.backends import Backend, load_backend
 from dvdquant.errors import EngineError, OutputError, UnsupportedError
 from dvdquant.export.build_room import check_builds
-from dvdquant.export.elsewhere import COMPATIBLE
+from dvdquant.export.elsewhere import COMPATIBLE, SCRIPT
 from dvdquant.export.engines.report import BuildReport
 from dvdquant.export.engines.stage import BuildSettings, is_compatible, run_builder
 from dvdquant.export.model_card import model_card
 from dvdquant.export.steps import is_step
 from dvdquant.model.families import Sizes
 from dvdquant.plugin_library import check_plugin
-from dvdquant.system.copies import link_file
+from dvdquant.system.copies import copy_file, link_file
 from dvdquant.system.files import hash_file
 from dvdquant.system.gpu import Gpu
 from dvdquant.system.plugin_file import read_plugin
 from dvdquant.system.progress import Progress
-from dvdquant.text import shell_line
+from dvdquant.text import first_of, shell_line
 
 __all__ = [
     "CheckEngine",
@@ -41,6 +41,9 @@ __all__ = [
     "builds_here",
     "plan_on_device",
 ]
+
+# What an export has of its engines besides them.
+_WRITTEN_AGAIN = ("README.md", "report.html", SCRIPT)
 
 
 class CheckEngine(Protocol):
@@ -76,6 +79,8 @@ class DeviceBuild:
         plugins: The plugin libraries for TensorRT.
         plugin_hashes: The SHA-256 of each of them, in their order.
         gpu: The GPU of this machine; None if its driver names none.
+        bits: The activation bits that were asked for; empty means all.
+        version_compatible: Whether version-compatible engines were asked for.
     """
 
     out: Path
@@ -86,6 +91,8 @@ class DeviceBuild:
     plugins: tuple[Path, ...]
     plugin_hashes: tuple[str, ...]
     gpu: Gpu | None
+    bits: tuple[int, ...] = ()
+    version_compatible: bool = False
 
 
 @dataclass
@@ -93,11 +100,13 @@ class DeviceResult:
     """What was built.
 
     Args:
+        plan: The plan that was carried out: the one that was given, or the one for what another run made of the export meanwhile.
         manifest: The manifest of the export as it is now.
         reports: The builder's report of each engine that was built, by its path.
         notes: What there is to say besides.
     """
 
+    plan: DeviceBuild
     manifest: Manifest
     reports: dict[str, BuildReport] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -210,7 +219,7 @@ def plan_on_device(
         UnsupportedError: The export has nothing to build, nothing for this GPU, or no engine that can be version-compatible;
             or a plugin library is missing, for another processor, another TensorRT or other GPUs.
         EngineError: A builder is not installed.
-        ResourceError: The memory is too small; the error says what fits.
+        ResourceError: The memory is too small for what is not there yet; the error says what fits.
     """
     # 1. What is for this machine.
     ours = builds_here(manifest, gpu, bits, str(out))
@@ -227,13 +236,14 @@ def plan_on_device(
         for path in plugins:
             check_plugin(read_plugin(path), backends["tensorrt"], gpu)
     taken = tuple(plugins) if "tensorrt" in backends else ()
-    # 3. The memory.
-    check_builds(ours, manifest, gpu)
-    # 4. What is there already.
+    # 3. What is there already.
     hashes = tuple(hash_file(plugin)["sha256"] for plugin in taken)
-    plan = DeviceBuild(out, manifest, tuple(ours), (), backends, taken, hashes, gpu)
+    plan = DeviceBuild(out, manifest, tuple(ours), (), backends, taken, hashes, gpu, tuple(bits), version_compatible)
     current = [entry for entry in ours if _is_current(plan, entry)]
-    return dataclasses.replace(plan, builds=tuple(e for e in ours if e not in current), current=tuple(current))
+    builds = [entry for entry in ours if entry not in current]
+    # 4. The memory, which is asked for only what is to be built.
+    check_builds(builds, manifest, gpu)
+    return dataclasses.replace(plan, builds=tuple(builds), current=tuple(current))
 
 
 # ---------------------------------------------------------------------------------------------------------------- build
@@ -289,41 +299,108 @@ def build_on_device(
         OutputError: The export is damaged, or cannot be written.
         ResourceError: Disk or memory is full.
     """
-    out, manifest = plan.out, plan.manifest
-    # 1. Nothing is built from files that are not those of the export.
-    total = sum(entry["bytes"] for entry in manifest.files.values())
-    with progress.stage("check", total, "B") as stage:
-        verify_files(out, manifest, [n for n in manifest.files if not n.startswith("engines/")], stage.update)
-    require_disk(
-        out, sum(entry["held_bytes"] for entry in plan.builds if entry["backend"] == "tensorrt_rtx"), "the engines"
+    while True:
+        settings = {entry["engine"]: _settings(plan, entry) for entry in plan.builds}
+        key = {"device_build": hashlib.sha256(plan.manifest.to_json().encode()).hexdigest()}
+        key |= {"engines": json.dumps({path: one.digest for path, one in settings.items()})}
+        require_disk(plan.out, _disk_bytes(plan), "the engines and a copy of the weights")
+        with ExportTransaction(plan.out, key=key, resume=resume, keep_for_resume=True, accept=is_step) as transaction:
+            now = transaction.previous
+            if now == plan.manifest:
+                return _build_locked(plan, settings, transaction, progress, check, timing_cache)
+        # Another run finished between the plan and the lock.
+        plan = _planned_onto(plan, now)
+        progress.say(f"{plan.out} has other engines since this was planned: they stay")
+        if not plan.builds:
+            return DeviceResult(plan, plan.manifest)
+
+
+def _disk_bytes(plan: DeviceBuild) -> int:
+    """Return the bytes that a build writes, by estimate."""
+    engines = sum(entry["held_bytes"] for entry in plan.builds if entry["backend"] == "tensorrt_rtx")
+    return engines + sum(entry["bytes"] for name, entry in plan.manifest.files.items() if name.startswith("onnx/"))
+
+
+def _planned_onto(plan: DeviceBuild, now: Manifest | None) -> DeviceBuild:
+    """Return the plan for an export to which another run added engines, or engines to build, since it was planned.
+
+    Args:
+        plan: The plan.
+        now: The manifest of the export as it is now, or None.
+
+    Raises:
+        OutputError: The export is another one now, or has gone.
+        DvdquantError: See :func:`plan_on_device`.
+    """
+    before, found = plan.manifest, "no export"
+    if now is not None:
+        own = [name for name in before.files if not name.startswith("engines/") and name not in _WRITTEN_AGAIN]
+        other = [name for name in own if now.files.get(name) != before.files[name]]
+        other += [entry["engine"] for entry in before.builds if entry not in now.builds]
+        if not other:
+            return plan_on_device(
+                plan.out,
+                now,
+                plan.gpu,
+                plugins=plan.plugins,
+                bits=plan.bits,
+                version_compatible=plan.version_compatible,
+            )
+        found = f"not as it was: {first_of(other)}"
+    raise OutputError(
+        f"{plan.out} was changed meanwhile by another run: nothing was built",
+        available=found,
+        fix="run the same line again",
     )
-    settings = {entry["engine"]: _settings(plan, entry) for entry in plan.builds}
-    key = {"device_build": hashlib.sha256(manifest.to_json().encode()).hexdigest()}
-    key |= {"engines": json.dumps({path: one.digest for path, one in settings.items()})}
-    result = DeviceResult(manifest)
-    with ExportTransaction(out, key=key, resume=resume, keep_for_resume=True, accept=is_step) as transaction:
-        # 2. Build each engine as a step of its own.
-        engines = {entry["path"]: entry for entry in manifest.engines}
-        with progress.stage("engines", len(plan.builds), "engine") as bar:
-            for entry in plan.builds:
-                bar.update(0, entry["engine"])
-                engine, report = _build(plan, entry, settings[entry["engine"]], transaction, progress, timing_cache)
-                engines[entry["engine"]] = engine
-                result.reports[entry["engine"]] = report
-                bar.update(1)
-        # 3. The rest of the export, by a second name: nothing of it is copied.
-        built = {entry["engine"] for entry in plan.builds}
-        known = {name: entry for name, entry in manifest.files.items() if name not in built}
-        known.pop("README.md", None)
-        for name in known:
-            if not name.startswith("engines/") or name in engines:
-                link_file(out / name, transaction.path(name))
-        # 4. Judge the new engines in place.
-        now = dataclasses.replace(manifest, engines=tuple(engines.values()))
-        if check is not None:
-            now = _judge(plan, now, known, transaction, check, result.notes)
-        transaction.path("README.md").write_text(model_card(now), encoding="utf-8")
-        result.manifest = transaction.commit(now, known, export_key=manifest.export_key)
+
+
+def _build_locked(
+    plan: DeviceBuild,
+    settings: Mapping[str, BuildSettings],
+    transaction: ExportTransaction,
+    progress: Progress,
+    check: CheckEngine | None,
+    timing_cache: Path | None,
+) -> DeviceResult:
+    """Build the engines of a plan and commit them; the lock of the export is held, and it is what was planned from.
+
+    Args:
+        plan: The plan.
+        settings: The settings of each engine, by its path.
+        transaction: The transaction, entered.
+        progress: The place that stages report to.
+        check: The judge of the new engines, or None.
+        timing_cache: A TensorRT timing cache to read and update.
+
+    Raises:
+        DvdquantError: See :func:`build_on_device`.
+    """
+    out, manifest, result = plan.out, plan.manifest, DeviceResult(plan, plan.manifest)
+    # 1. Nothing is built from files that are not those of the export.
+    own = [name for name in manifest.files if not name.startswith("engines/")]
+    with progress.stage("check", sum(manifest.files[name]["bytes"] for name in own), "B") as stage:
+        verify_files(out, manifest, own, stage.update)
+    # 2. Build each engine as a step of its own.
+    engines = {entry["path"]: entry for entry in manifest.engines}
+    with progress.stage("engines", len(plan.builds), "engine") as bar:
+        for entry in plan.builds:
+            bar.update(0, entry["engine"])
+            engine, report = _build(plan, entry, settings[entry["engine"]], transaction, progress, timing_cache)
+            engines[entry["engine"]] = engine
+            result.reports[entry["engine"]] = report
+            bar.update(1)
+    # 3. The rest of the export. Readers of external data refuse files with several names, also while the new engines are judged
+    # and after a kill, so graphs and weights are copied.
+    known = {name: entry for name, entry in manifest.files.items() if name not in settings and name != "README.md"}
+    for name in known:
+        if not name.startswith("engines/") or name in engines:
+            (copy_file if name.startswith("onnx/") else link_file)(out / name, transaction.path(name))
+    # 4. Judge the new engines in place.
+    now = dataclasses.replace(manifest, engines=tuple(engines.values()))
+    if check is not None:
+        now = _judge(plan, now, known, transaction, check, result.notes)
+    transaction.path("README.md").write_text(model_card(now), encoding="utf-8")
+    result.manifest = transaction.commit(now, known, export_key=manifest.export_key)
     return result
 
 

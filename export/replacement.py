@@ -25,6 +25,8 @@ def check_replacement(
     recipe: Recipe,
     shapes: Mapping[str, Any],
     lora_rank: int = 0,
+    *,
+    has_options: bool = True,
 ) -> None:
     """Refuse to replace a finished export by one of another model, another recipe, or other sizes.
 
@@ -39,6 +41,7 @@ def check_replacement(
         recipe: The recipe of the new export.
         shapes: Its sizes and dtype, in the form of the manifest.
         lora_rank: The rank that its graphs reserve for LoRAs.
+        has_options: Whether the recipe is one of options, so that the error may name those of the export that is there.
 
     Raises:
         OutputError: The folder holds another export; the error says what differs.
@@ -50,7 +53,8 @@ def check_replacement(
     found += [differences(before, {**shapes, "lora_rank": lora_rank})]
     if not any(found):
         return
-    options = "" if found[-1] or any(_models(previous, source, components)) else _options_of(previous, recipe)
+    other = not has_options or found[-1] or any(_models(previous, source, components))
+    options = "" if other else _options_of(previous, recipe)
     goes_on = f"{options} goes on with it; or " if options else ""
     raise OutputError(
         f"{out} holds a finished export, made {previous.created}, and this is another one",

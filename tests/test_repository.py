@@ -208,6 +208,15 @@ main(["--version"])
 # -------------------------------------------------------------------------------------------------------- the checkout
 
 
+def test_pages_and_package_name_one_version() -> None:
+    """What is not released yet has a section above the version, and does not lend its name to it."""
+    version, text = PROJECT["version"], (ROOT / "CHANGELOG.md").read_text()
+    sections = re.findall(r"^## (\S+)( \(not released\))?$", text, re.MULTILINE)
+    assert version == next(name for name, unreleased in sections if not unreleased)
+    assert not sections[0][1] or f"`dvdq --version`, wheels and manifests say {version}." in text
+    assert f'__version__ = "{version}"\n' in (ROOT / "dvdquant" / "__init__.py").read_text()
+
+
 def test_links_inside_the_package(sources: list[str]) -> None:
     found = {name: os.readlink(ROOT / name) for name in sources if (ROOT / name).is_symlink()}
     assert found == LINKS

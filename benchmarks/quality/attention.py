@@ -11,26 +11,21 @@ output along the fp32 trajectories of held-out clips. A killed run goes on where
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
+from benchmarks.quality import jobs
+from benchmarks.quality.jobs import Job
+from benchmarks.quality.page import MODEL, PAGE, write_table
 
-HERE = Path(__file__).resolve().parent
-MODEL = HERE.parent.parent / "examples" / "tiny-wan"
-PAGE = HERE.parent.parent / "docs" / "quality" / "index.md"
 CHUNK = 8
 LINEARS = {"bf16": 16, "w4a8": 8, "w4a4": 4}
 KINDS = ("16", "int8", "int8-rotated", "int8-fp8", "fp8", "fp8-plain")
 DRAWN = ("16", "int8", "int8-fp8", "fp8", "fp8-plain")
-
-Job = tuple[str, str, int]  # linear layers, attention, chunk of clips (−1: step errors)
 
 
 class _Format:
@@ -46,12 +41,13 @@ class _Format:
 
         from dvdquant.ops.attention.definition import quantized_attention
 
-        heads_first = [t.to(torch.bfloat16).float().transpose(1, 2) for t in (q, k, v)]
-        out = quantized_attention(*heads_first, self.kind, bounds, scale)
-        return out.transpose(1, 2).to(torch.bfloat16).to(q.dtype)
+        dtype = q.dtype
+        q, k, v = (t.to(torch.bfloat16).float().transpose(1, 2) for t in (q, k, v))
+        out = quantized_attention(q, k, v, self.kind, bounds, scale)
+        return out.transpose(1, 2).to(torch.bfloat16).to(dtype)
 
 
-class Runner:
+class AttentionRunner:
     """Draws clips in one process: the toy model with one kind of linear layers at a time."""
 
     def __init__(self, model: Path, work: Path, steps: int, every: int, clips: int) -> None:
@@ -71,7 +67,8 @@ class Runner:
         self.every, self.work = every, work
         bench = self.worker.bench(self.name)
         self.plan = plan(bench, min(clips, 64), -(-clips // 64))[:clips]
-        self.linears, self.built = "", None
+        self.linears = ""
+        self.built: Any = None
         self.states: dict[str, tuple[Any, int]] = {}
 
     def model(self, linears: str, kind: str) -> Any:
@@ -120,35 +117,6 @@ class Runner:
         latents = generate_chunk(self.worker.bench(self.name), {16: model}, clips)
         rows = self.worker.score(self.name, linears, "A16", chunk, clips, latents)
         return [{**base, "prompt": r["prompt"], "seed": r["seed"], "psnr": r["psnr"]} for r in rows]
-
-
-_runner: Any = None
-
-
-def start(model: Path, work: Path, steps: int, every: int, clips: int) -> None:
-    """Prepare a new process, which computes on one thread.
-
-    Args:
-        model: The folder of the toy model.
-        work: The folder of what processes share.
-        steps: The denoising steps of a clip.
-        every: Every how many steps the error is measured.
-        clips: The number of clips.
-    """
-    global _runner
-    import torch
-
-    torch.set_num_threads(1)
-    _runner = Runner(model, work, steps, every, clips)
-
-
-def do(job: Job) -> tuple[Job, list[dict[str, Any]]]:
-    """Run a job in a worker process; return it with its rows.
-
-    Args:
-        job: (linear layers, attention, number of the chunk), the latter below 0 for step errors.
-    """
-    return job, _runner.do(job)
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
@@ -203,50 +171,24 @@ def main() -> int:
         "--page", type=Path, default=PAGE, help="whose block 'attention', or 'attention-MODEL', is written anew"
     )
     options = parser.parse_args()
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = "1"
-    from benchmarks.quality.report import replace_blocks
-    from benchmarks.quality.run import commit, hardware
+    jobs.one_thread()
     from benchmarks.quality.toy.clips import Bench
-    from benchmarks.rows import read_rows
 
-    started = time.time()
     options.work.mkdir(parents=True, exist_ok=True)
     steps = options.steps or Bench.open(options.model).steps
-    results = options.work / "attention.jsonl"
-    rows = read_rows(results)
-    done = {tuple(row["job"]) for row in rows}
-    jobs: list[Job] = [(linears, kind, -1) for linears in options.linears for kind in KINDS]
+    todo: list[Job] = [(linears, kind, -1) for linears in options.linears for kind in KINDS]
     chunks = range(-(-options.clips // CHUNK))
-    jobs += [(linears, kind, chunk) for chunk in chunks for linears in options.linears for kind in options.formats]
-    todo = [job for job in jobs if job not in done]
+    todo += [(linears, kind, chunk) for chunk in chunks for linears in options.linears for kind in options.formats]
     given = (options.model.resolve(), options.work, steps, options.every, options.clips)
-    start(*given)  # what processes share is made once
-    _runner.worker.held_out(_runner.name)
-    if options.processes > 1:
-        pool: Any = multiprocessing.get_context("spawn").Pool(options.processes, start, given)
-        finished = pool.imap_unordered(do, todo)
-    else:
-        pool, finished = None, map(do, todo)
-    for job, new in finished:
-        with open(results, "a") as file:
-            file.writelines(json.dumps({**row, "job": job}) + "\n" for row in new)
-        rows += new
-        print(f"{time.time() - started:.0f} s", *job, flush=True)
-        if options.seconds is not None and time.time() - started > options.seconds:
-            break
-    if pool is not None:
-        pool.terminate()
-    words = (
-        f"{hardware()}, {time.strftime('%Y-%m-%d')}, {steps} steps a clip, {options.clips} clips; at {commit()}:\n\n"
-        f"    python -m benchmarks.quality attention {' '.join(sys.argv[1:])}"
-    )
+    runner = jobs.start(AttentionRunner, given)
+    runner.worker.held_out(runner.name)  # what processes share is made once
+    results = options.work / "attention.jsonl"
+    rows = jobs.run_jobs(AttentionRunner, given, todo, results, options.processes, options.seconds)
     text = table_of(rows)
     print(text)
     name = options.model.resolve().name
     block = "attention" if name == MODEL.name else f"attention-{name}"
-    page = options.page.read_text(encoding="utf-8")
-    options.page.write_text(replace_blocks(page, {block: f"{text}\n\n{words}"}), encoding="utf-8")
+    write_table(options.page, block, text, f"{steps} steps a clip, {options.clips} clips", "attention")
     return 0
 
 

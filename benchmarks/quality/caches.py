@@ -16,19 +16,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
+from benchmarks.quality import jobs
+from benchmarks.quality.jobs import Job
+from benchmarks.quality.page import MODEL, PAGE, write_table
 
-HERE = Path(__file__).resolve().parent
-MODEL = HERE.parent.parent / "examples" / "tiny-wan"
-PAGE = HERE.parent.parent / "docs" / "quality" / "index.md"
 CHUNK = 16
 METHOD = "dvdquant w4a4"
 # Without a cache; the default policy and `line` at their own thresholds and at others; the other policies at shares like these;
@@ -72,8 +69,6 @@ ALONG = (
     *(f"a8 line {threshold} line 4 0 step" for threshold in (0.02, 0.06, 0.08)),
 )
 
-Job = tuple[str, str, int]  # model, setting, chunk of clips
-
 
 def controller_of(setting: str) -> Any:
     """Return the controller of a setting.
@@ -93,11 +88,11 @@ def controller_of(setting: str) -> Any:
         policy, threshold, residual, most, warm_up, *weighting = words[1:]
         given: Any = (float(threshold), residual, int(most), policy, float(warm_up), *weighting)
         cache = StepCachePolicy(*given)
-    rule = {"delta": float(delta or DEFAULT_DELTA)} if mode == "switch" else {}
+    rule: dict[str, Any] = {"delta": float(delta or DEFAULT_DELTA)} if mode == "switch" else {}
     return make_controller(mode, component="transformer", family="wan", bits=(4, 8), cache=cache, **rule)
 
 
-class Runner:
+class CacheRunner:
     """Draws clips in one process: the toy models with the layers of one method."""
 
     def __init__(self, folders: dict[str, Path], work: Path, clips: int, eager: bool) -> None:
@@ -146,31 +141,6 @@ class Runner:
         ]  # fmt: skip
 
 
-_runner: Any = None
-
-
-def start(*given: Any) -> None:
-    """Prepare a new process, which computes on one thread.
-
-    Args:
-        given: The arguments of :class:`Runner`.
-    """
-    global _runner
-    import torch
-
-    torch.set_num_threads(1)
-    _runner = Runner(*given)
-
-
-def do(job: Job) -> tuple[Job, list[dict[str, Any]]]:
-    """Run a job in a worker process; return it with its rows.
-
-    Args:
-        job: (model, setting, number of the chunk).
-    """
-    return job, _runner.do(job)
-
-
 def kept_a8(model: str, clips: Sequence[tuple[Any, int]]) -> list[dict[str, Any]]:
     """Return the rows of a8 without a cache among those that `run` keeps here, for some clips.
 
@@ -182,7 +152,7 @@ def kept_a8(model: str, clips: Sequence[tuple[Any, int]]) -> list[dict[str, Any]
 
     wanted = {(" ".join(prompt), seed) for prompt, seed in clips}
     found = []
-    for row in map(json.loads, read_lines(HERE / "results.jsonl.xz").splitlines()):
+    for row in map(json.loads, read_lines(Path(__file__).with_name("results.jsonl.xz")).splitlines()):
         what = [row.get(name) for name in ("kind", "model", "method", "width")]
         if what == ["clip", model, METHOD, "A8"] and (row["prompt"], row["seed"]) in wanted:
             right = all(row["right"].values())
@@ -206,7 +176,9 @@ def table_of(rows: Sequence[dict[str, Any]], settings: Sequence[str]) -> str:
         for row in rows:
             if row["model"] == model:
                 found.setdefault(row["setting"], []).append(row)
-        psnrs = {name: {(r["prompt"], r["seed"]): r["psnr"] for r in each} for name, each in found.items()}
+        psnrs: dict[str, dict[Hashable, float]] = {
+            name: {(r["prompt"], r["seed"]): r["psnr"] for r in each} for name, each in found.items()
+        }
         for setting in settings:
             if setting not in found:
                 continue
@@ -223,10 +195,11 @@ def table_of(rows: Sequence[dict[str, Any]], settings: Sequence[str]) -> str:
     return markdown_table(head, lines)
 
 
-def along(settings: Sequence[str], models: Sequence[str], clips: int) -> str:
+def along(worker: Any, settings: Sequence[str], models: Sequence[str], clips: int) -> str:
     """Return a table with a line for every model and setting: what is left out, and what that does to recorded clips of a8.
 
     Args:
+        worker: What this process does jobs with.
         settings: The settings, in words.
         models: Names of the models.
         clips: The number of clips.
@@ -236,8 +209,8 @@ def along(settings: Sequence[str], models: Sequence[str], clips: int) -> str:
 
     lines = []
     for model in models:
-        bench = _runner.worker.bench(model)
-        recorded = [_runner.worker.recording(model, METHOD, "A8", clip) for clip in range(clips)]
+        bench = worker.bench(model)
+        recorded = [worker.recording(model, METHOD, "A8", clip) for clip in range(clips)]
         for setting in settings:
             bits, *errors = zip(*(skips_along(bench, each, controller_of(setting)) for each in recorded))
             share = sum(each.count(None) / len(each) for each in bits) / clips
@@ -264,75 +237,44 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=PAGE, help="whose block 'caches' is written anew")
     parser.add_argument("--no-page", action="store_true", help="only print the table")
     options = parser.parse_args()
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = "1"
-    from benchmarks.quality.outliers import write
+    jobs.one_thread()
+    from benchmarks.quality.outliers import KINDS, toy_folders
     from benchmarks.quality.work import HELD_OUT
-    from benchmarks.rows import read_rows
 
-    started = time.time()
     options.work.mkdir(parents=True, exist_ok=True)
-    plain = options.model.resolve().name
-    folders = {plain: options.model.resolve(), f"{plain}-outliers": (options.work / f"{plain}-outliers").resolve()}
-    if not (folders[f"{plain}-outliers"] / "transformer" / "config.json").exists():
-        write(options.model, folders[f"{plain}-outliers"], count=5, largest=60.0)
-    models = [name for name, kind in zip(folders, ("plain", "outliers")) if kind in options.models]
+    folders = toy_folders(options.model, options.work)
+    models = [name for name, kind in zip(folders, KINDS) if kind in options.models]
     known = ALONG if options.along else SETTINGS
     settings = [s for s in options.tried or known if not options.only or any(part in s for part in options.only)]
     for setting in settings:
         controller_of(setting)  # a wrong one is refused before anything is drawn
-    results = options.work / "caches.jsonl"
-    rows = read_rows(results)
-    done = {tuple(row["job"]) for row in rows}
-    jobs: list[Job] = [
+    given = (folders, options.work, options.clips, options.eager)
+    runner = jobs.start(CacheRunner, given)
+    for model in models:
+        runner.worker.held_out(model)  # what processes share is made once
+    if options.along:
+        clips = min(options.clips, HELD_OUT)
+        text = along(runner.worker, settings, models, clips)
+        print(text)
+        if not options.no_page:
+            write_table(options.page, "caches-along", text, f"{clips} recorded clips", "caches")
+        return 0
+    todo: list[Job] = [
         (model, setting, index)
         for index in range(-(-options.clips // CHUNK))
         for model in models
         for setting in settings
     ]
-    todo = [job for job in jobs if job not in done]
-    given = (folders, options.work, options.clips, options.eager)
-    start(*given)  # what processes share is made once
-    for model in models:
-        _runner.worker.held_out(model)
-    if options.along:
-        clips = min(options.clips, HELD_OUT)
-        text = along(settings, models, clips)
-        print(text)
-        if not options.no_page:
-            _write(options.page, "caches-along", text, f"{clips} recorded clips")
-        return 0
-    pool: Any = None
-    if options.processes > 1:
-        pool = multiprocessing.get_context("spawn").Pool(options.processes, start, given)
-    for job, new in pool.imap_unordered(do, todo) if pool is not None else map(do, todo):
-        with open(results, "a") as file:
-            file.writelines(json.dumps({**row, "job": job}) + "\n" for row in new)
-        rows += [{**row, "job": job} for row in new]
-        print(f"{time.time() - started:.0f} s", *job, flush=True)
-        if options.seconds is not None and time.time() - started > options.seconds:
-            break
-    if pool is not None:
-        pool.terminate()
+    results = options.work / "caches.jsonl"
+    rows = jobs.run_jobs(CacheRunner, given, todo, results, options.processes, options.seconds)
     for model in models:
         if not any(row["setting"] == "a8" for row in rows if row["model"] == model):
-            rows += kept_a8(model, _runner.plan)
+            rows += kept_a8(model, runner.plan)
     text = table_of(rows, list(SETTINGS) + [s for s in settings if s not in SETTINGS])
     print(text)
     if not options.no_page:
-        _write(options.page, "caches", text, f"{options.clips} clips")
+        write_table(options.page, "caches", text, f"{options.clips} clips", "caches")
     return 0
-
-
-def _write(path: Path, block: str, text: str, clips: str) -> None:
-    """Put a table into its block of the page, with what made it."""
-    from benchmarks.quality.report import replace_blocks
-    from benchmarks.quality.run import commit, hardware
-
-    command = f"    python -m benchmarks.quality caches {' '.join(sys.argv[1:])}"
-    words = f"{hardware()}, {time.strftime('%Y-%m-%d')}, {clips}; at {commit()}:\n\n{command}"
-    page = path.read_text(encoding="utf-8")
-    path.write_text(replace_blocks(page, {block: f"{text}\n\n{words}"}), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,16 +18,18 @@ from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["add_outliers", "modulation"]
+__all__ = ["KINDS", "add_outliers", "modulation", "toy_folders"]
+
+KINDS = ("plain", "outliers")  # of the toy models, as options name them
 
 # scale_shift_table and the projection hold six rows: shift, scale, gate of attention, then of the feed-forward layer.
 SHIFT, SCALE = (0, 3), (1, 4)
 
 
 @torch.no_grad()
-def modulation(model: nn.Module, timesteps: Tensor) -> Tensor:
+def modulation(model: WanTransformer3DModel, timesteps: Tensor) -> Tensor:
     """Return shift, scale, gate, shift, scale, gate of every block, fp32 [blocks, T, 6, D].
 
     Args:
@@ -41,7 +43,9 @@ def modulation(model: nn.Module, timesteps: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def add_outliers(model: nn.Module, count: int, largest: float) -> tuple[nn.Module, dict[int, float]]:
+def add_outliers(
+    model: WanTransformer3DModel, count: int, largest: float
+) -> tuple[WanTransformer3DModel, dict[int, float]]:
     """Return a copy with outlier channels in the inputs of q, k, v (self- and cross-attention) and of the feed-forward layer.
 
     The channels are those whose modulation varies most over the timesteps; factors fall geometrically from ``largest`` to
@@ -83,7 +87,7 @@ def add_outliers(model: nn.Module, count: int, largest: float) -> tuple[nn.Modul
 
 
 @torch.no_grad()
-def difference(model: nn.Module, changed: nn.Module) -> float:
+def difference(model: WanTransformer3DModel, changed: WanTransformer3DModel) -> float:
     """Return the largest relative L2 difference of the output over five timesteps, on noise.
 
     Args:
@@ -123,6 +127,19 @@ def write(source: Path, out: Path, count: int, largest: float) -> dict[int, floa
         f"{out}: outlier channels {', '.join(f'{c} x {f:.0f}' for c, f in factors.items())}; output within {found:.1e}"
     )
     return factors
+
+
+def toy_folders(model: Path, work: Path) -> dict[str, Path]:
+    """Return the folders of the toy model and of the one with outlier channels by their names; the latter is written once.
+
+    Args:
+        model: The folder of the toy model.
+        work: The folder of what processes share.
+    """
+    plain, outliers = model.resolve(), (work / f"{model.resolve().name}-outliers").resolve()
+    if not (outliers / "transformer" / "config.json").exists():
+        write(model, outliers, count=5, largest=60.0)
+    return {plain.name: plain, outliers.name: outliers}
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -23,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
-from benchmarks.rows import read_rows
+from benchmarks.commit import commit
+from benchmarks.quality.jobs import one_thread, processes, runner
+from benchmarks.quality.page import MODEL, hardware
+from benchmarks.rows import append_rows, read_rows
 
 HERE = Path(__file__).resolve().parent
-MODEL = HERE.parent.parent / "examples" / "tiny-wan"
 CHUNK = 16
 PARTS = ("studies", "methods", "delta")
 OURS_FOR_DELTA = "dvdquant w4a4"
@@ -109,27 +110,6 @@ def delta_jobs(options: argparse.Namespace, chunks: list[list[Any]], steps: int)
             )  # fmt: skip
 
 
-_worker: Any = None
-
-
-def start_worker(folders: dict[str, Path], work: Path, steps: int, eager: bool) -> None:
-    """Prepare a new process, which computes on one thread.
-
-    Args:
-        folders: The folder of every model by its name.
-        work: The folder of what processes share.
-        steps: The denoising steps of a clip.
-        eager: Whether the models are not compiled.
-    """
-    global _worker
-    import torch
-
-    torch.set_num_threads(1)
-    from benchmarks.quality.work import Worker
-
-    _worker = Worker(folders, work, steps, eager)
-
-
 def do(job: Job) -> tuple[str, list[dict[str, Any]], float]:
     """Run a job in a worker process.
 
@@ -140,7 +120,7 @@ def do(job: Job) -> tuple[str, list[dict[str, Any]], float]:
         The key, the rows, and the seconds that it took.
     """
     started = time.perf_counter()
-    rows = getattr(_worker, job[0])(*job[1]) or []
+    rows = getattr(runner(), job[0])(*job[1]) or []
     return job[2], rows, time.perf_counter() - started
 
 
@@ -152,8 +132,8 @@ def finished(results: Path) -> set[str]:
     """
     from benchmarks.quality.results.results_file import name_of_today
 
-    keys = [row.get("job") for row in read_rows(results)]
-    return {name_of_today(key) if key and key.startswith("study/") else key for key in keys}
+    keys: set[str] = {row["job"] for row in read_rows(results) if "job" in row}
+    return {name_of_today(key) if key.startswith("study/") else key for key in keys}
 
 
 def run_jobs(pool: Any, jobs: list[Job], results: Path, what: str) -> None:
@@ -175,30 +155,11 @@ def run_jobs(pool: Any, jobs: list[Job], results: Path, what: str) -> None:
             bar.update()
             continue
         # The last row carries the key: a torn write leaves the job to be done again.
-        lines = [json.dumps({**row, "part": key}, ensure_ascii=False) for row in rows[:-1]]
-        lines.append(
-            json.dumps({**rows[-1], "part": key, "job": key, "job_seconds": round(seconds, 1)}, ensure_ascii=False)
-        )
-        with open(results, "ab", buffering=0) as file:
-            file.write(("\n".join(lines) + "\n").encode())
+        last = {**rows[-1], "part": key, "job": key, "job_seconds": round(seconds, 1)}
+        append_rows(results, [*({**row, "part": key} for row in rows[:-1]), last])
         bar.update()
         bar.set_postfix_str(key)
     bar.close()
-
-
-def hardware() -> str:
-    """Return processor, cores and the version of torch, in words."""
-    import torch
-
-    from dvdquant.system.processor import processor_name
-
-    return f"{os.cpu_count()} cores of {processor_name()}, no GPU used, torch {torch.__version__}"
-
-
-def commit() -> str:
-    """Return the short commit of the repository; empty outside of one."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=False).stdout.strip()
 
 
 def main() -> int:
@@ -222,8 +183,7 @@ def main() -> int:
     parser.add_argument("--no-report", action="store_true", help="only measure")
     parser.add_argument("--list", action="store_true", help="what takes part, and exit")
     options = parser.parse_args()
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = "1"
+    one_thread()
     from benchmarks.quality.compared.peers import missing_peers, versions
 
     print("packages:", ", ".join(f"{k} {v}" for k, v in versions().items()))
@@ -231,16 +191,13 @@ def main() -> int:
         print(f"left out: {name} ({how})")
     if options.list:
         return 0
-    from benchmarks.quality.outliers import write
+    from benchmarks.quality.outliers import KINDS, toy_folders
     from benchmarks.quality.toy.clips import Bench
-    from benchmarks.quality.work import plan
+    from benchmarks.quality.work import Worker, plan
 
     options.work.mkdir(parents=True, exist_ok=True)
-    plain = options.model.resolve().name
-    folders = {plain: options.model.resolve(), f"{plain}-outliers": (options.work / f"{plain}-outliers").resolve()}
-    if not (folders[f"{plain}-outliers"] / "transformer" / "config.json").exists():
-        write(options.model, folders[f"{plain}-outliers"], count=5, largest=60.0)
-    options.models = [name for name, kind in zip(folders, ("plain", "outliers")) if kind in options.models]
+    folders = toy_folders(options.model, options.work)
+    options.models = [name for name, kind in zip(folders, KINDS) if kind in options.models]
     bench = Bench.open(options.model)
     steps = options.steps or bench.steps
     every = plan(bench, options.prompts, options.seeds)
@@ -252,8 +209,7 @@ def main() -> int:
         from benchmarks.quality.results.results_file import read_lines
 
         results.write_text(read_lines(options.add_to), encoding="utf-8")
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(options.processes, start_worker, (folders, options.work, steps, options.eager)) as pool:
+    with processes(options.processes, Worker, (folders, options.work, steps, options.eager)) as pool:
         run_jobs(pool, [("held_out", (m,), f"held-out/{m}") for m in options.models], results, "held-out clips")
         if "studies" in options.parts:
             run_jobs(pool, list(study_jobs(options)), results, "studies")
@@ -272,8 +228,7 @@ def main() -> int:
         "commit": commit(),
         "packages": versions(),
     }  # fmt: skip
-    with open(results, "a") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    append_rows(results, [record])
     if options.no_report:
         return 0
     return subprocess.run([sys.executable, str(HERE / "report.py"), str(results)], check=False).returncode

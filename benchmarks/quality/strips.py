@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
-from benchmarks.quality.run import MODEL
+from benchmarks.quality.page import MODEL
 from benchmarks.quality.toy.clips import generate
 from benchmarks.quality.work import Worker, find_method
 from dvdquant.checkpoint.prompt_table import PromptTable, frames_from_latents

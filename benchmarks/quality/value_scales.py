@@ -14,14 +14,14 @@ import argparse
 import functools
 import math
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
 
-from benchmarks.quality.attention import MODEL, PAGE, Runner
+from benchmarks.quality.attention import AttentionRunner
+from benchmarks.quality.page import MODEL, PAGE, write_table
 
 MARGIN = 2.0  # by which real values may be larger than predicted ones
 
@@ -117,14 +117,13 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=PAGE, help="whose block 'value-scales' is written anew")
     options = parser.parse_args()
 
-    from benchmarks.quality.report import interval, replace_blocks
-    from benchmarks.quality.run import commit, hardware
+    from benchmarks.quality.report import interval
     from dvdquant.checkpoint.opening import open_checkpoint
     from dvdquant.ops.attention.operation import number_of
     from dvdquant.text import markdown_table
 
     options.work.mkdir(parents=True, exist_ok=True)
-    runner = Runner(options.model.resolve(), options.work, options.steps, options.every, 8)
+    runner = AttentionRunner(options.model.resolve(), options.work, options.steps, options.every, 8)
     runner.worker.held_out(runner.name)
     source = runner.worker.bench(runner.name).model
     bounds = bounds_from_weights(source)
@@ -150,14 +149,8 @@ def main() -> int:
             lines.append([linears, name, ratio, cut, f"{mean:.5f} ± {(high - low) / 2:.5f}"])
             print(*lines[-1], flush=True)
     head = ["linear layers", "scale of v", "times the largest v of the clips", "values cut off", "step error"]
-    words = (
-        f"{hardware()}, {time.strftime('%Y-%m-%d')}, {options.steps} steps a clip, 8 clips; at {commit()}:\n\n"
-        f"    python -m benchmarks.quality value_scales {' '.join(sys.argv[1:])}".rstrip()
-    )
-    page = options.page.read_text(encoding="utf-8")
-    options.page.write_text(
-        replace_blocks(page, {"value-scales": f"{markdown_table(head, lines)}\n\n{words}"}), encoding="utf-8"
-    )
+    table = markdown_table(head, lines)
+    write_table(options.page, "value-scales", table, f"{options.steps} steps a clip, 8 clips", "value_scales")
     return 0
 
 

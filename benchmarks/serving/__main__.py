@@ -318,7 +318,7 @@ def growth(out: Path, folder: Path, requests: int) -> list[Row]:
             client.get("/v1/videos")
             client.post("/v1/videos", json={"prompt": f"nonsense {i}"})
             if i in (49, requests - 1):
-                seen.append(tuple(psutil.Process(pid).memory_info().rss / 2**20 for pid in pids))  # type: ignore[arg-type]
+                seen.append(tuple(psutil.Process(pid).memory_info().rss / 2**20 for pid in pids))
     names = ("server", "worker")
     return [
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 
 from dvdquant.cli import serve
 from dvdquant.deploy.serve import server
@@ -14,6 +15,5 @@ if command := os.environ.get("STUB_WORKER"):  # as JSON; tests name one that for
     WORKER = tuple(json.loads(command))
 
 if __name__ == "__main__":
-    original = server.serve
-    server.serve = lambda settings: original(settings, worker_command=WORKER)
+    server.serve = partial(server.serve, worker_command=WORKER)
     serve.main()

@@ -22,7 +22,8 @@ class StubSession:
     """In the place of an engine session: sleeps, and gives back its input, scaled."""
 
     def __init__(self, inner: Any) -> None:
-        self.__dict__.update(inner=inner, seconds=float(os.environ.get("STUB_SECONDS", "0.005")), held=0)
+        self.inner, self.held = inner, 0
+        self.seconds = float(os.environ.get("STUB_SECONDS", "0.005"))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

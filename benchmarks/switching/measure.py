@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run by its path
-from benchmarks.rows import read_rows
+from benchmarks.rows import append_rows, read_rows
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
@@ -60,7 +60,7 @@ def quality_variants(deltas: dict[str, float], cache: float) -> list[Variant]:
 def cache_variants(deltas: dict[str, float]) -> list[Variant]:
     """Thresholds and residuals of the step cache, on all-8-bit and on switched generation."""
     variants: list[Variant] = [{"name": "a8", "mode": "a8"}]
-    bases = [{"mode": "a8"}, {"mode": "switch", "delta": deltas["6"]}]
+    bases: list[Variant] = [{"mode": "a8"}, {"mode": "switch", "delta": deltas["6"]}]
     variants.append({"name": "δ-GBS 6", **bases[1]})
     for threshold in (0.02, 0.05, 0.01, 0.03, 0.005, 0.1):
         for base, title in zip(bases, ("a8", "δ-GBS 6")):
@@ -120,9 +120,7 @@ class Worker:
                 reference = self.generator.generate(dataclass_replace(base, mode="16")).frames
             row = {"key": key, "prompt": prompt, "seed": seed, **self._one(base, variant, reference, done)}
             done[variant["name"]] = row
-            line = json.dumps(row, ensure_ascii=False) + "\n"
-            with open(self.results, "ab", buffering=0) as file:
-                file.write(line.encode())  # one write of less than a page: lines of two processes do not mix
+            append_rows(self.results, [row])
 
     def _one(self, base: Any, variant: Variant, reference: Any, done: dict[str, Row]) -> Row:
         from benchmarks.switching.metrics import ssim
@@ -130,7 +128,7 @@ class Worker:
         from dvdquant.deploy.switching import step_cache
         from dvdquant.deploy.switching.schedule import Schedule, average_bits
 
-        fields = {name: variant[name] for name in ("mode", "delta", "last_high", "cache") if name in variant}
+        fields: Variant = {name: variant[name] for name in ("mode", "delta", "last_high", "cache") if name in variant}
         if "place" in variant:
             bits: list[int | None] = list(place_high(variant["place"], done[variant["like"]]["high_steps"], self.steps))
             fields["schedule"] = Schedule("benchmark", "w4a4", self.steps, 0.0, tuple(bits), average_bits(bits))
@@ -207,12 +205,11 @@ def plan_deltas(out: Path, model: Path, steps: int, results: Path, export_key: s
         backend="onnxruntime", device="cpu", progress=Progress("text"),
     )  # fmt: skip
     recordings = [clip.changes for clip in found.clips]
-    rows = [
+    rows: list[Row] = [
         {"key": key, "name": name, "delta": delta_for_average_bits(recordings, bits)[0]}
         for name, bits in (("6", 6.0), ("5", 5.0))
     ]
-    with open(results, "a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    append_rows(results, rows)
     return {row["name"]: row["delta"] for row in rows}
 
 

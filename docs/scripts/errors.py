@@ -33,7 +33,7 @@ class Entry:
 
 def collect() -> list[Entry]:
     """Return every error of the source, without repetitions, in the order of its text."""
-    nodes = []
+    nodes: list[ast.AST] = []
     for room in ROOMS:
         for path in (ROOT / room).rglob("*.py"):
             relative = path.relative_to(ROOT)
@@ -57,8 +57,8 @@ def narrower(nodes: Iterable[ast.AST]) -> dict[str, str]:
 def _entry(call: ast.Call, kinds: Mapping[str, str]) -> Entry | None:
     name = getattr(call.func, "attr", getattr(call.func, "id", ""))
     if name == "Clash" and len(call.args) > 1:
-        fix = next((_words(keyword.value) for keyword in call.keywords if keyword.arg == "fix"), Clash.fix)
-        return Entry("UnsupportedError", _words(call.args[1]), fix, lists=False)
+        remedy = next((_words(keyword.value) for keyword in call.keywords if keyword.arg == "fix"), Clash.fix)
+        return Entry("UnsupportedError", _words(call.args[1]), remedy, lists=False)
     name = kinds.get(name, name)
     if name not in CLASSES or not call.args:
         return None

@@ -15,8 +15,8 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NotRequired
 
@@ -24,18 +24,29 @@ from pydantic import Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
 from dvdquant import __version__
-from dvdquant.artifact.entries import ComputeCapability, Digest, Size, Text
+from dvdquant.artifact.entries import ComputeCapability, Digest, EngineEntry, Size, Text
 from dvdquant.artifact.layout import MANIFEST, PLUGIN_PLACE
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.artifact.transaction import ExportTransaction
+from dvdquant.artifact.verify_files import verify_files
 from dvdquant.errors import OutputError, UnsupportedError
+from dvdquant.system.copies import link_file
 from dvdquant.system.files import FileEntry, disk_error, hash_file, open_regular, require_disk, strict_json
 from dvdquant.system.plugin_file import MAX_PLUGIN, PluginFile, parse_plugin, read_plugin
 from dvdquant.system.records import first_problem
 from dvdquant.system.whole_file import atomic_path
 from dvdquant.text import shown
 
-__all__ = ["Bundle", "BundleFacts", "open_bundle", "unpack_bundle", "write_bundle"]
+__all__ = [
+    "Bundle",
+    "BundleFacts",
+    "holds_bundle",
+    "kept_engines",
+    "listed_files",
+    "open_bundle",
+    "unpack_bundle",
+    "write_bundle",
+]
 
 RECORD = "bundle.json"
 FORMAT: Literal[1] = 1
@@ -44,6 +55,7 @@ MAX_FILES = 4096
 BLOCK = 512
 # Names longer than this need headers of another kind.
 MAX_NAME = 100
+_CARD = "README.md"
 _RECORD_SIZE = 20 * BLOCK  # what tar fills the end of a file up to
 _AGAIN = "make the bundle again with dvdq-bundle, and compare its SHA-256 after copying"
 
@@ -327,13 +339,73 @@ def open_bundle(path: Path) -> Iterator[Bundle]:
         yield Bundle(path, facts, manifest, library, file)
 
 
-def unpack_bundle(bundle: Bundle, out: Path, progress: Callable[[int], None] = lambda count: None) -> Manifest:
+def holds_bundle(there: Manifest, bundle: Bundle) -> bool:
+    """Return whether an export is that of a bundle, by its manifest: it may have engines, engines to build and graphs besides.
+
+    Args:
+        there: The manifest of the export.
+        bundle: The open bundle.
+    """
+    packed = bundle.manifest
+    names = (
+        "source",
+        "family",
+        "config_sha256",
+        "recipe",
+        "shapes",
+        "layers",
+        "components",
+        "lora",
+        "lora_rank",
+        "sampling",
+    )
+    return (
+        all(getattr(there, name) == getattr(packed, name) for name in names)
+        and all(entry in there.builds for entry in packed.builds)
+        and all(there.files.get(name) == entry for name, entry in listed_files(bundle).items() if name != _CARD)
+    )
+
+
+def listed_files(bundle: Bundle) -> dict[str, FileEntry]:
+    """Return the files that a bundle holds besides its manifest, by their paths.
+
+    Args:
+        bundle: The open bundle.
+    """
+    files = bundle.facts["files"][1:]
+    return {member["path"]: FileEntry(sha256=member["sha256"], bytes=member["bytes"]) for member in files}
+
+
+def kept_engines(there: Manifest | None, bundle: Bundle) -> tuple[EngineEntry, ...]:
+    """Return the engines of an export that were built from the graphs and weights that a bundle holds.
+
+    Args:
+        there: The manifest of the export, or None.
+        bundle: The open bundle.
+    """
+    graphs = {name: entry for name, entry in bundle.manifest.files.items() if name.startswith("onnx/")}
+    if there is None or any(there.files.get(name) != entry for name, entry in graphs.items()):
+        return ()
+    packed = {entry["path"] for entry in bundle.manifest.engines}
+    return tuple(entry for entry in there.engines if entry["path"] not in packed)
+
+
+def unpack_bundle(
+    bundle: Bundle,
+    out: Path,
+    progress: Callable[[int], None] = lambda count: None,
+    accept: Callable[[Manifest | None], None] = lambda previous: None,
+) -> Manifest:
     """Unpack a bundle into a folder, which holds all of it afterwards, or what it held before.
+
+    Engines that are there stay if they were built from what the bundle holds and are intact.
 
     Args:
         bundle: The open bundle.
         out: The folder; it may be absent, empty, or an export, which is replaced.
         progress: A function that gets the number of bytes of every block.
+        accept: A function that gets the manifest of the export in the folder, or None, under its lock; it raises to keep that
+            export.
 
     Returns:
         The manifest of the export that is there now; it lists what the bundle holds besides, too.
@@ -346,6 +418,7 @@ def unpack_bundle(bundle: Bundle, out: Path, progress: Callable[[int], None] = l
     files = bundle.facts["files"]
     require_disk(out, sum(member["bytes"] for member in files), "what the bundle holds")
     with ExportTransaction(out, key={"bundle": [member["sha256"] for member in files]}) as transaction:
+        accept(transaction.previous)
         known: dict[str, FileEntry] = {}
         for member in files[1:]:  # the manifest was read when the bundle was opened
             _expect(bundle.file, bundle.path, member)
@@ -354,7 +427,38 @@ def unpack_bundle(bundle: Bundle, out: Path, progress: Callable[[int], None] = l
             known[member["path"]] = {"sha256": member["sha256"], "bytes": member["bytes"]}
         if bundle.file.read().strip(b"\0"):
             raise _changed(bundle.path, "there is something behind its last file")
-        return transaction.commit(bundle.manifest, known, export_key=bundle.manifest.export_key)
+        engines = _keep_engines(bundle, transaction, known)
+        manifest = replace(bundle.manifest, engines=(*bundle.manifest.engines, *engines))
+        return transaction.commit(manifest, known, export_key=bundle.manifest.export_key)
+
+
+def _keep_engines(bundle: Bundle, transaction: ExportTransaction, known: dict[str, FileEntry]) -> list[EngineEntry]:
+    """Take over the engines that stay, with the card that tells of them, and return their entries.
+
+    Args:
+        bundle: The open bundle.
+        transaction: The transaction, with the files of the bundle in its tree.
+        known: Relative path -> hash and size of these; what is taken over is entered.
+
+    Raises:
+        OSError: A file cannot be taken over.
+    """
+    there, kept = transaction.previous, list[EngineEntry]()
+    if there is None:
+        return kept
+    for entry in kept_engines(there, bundle):
+        with suppress(OutputError):  # a damaged one is built again
+            verify_files(transaction.out, there, [entry["path"]])
+            kept.append(entry)
+    names = [entry["path"] for entry in kept]
+    if kept:
+        with suppress(OutputError):
+            verify_files(transaction.out, there, [_CARD])
+            names.append(_CARD)
+    for name in names:
+        link_file(transaction.out / name, transaction.path(name))
+        known[name] = there.files[name]
+    return kept
 
 
 def _expect(file: IO[bytes], path: Path, member: _Member) -> None:

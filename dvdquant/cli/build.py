@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from dvdquant.text import amount, json_text
 
 if TYPE_CHECKING:
     from dvdquant.artifact.bundle import Bundle
+    from dvdquant.artifact.entries import BuildEntry
     from dvdquant.artifact.manifest import Manifest
     from dvdquant.export.on_device import DeviceBuild, DeviceResult
     from dvdquant.system.gpu import Gpu
@@ -65,6 +65,11 @@ dvdq-build out/wan
 @click.option("--timing-cache", type=PATH, help="TensorRT timing cache to read and update.")
 @click.option("--no-check", is_flag=True, help="Do not run and time the new engines.")
 @click.option("--resume", is_flag=True, help="Go on from an interrupted build.")
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="Unpack a bundle in the place of a finished export of another model, another recipe or other sizes, whose engines go.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be built, and whether it fits; write nothing.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-v", "--verbose", count=True)
@@ -78,6 +83,7 @@ def main(
     timing_cache: Path | None,
     no_check: bool,
     resume: bool,
+    replace: bool,
     dry_run: bool,
     log_format: str,
     verbose: int,
@@ -85,11 +91,14 @@ def main(
     """Build the engines that an export left to this machine, check and time them, and enter them into its manifest.
 
     OUT is an export of dvdq-export --target tensorrt (or --build device), BUNDLE a file of dvdq-bundle, which is unpacked
-    first: whole or not at all. What does not fit this GPU, this TensorRT or the memory is refused before any work.
+    first: whole or not at all. A folder that holds it already is compared with it; engines that were built of it stay. What
+    does not fit this GPU, this TensorRT or the memory is refused before any work.
     """
     setup_logging(verbose, log_format)
+    from dvdquant.artifact.bundle import holds_bundle, open_bundle
     from dvdquant.artifact.layout import PLUGIN_PLACE
     from dvdquant.artifact.manifest import load_manifest
+    from dvdquant.export.build_room import check_builds
     from dvdquant.export.on_device import build_on_device, plan_on_device
     from dvdquant.system.gpu import read_gpu
     from dvdquant.system.progress import Progress
@@ -102,13 +111,28 @@ def main(
         folder = out or Path(source.name.removesuffix(".tar"))
         if folder.resolve() == source.resolve():
             raise UnsupportedError(f"{source} has no .tar to leave out of its name", fix="give a folder with -o")
-        with _opened_bundle(source, gpu, plugins, bits, version_compatible, dry_run) as unpack:
-            if unpack is None:
+        with open_bundle(source) as bundle:
+            if dry_run and log_format == "text":
+                echo(_bundle_text(bundle))
+            ours = _bundle_builds(bundle, gpu, plugins, bits, version_compatible)
+            there = _export_in(folder)
+            _check_replaced(bundle, folder, there, replace)
+            held = there is not None and holds_bundle(there, bundle)
+            if dry_run or not held:  # of what the folder holds, memory is asked for only what is to be built
+                check_builds(ours, bundle.manifest, gpu)
+            if dry_run:
+                echo(
+                    json_text(_bundle_json(bundle, gpu, ours))
+                    if log_format == "json"
+                    else "dry run: nothing was unpacked"
+                )
                 return
-            manifest = unpack(folder, progress)
-    elif out is not None:
+            _check_plugin_choice(bundle, plugins, ours)
+            manifest = _unpacked(bundle, folder, there if held else None, replace, progress)
+    elif out is not None or replace:
         raise UnsupportedError(
-            f"-o is for a bundle, and {source} is none", fix="leave -o out: engines go into the export"
+            f"{'--replace' if out is None else '-o'} is for a bundle, and {source} is none",
+            fix=f"leave {'--replace' if out is None else '-o'} out: engines go into the export",
         )
     else:
         folder, manifest = source, load_manifest(source)
@@ -127,93 +151,163 @@ def main(
     result = build_on_device(
         plan, progress, resume=resume, check=None if no_check else check_engine, timing_cache=timing_cache
     )
-    if log_format == "json":
-        progress.event("done", **_result_json(plan, result))
+    if not result.reports:  # another run built them meanwhile
+        _say_current(result.plan, log_format, progress)
+    elif log_format == "json":
+        progress.event("done", **_result_json(result))
     else:
-        echo(_result_text(plan, result))
+        echo(_result_text(result))
 
 
-@contextlib.contextmanager
-def _opened_bundle(
-    source: Path,
-    gpu: Gpu | None,
-    plugins: tuple[Path, ...],
-    bits: tuple[int, ...],
-    version_compatible: bool,
-    dry_run: bool,
-) -> Iterator[Any]:
-    """Open a bundle, refuse what this machine cannot build, and yield the function that unpacks it; None in a dry run."""
-    from dvdquant.artifact.bundle import open_bundle, unpack_bundle
-    from dvdquant.artifact.layout import MANIFEST
-    from dvdquant.artifact.manifest import load_manifest
+def _bundle_builds(
+    bundle: Bundle, gpu: Gpu | None, plugins: tuple[Path, ...], bits: tuple[int, ...], version_compatible: bool
+) -> list[BuildEntry]:
+    """Return the engines of a bundle that this machine builds, and refuse what it cannot, but for memory.
+
+    Args:
+        bundle: The open bundle.
+        gpu: The GPU of this machine, or None.
+        plugins: What ``--plugin`` says.
+        bits: What ``--bits`` says.
+        version_compatible: What ``--version-compatible`` says.
+
+    Raises:
+        UnsupportedError: There is nothing for this GPU, this release of TensorRT or this processor.
+        EngineError: TensorRT is not installed.
+    """
     from dvdquant.backends import load_backend
-    from dvdquant.export.build_room import check_builds
     from dvdquant.export.on_device import as_compatible, builds_here
     from dvdquant.plugin_library import check_plugin
     from dvdquant.system.plugin_file import machine_name, read_plugin
 
-    with open_bundle(source) as bundle:
-        facts = bundle.facts
-        holds_plugin = bundle.library is not None
-        if dry_run:
-            echo(_bundle_text(source, bundle))
-        ours = builds_here(bundle.manifest, gpu, bits, str(source))
-        if version_compatible:
-            as_compatible(ours, str(source))
-        tensorrt = any(entry["backend"] == "tensorrt" for entry in ours)
-        if tensorrt:
-            backend = load_backend("tensorrt")
-            major = int(backend.version.partition(".")[0])
-            if facts["tensorrt_major"] not in (None, major):
-                raise UnsupportedError(
-                    f"{source} is for TensorRT {facts['tensorrt_major']}, and this machine has {backend.version}",
-                    fix=f"make the bundle with a plugin library for TensorRT {major}",
-                )
-        if facts["machine"] not in (None, machine_name()):
+    source, facts = bundle.path, bundle.facts
+    ours = builds_here(bundle.manifest, gpu, bits, str(source))
+    if version_compatible:
+        as_compatible(ours, str(source))
+    tensorrt = any(entry["backend"] == "tensorrt" for entry in ours)
+    if tensorrt:
+        backend = load_backend("tensorrt")
+        major = int(backend.version.partition(".")[0])
+        if facts["tensorrt_major"] not in (None, major):
             raise UnsupportedError(
-                f"{source} is for {facts['machine']}, and this machine is {machine_name()}",
-                fix="run it on the device that the bundle is for, or make a bundle with a plugin library for this one",
+                f"{source} is for TensorRT {facts['tensorrt_major']}, and this machine has {backend.version}",
+                fix=f"make the bundle with a plugin library for TensorRT {major}",
             )
-        named = [bundle.library if str(path) == BUNDLED else read_plugin(path) for path in plugins]
-        for library in named or [bundle.library]:
-            if tensorrt and library is not None:
-                check_plugin(library, backend, gpu)
-        check_builds(ours, bundle.manifest, gpu)
-        if dry_run:
-            echo("dry run: nothing was unpacked")
-            yield None
-            return
-        if (tensorrt and not plugins) or (not holds_plugin and BUNDLED in map(str, plugins)):
-            raise UnsupportedError(
-                f"TensorRT engines need the dvdquant plugin library, and {source} holds none"
-                if plugins or not holds_plugin
-                else f"TensorRT engines need the dvdquant plugin library, and --plugin does not say which is loaded for {source}",
-                fix="--plugin bundled takes that of the bundle"
-                if holds_plugin
-                else "give --plugin the library that make plugin built for this machine, or bundle one: dvdq-bundle --plugin",
-            )
-
-        def unpack(folder: Path, progress: Progress) -> Manifest:
-            """Unpack into the folder, unless it holds this very bundle already; return the manifest that is there."""
-            listed = {m["path"]: m["sha256"] for m in facts["files"] if m["path"] != MANIFEST}
-            with contextlib.suppress(OutputError):
-                there = load_manifest(folder)
-                if all(
-                    name in there.files and there.files[name]["sha256"] == sha
-                    for name, sha in listed.items()
-                    if name != "README.md"
-                ):
-                    progress.say(f"{folder} holds what {source} holds")
-                    return there
-            with progress.stage("unpack", sum(m["bytes"] for m in facts["files"]), "B") as stage:
-                return unpack_bundle(bundle, folder, stage.update)
-
-        yield unpack
+    if facts["machine"] not in (None, machine_name()):
+        raise UnsupportedError(
+            f"{source} is for {facts['machine']}, and this machine is {machine_name()}",
+            fix="run it on the device that the bundle is for, or make a bundle with a plugin library for this one",
+        )
+    named = [bundle.library if str(path) == BUNDLED else read_plugin(path) for path in plugins]
+    for library in named or [bundle.library]:
+        if tensorrt and library is not None:
+            check_plugin(library, backend, gpu)
+    return ours
 
 
-def _bundle_text(source: Path, bundle: Bundle) -> str:
+def _check_plugin_choice(bundle: Bundle, plugins: tuple[Path, ...], ours: list[BuildEntry]) -> None:
+    """Refuse a bundle whose plugin library was not named, or that holds none where its own was named.
+
+    Raises:
+        UnsupportedError: It is so.
+    """
+    holds_plugin = bundle.library is not None
+    tensorrt = any(entry["backend"] == "tensorrt" for entry in ours)
+    if (tensorrt and not plugins) or (not holds_plugin and BUNDLED in map(str, plugins)):
+        raise UnsupportedError(
+            f"TensorRT engines need the dvdquant plugin library, and {bundle.path} holds none"
+            if plugins or not holds_plugin
+            else "TensorRT engines need the dvdquant plugin library, and --plugin does not say which is loaded for "
+            f"{bundle.path}",
+            fix="--plugin bundled takes that of the bundle"
+            if holds_plugin
+            else "give --plugin the library that make plugin built for this machine, or bundle one: dvdq-bundle --plugin",
+        )
+
+
+def _export_in(folder: Path) -> Manifest | None:
+    """Return the manifest of the export in a folder, or None where there is none that can be read."""
+    from dvdquant.artifact.manifest import load_manifest
+
+    with contextlib.suppress(OutputError):
+        return load_manifest(folder)
+    return None
+
+
+def _check_replaced(bundle: Bundle, folder: Path, there: Manifest | None, replace: bool) -> None:
+    """Refuse to unpack a bundle in the place of another export, as ``dvdq-export`` does.
+
+    Args:
+        bundle: The open bundle.
+        folder: The folder.
+        there: The manifest of the export in it, or None.
+        replace: What ``--replace`` says.
+
+    Raises:
+        OutputError: The folder holds an export of another model, another recipe or other sizes.
+    """
+    from dvdquant.export.replacement import check_replacement
+    from dvdquant.recipe import Recipe
+
+    if not replace:
+        new = bundle.manifest
+        recipe = Recipe.from_json(new.recipe)
+        check_replacement(
+            folder, there, new.source, new.components, recipe, new.shapes, new.lora_rank, has_options=False
+        )
+
+
+def _unpacked(bundle: Bundle, folder: Path, held: Manifest | None, replace: bool, progress: Progress) -> Manifest:
+    """Unpack a bundle, unless the folder holds it already and whole, and return the manifest that is there.
+
+    Args:
+        bundle: The open bundle.
+        folder: The folder.
+        held: The manifest of the export in it, if that is the one of the bundle; else None.
+        replace: What ``--replace`` says.
+        progress: The place that stages report to.
+
+    Raises:
+        OutputError: The folder holds another export, the bundle was changed, or the folder cannot be written.
+        ResourceError: The disk is too small.
+    """
+    from dvdquant.artifact.bundle import kept_engines, listed_files, unpack_bundle
+    from dvdquant.artifact.verify_files import verify_files
+
+    total = sum(member["bytes"] for member in bundle.facts["files"])
+    if held is not None:
+        names = [name for name in listed_files(bundle) if name in held.files]
+        try:
+            with progress.stage("check", sum(held.files[name]["bytes"] for name in names), "B") as stage:
+                verify_files(folder, held, names, stage.update)
+            progress.say(f"{folder} holds what {bundle.path} holds")
+            return held
+        except OutputError as error:
+            progress.say(f"{error.what}: unpacked again from {bundle.path}")
+
+    def accept(previous: Manifest | None) -> None:
+        _check_replaced(bundle, folder, previous, replace)
+        count = 0 if previous is None else len(previous.engines) - len(kept_engines(previous, bundle))
+        if count:
+            progress.say(f"{folder} has engines of other graphs or weights, which are replaced with the rest: {count}")
+
+    with progress.stage("unpack", total, "B") as stage:
+        return unpack_bundle(bundle, folder, stage.update, accept)
+
+
+def _bundle_json(bundle: Bundle, gpu: Gpu | None, builds: list[BuildEntry]) -> dict[str, Any]:
+    facts = {name: value for name, value in bundle.facts.items() if name != "files"}
+    sizes = [member["bytes"] for member in bundle.facts["files"]]
+    return {
+        "bundle": {"path": str(bundle.path), **facts, "files": len(sizes), "bytes": sum(sizes)},
+        "gpu": None if gpu is None else vars(gpu),
+        "builds": [dict(entry) for entry in builds],
+    }
+
+
+def _bundle_text(bundle: Bundle) -> str:
     """Return what a bundle is, and what builds it, in words."""
-    facts = bundle.facts
+    source, facts = bundle.path, bundle.facts
     total = sum(member["bytes"] for member in facts["files"])
     line = f"{source}: {len(facts['files'])} files of {amount(total)} for SM {', '.join(facts['sm'])}, by dvdquant "
     line += f"{facts['dvdquant']}; a build is estimated to take up to {amount(facts['builder_bytes'])} of memory"
@@ -287,19 +381,19 @@ def _say_current(plan: DeviceBuild, log_format: str, progress: Progress) -> None
         echo("\n".join([*(f"{name} is up to date" for name in names), "nothing to do"]))
 
 
-def _result_json(plan: DeviceBuild, result: DeviceResult) -> dict[str, Any]:
+def _result_json(result: DeviceResult) -> dict[str, Any]:
     engines = [dict(e) for e in result.manifest.engines if e["path"] in result.reports]
     return {
-        "output": str(plan.out),
+        "output": str(result.plan.out),
         "engines": engines,
         "files": {path: dict(result.manifest.files[path]) for path in result.reports},
         "builds": {path: report.to_json() for path, report in result.reports.items()},
-        "up_to_date": [entry["engine"] for entry in plan.current],
+        "up_to_date": [entry["engine"] for entry in result.plan.current],
         "notes": result.notes,
     }
 
 
-def _result_text(plan: DeviceBuild, result: DeviceResult) -> str:
+def _result_text(result: DeviceResult) -> str:
     rows = []
     for entry in result.manifest.engines:
         if entry["path"] not in result.reports:
@@ -319,8 +413,8 @@ def _result_text(plan: DeviceBuild, result: DeviceResult) -> str:
             )
         )
     header = ("engine", "SM", "size", "built in", "a pass", "error", "SHA-256")
-    lines = [_facts(plan), "", table(header, rows, right=(2, 3, 4, 5)), "", *result.notes]
-    return "\n".join([*lines, f"{plan.out}/manifest.json written"])
+    lines = [_facts(result.plan), "", table(header, rows, right=(2, 3, 4, 5)), "", *result.notes]
+    return "\n".join([*lines, f"{result.plan.out}/manifest.json written"])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from check_kernels import Outcome
 
+from benchmarks.commit import commit
+
 _QUERY = (
     "name",
     "driver_version",
@@ -70,27 +72,8 @@ def hardware() -> dict[str, str]:
             f"{p.name}, SM {p.major}.{p.minor}, {p.multi_processor_count} multiprocessors, {p.total_memory / 2**30:.0f} GiB"
         )
         facts["CUDA"] = str(torch.version.cuda)
-    return facts | revision() | smi()
-
-
-def revision() -> dict[str, str]:
-    """Return the commit that is checked out and whether files differ from it, or nothing outside of a checkout."""
-    command = [
-        "git",
-        "-c",
-        "safe.directory=*",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"commit": done.stdout.strip()}
+    revision = commit()
+    return facts | ({"commit": revision} if revision else {}) | smi()
 
 
 def smi() -> dict[str, str]:

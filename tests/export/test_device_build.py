@@ -33,7 +33,6 @@ from dvdquant.errors import EngineError, OutputError, ResourceError, Unsupported
 from dvdquant.export import build_room, on_device
 from dvdquant.export import plan as plan_module
 from dvdquant.export.elsewhere import COMPATIBLE, SCRIPT
-from dvdquant.export.engines import BuildReport, stage
 from dvdquant.export.on_device import as_compatible, build_on_device, plan_on_device
 from dvdquant.export.options import ExportOptions
 from dvdquant.model.families import Sizes, get_family
@@ -52,6 +51,7 @@ from tests.support.device_build import A4, A8, ORIN, build, build_here, engine_o
 from tests.support.device_build import made as made
 from tests.support.device_build import model as model
 from tests.support.device_build import out as out
+from tests.support.device_build import quick_builder as quick_builder
 from tests.support.device_build import tensorrt as tensorrt
 from tests.support.installed_libraries import Machine
 from tests.support.session_exports import RANGES
@@ -428,21 +428,22 @@ def test_a_damaged_export_is_not_built(out: Path, tmp_path: Path, tensorrt: None
     ("own", "advice"), [(None, "report it with the log"), ("update the driver", "update the driver")]
 )
 def test_an_engine_that_fails_its_check(
-    own: str | None, advice: str, out: Path, tmp_path: Path, tensorrt: None, monkeypatch: pytest.MonkeyPatch
+    own: str | None,
+    advice: str,
+    out: Path,
+    tmp_path: Path,
+    tensorrt: None,
+    quick_builder: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The builder writes a file only; the judge's own advice is passed on, and a general one is not."""
     plugin = plugin_library(tmp_path / "libdvdquant_plugins.so")
     hashed, limits = [], []
     hash_file, memory_limit = on_device.hash_file, build_room.memory_limit
 
-    def quick_build(graph: Path, engine: Path, **options: Any) -> BuildReport:
-        engine.write_bytes(b"an engine")
-        return BuildReport(options["backend"], "11.4.0.1", tuple(options["sms"]), 1.0, 9, 1, "0" * 64)
-
     def judge(*_: object) -> None:
         raise EngineError("it computes something else", fix=own)
 
-    monkeypatch.setattr(stage, "build_engine", quick_build)
     monkeypatch.setattr(on_device, "hash_file", lambda path: (hashed.append(path), hash_file(path))[1])
     monkeypatch.setattr(build_room, "memory_limit", lambda: (limits.append(1), memory_limit())[1])
     before = (out / "manifest.json").read_bytes()

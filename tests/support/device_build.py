@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -17,6 +18,7 @@ from dvdquant.backends import Backend
 from dvdquant.cli.build import main as build_main
 from dvdquant.cli.bundle import main as bundle_main
 from dvdquant.export import on_device
+from dvdquant.export.engines import BuildReport, stage
 from dvdquant.system.gpu import Gpu
 from dvdquant.system.plugin_file import machine_name
 from tests.support import tiny_models as tiny
@@ -58,6 +60,24 @@ def out(made: Path, tmp_path: Path) -> Path:
 def tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     """A TensorRT by its version alone, for what is decided before it is used."""
     monkeypatch.setattr(on_device, "load_backend", lambda name: Backend(name, None, "11.4.0.1"))
+
+
+@pytest.fixture
+def quick_builder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A builder that writes a file only, in this process."""
+
+    def build_engine(graph: Path, engine: Path, **options: Any) -> BuildReport:
+        engine.write_bytes(b"an engine")
+        return BuildReport(options["backend"], "11.4.0.1", tuple(options["sms"]), 1.0, 9, 1, "0" * 64)
+
+    monkeypatch.setattr(stage, "build_engine", build_engine)
+
+
+def flip_last_bit(path: Path) -> None:
+    """Change a file, and not its size."""
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
 
 
 def engine_of(out: Path, path: str) -> dict[str, object]:

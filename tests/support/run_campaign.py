@@ -20,6 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.commit import commit
 from dvdquant.system.processor import processor_name
 from tests.support.costs import RECORD
 
@@ -89,11 +90,8 @@ def _run(test: str, record: Path) -> int:
 
 def _table(lines: list[dict[str, object]]) -> str:
     """Return the figures as Markdown, with date, commit and hardware."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short=9", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     rows = [
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, commit {commit or 'unknown'}, {os.cpu_count()} cores of "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, commit {commit() or 'unknown'}, {os.cpu_count()} cores of "
         f"{processor_name()}, Python {sys.version.split()[0]}.",
         "",
         "| read by | cases | refused | longest case | memory grew by | failed |",

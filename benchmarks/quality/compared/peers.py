@@ -180,7 +180,8 @@ def convrot_w4a4(layer: Layer, act_bits: int = 4) -> Simulated:
     codes, scales = ck.quantize_convrot_w4a4_weight(layer.weight.contiguous(), convrot_groupsize=block)
 
     def product(x: Tensor) -> Tensor:
-        return ck.convrot_w4a4_linear(x, codes, scales, convrot_groupsize=block).to(torch.bfloat16)
+        y: Tensor = ck.convrot_w4a4_linear(x, codes, scales, convrot_groupsize=block)
+        return y.to(torch.bfloat16)
 
     return Simulated(ck.dequantize_convrot_w4a4_weight(codes, scales, convrot_groupsize=block), whole=product)
 
@@ -209,7 +210,8 @@ def codebook_w4a8(layer: Layer, act_bits: int = 8) -> Simulated:
     packed: dict[str, Any] = {"codebook": codebook, "correction": correction, "convrot_groupsize": block}
 
     def product(x: Tensor) -> Tensor:
-        return ck.w4a8_int8_linear(x, codes, relative, channel, **packed, out_dtype=torch.bfloat16)
+        y: Tensor = ck.w4a8_int8_linear(x, codes, relative, channel, **packed, out_dtype=torch.bfloat16)
+        return y
 
     weight = ck.dequantize_w4a8_int8_weight(codes, relative, channel, **packed, output_dtype=torch.float32)
     return Simulated(weight, whole=product)

@@ -41,10 +41,11 @@ def clipped(
         recipe: How weights are quantized and how inputs are rotated.
     """
     result = from_recipe(recipe)(layer, bits)
-    qmax, group = 2 ** (bits - 1) - 1, recipe.activation(bits).group_size or layer.spec.features
+    qmax = (1 << bits - 1) - 1
+    group = recipe.activation(bits).group_size or layer.spec.features
 
     def grid(x: Tensor) -> Tensor:
-        parts = x.unflatten(-1, (-1, group))
+        parts = x.reshape(*x.shape[:-1], -1, group)
         largest = keep * parts.abs().amax(-1, keepdim=True)
         if rms is not None:
             largest = torch.minimum(largest, rms * parts.square().mean(-1, keepdim=True).sqrt())
@@ -67,7 +68,7 @@ def sixteen_levels(layer: Layer, bits: int, *, rotation: str | int = "auto", wei
         weight: How the weight is quantized.
     """
     result = grid_method(layer, bits, weight=weight, rotation=rotation)
-    half = 2 ** (bits - 1)
+    half = 1 << bits - 1
 
     def grid(x: Tensor) -> Tensor:
         scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / (half - 0.5)

@@ -23,7 +23,7 @@ _running: list[SimulatedGroup] = []
 
 @torch.library.custom_op("dvdquant_quality::layer", mutates_args=())
 def _layer(x: Tensor, slot: int, rows: int, wide: bool) -> Tensor:
-    y = _running[slot](x)
+    y: Tensor = _running[slot](x)
     return y.float() if wide else y
 
 
@@ -65,7 +65,7 @@ class _Attention:
 
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply the rotary embedding to pairs of neighbours: x [B, T, H, D], cos and sin broadcast to it."""
-    x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
+    x1, x2 = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     c, s = cos[..., 0::2], sin[..., 1::2]
     return torch.stack((x1 * c - x2 * s, x1 * s + x2 * c), -1).flatten(-2).type_as(x)
 
@@ -95,9 +95,10 @@ class CompiledModel:
             else:
                 parent, _, child = first.rpartition(".")
                 setattr(slotted.get_submodule(parent), child, slot)
-        for block in slotted.blocks:  # type: ignore[union-attr]
-            block.attn1.set_processor(_Attention())  # type: ignore[union-attr]
-            block.attn2.set_processor(_Attention())  # type: ignore[union-attr]
+        wan: Any = slotted
+        for block in wan.blocks:
+            block.attn1.set_processor(_Attention())
+            block.attn2.set_processor(_Attention())
         self.run = torch.compile(slotted, dynamic=False)
 
     def install(self, layers: Iterable[Layer], method: Callable[[Layer], Simulated]) -> WithLayers:

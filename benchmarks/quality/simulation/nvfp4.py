@@ -35,7 +35,7 @@ def nvfp4_blocks(unit: Tensor) -> Tensor:
     Returns:
         What the codes stand for, fp32 [..., K].
     """
-    blocks = unit.unflatten(-1, (-1, NVFP4_BLOCK)).double()
+    blocks = unit.reshape(*unit.shape[:-1], -1, NVFP4_BLOCK).double()
     top = blocks.abs().amax(-1, keepdim=True) / E2M1_MAX / _UNIT
     scale = top.float().to(torch.float8_e4m3fn).float()
     codes = blocks / (scale.double() * _UNIT).clamp(min=2.0**-30)  # a block whose scale is 0 stands for zeros
@@ -69,7 +69,7 @@ class Nvfp4Linear:
         codes = torch.from_numpy(np.stack([packed & 15, packed >> 4], axis=-1).reshape(weight.shape).astype(np.int64))
         steps = torch.from_numpy(scales.astype(np.float32)) * _UNIT
         values = torch.tensor([*_E2M1, *(-value for value in _E2M1)])[codes]
-        unit = (values.unflatten(-1, (-1, NVFP4_BLOCK)) * steps[..., None]).flatten(-2)
+        unit = (values.reshape(len(values), -1, NVFP4_BLOCK) * steps[..., None]).flatten(-2)
         self.weight = unit * amax
         self._operand, self._bias, self._dtype = unit.to(dtype), bias.float(), dtype
         self._rotation, self._scale, self._shift = rotation, scale, shift

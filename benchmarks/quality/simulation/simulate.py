@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -242,13 +243,14 @@ def layers_of(
         hessian: What the export predicts of the inputs, by the name of the layer.
     """
     # Of the recipe that says most of a layer: whether it can be shifted.
-    plan = plan_model(dict(model.config), RECIPES["w4a4"], torch.float32)  # type: ignore[call-overload]
+    config: Any = model.config
+    plan = plan_model(dict(config), RECIPES["w4a4"], torch.float32)
     found = []
     for spec in plan.layers:
-        linears = [model.get_submodule(name) for name in spec.members]
-        weight = torch.cat([m.weight.detach().float() for m in linears])  # type: ignore[operator, union-attr]
+        linears: list[Any] = [model.get_submodule(name) for name in spec.members]
+        weight = torch.cat([m.weight.detach().float() for m in linears])
         biases = [m.bias for m in linears]
-        bias = None if biases[0] is None else torch.cat([b.detach().float() for b in biases])  # type: ignore[operator, union-attr]
+        bias = None if biases[0] is None else torch.cat([b.detach().float() for b in biases])
         first, none = spec.members[0], weight.new_zeros(0, spec.features)
         seen = (inputs or {}).get(first, none)
         guessed = {name: values.get(first, none) for name, values in (predicted or {}).items()}

@@ -258,7 +258,7 @@ def _both(model: nn.Module, x: Tensor, timestep: Tensor, text: Tensor, empty: Te
         empty: Embeddings of the empty prompt, of the same shape.
     """
     twice = torch.cat((x, x))
-    out = model(twice, timestep.expand(len(twice)), torch.cat((text, empty)), return_dict=False)[0]
+    out: Tensor = model(twice, timestep.expand(len(twice)), torch.cat((text, empty)), return_dict=False)[0]
     return out.float().view(2, *x.shape)
 
 
@@ -294,9 +294,9 @@ class _Switch:
         ]
         decided = [c.decide("cond", step, float(timestep), m).bits for c, m in zip(self.controllers, moved)]
         output = torch.empty(2, *x.shape)
-        for width in {d for d in decided if d is not None}:
-            chosen = torch.tensor([i for i, d in enumerate(decided) if d == width])
-            output[:, chosen] = _both(self.models[width], x[chosen], timestep, self.text[chosen], self.empty[chosen])
+        for each in {d for d in decided if d is not None}:
+            chosen = torch.tensor([i for i, d in enumerate(decided) if d == each])
+            output[:, chosen] = _both(self.models[each], x[chosen], timestep, self.text[chosen], self.empty[chosen])
         for i, (controller, width) in enumerate(zip(self.controllers, decided)):
             cache, growth, change, reused_change = controller.cache, Growth(), None, None
             if width is None:
