@@ -8,17 +8,18 @@ from dvdquant.artifact.entries import BuildEntry
 from dvdquant.artifact.layout import PLUGIN_PLACE, graph_path
 from dvdquant.export.engines.precision import EnginePlan
 from dvdquant.export.engines.report import Shapes
-from dvdquant.export.engines.stage import is_compatible
+from dvdquant.export.engines.stage import is_compatible, lowered_path
 from dvdquant.export.estimate import builder_bytes, held_bytes
 from dvdquant.export.graph.trace import profile_shapes
 from dvdquant.export.options import ExportOptions
+from dvdquant.export.plan import ExportPlan
 from dvdquant.model.families import Sizes
 from dvdquant.model.kept_inputs import kept_inputs_bytes
 from dvdquant.model.plan import ModelPlan
 from dvdquant.model.working_memory import step_bytes_at
 from dvdquant.text import shell_line
 
-__all__ = ["COMPATIBLE", "SCRIPT", "build_entry", "build_script", "same_build", "trtexec_line"]
+__all__ = ["COMPATIBLE", "SCRIPT", "build_entry", "build_script", "planned_lines", "same_build", "trtexec_line"]
 
 SCRIPT = "trtexec.sh"
 """The script of an export that builds its TensorRT engines without Python."""
@@ -87,6 +88,23 @@ def same_build(one: BuildEntry, other: BuildEntry) -> bool:
     alike = all(bool(one.get(name)) == bool(other.get(name)) for name in ("fused_layers", "version_compatible"))
     alike = alike and one.get("kept_inputs", 0) == other.get("kept_inputs", 0)
     return alike and all(one.get(name) == other.get(name) for name in names)
+
+
+def planned_lines(plan: ExportPlan, fused: Mapping[str, int] | None) -> dict[str, str]:
+    """Return the lines of trtexec that an export will have: path of the engine -> line.
+
+    Args:
+        plan: The plan of the export.
+        fused: The number of fused layers of each transformer, or None where none is asked for.
+    """
+    lines = {}
+    for component, model_plan in zip(plan.components, plan.plans):
+        shapes = profile_shapes(model_plan.family, plan.sizes)
+        for engine in plan.later:
+            if engine.backend == "tensorrt":
+                graph = lowered_path(component, engine, bool(fused and fused[component]))
+                lines[engine.path(component)] = trtexec_line(graph, engine.path(component), shapes, plan.options)
+    return lines
 
 
 def trtexec_line(graph: str, engine: str, shapes: Shapes | None, options: ExportOptions) -> str:

@@ -90,6 +90,29 @@ def test_the_dry_run_needs_no_tensorrt(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_dry_run_has_the_lines_of_trtexec_and_the_largest_inputs(made: Path, model: Path, tmp_path: Path) -> None:
+    """The lines are those that the export records, and the tensors those that it stores without quantizing them."""
+    arguments = ["--recipe", "rtn", "--target", "tensorrt", "--sm", "8.7", *RANGES, "--dry-run"]
+    text = in_process(model, "-o", tmp_path / "out", *arguments)
+    builds = load_manifest(made).builds
+    assert [line.removeprefix("by hand: ") for line in text.splitlines() if line.startswith("by hand: ")] == [
+        entry["command"] for entry in builds
+    ]
+    plan = json.loads(in_process(model, "-o", tmp_path / "out", *arguments, "--log-format", "json"))
+    assert plan["trtexec"] == {entry["engine"]: entry["command"] for entry in builds}
+    stored = read_header(made / "onnx" / "transformer.safetensors").tensors
+    sizes = sorted((stored[name].nbytes for name in Artifact.open(made).plan().kept), reverse=True)
+    assert [tensor["bytes"] for tensor in plan["largest_kept"]["transformer"]] == sizes[:6]
+    largest = plan["largest_kept"]["transformer"][0]
+    assert stored[largest["name"]].shape == tuple(largest["shape"])
+    assert f"transformer, not quantized: {amount(sum(sizes))}" in text
+    assert any(line.startswith(largest["name"]) for line in text.splitlines())
+    # Engines of TensorRT-RTX hold their weights themselves, and no trtexec builds them.
+    rtx = in_process(model, "-o", tmp_path / "out", "--recipe", "rtn", "--target", "rtx", *SIZES, "--dry-run")
+    assert "trtexec" not in rtx
+    assert "not quantized:" not in rtx
+
+
 def test_engines_here_still_need_the_plugin(model: Path, tmp_path: Path) -> None:
     result = run(model, "-o", tmp_path / "out", "--target", "tensorrt", "--sm", "8.7", "--build", "here", *SIZES)
     assert result.exit_code == 2
