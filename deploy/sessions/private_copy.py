@@ -22,9 +22,10 @@ from dvdquant.artifact.listed_file import open_listed, require_digest
 from dvdquant.errors import ResourceError
 from dvdquant.system.files import FileEntry, free_bytes, write_all
 from dvdquant.system.memory import memory_limit
+from dvdquant.system.mounts import is_in_memory
 from dvdquant.text import amount
 
-__all__ = ["PrivateCopy", "fits_in_memory", "private_copy"]
+__all__ = ["PrivateCopy", "bytes_beside", "fits_in_memory", "private_copy"]
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +84,36 @@ class PrivateCopy:
         return _map(self._fd, self.size)
 
 
-def fits_in_memory(nbytes: int) -> bool:
-    """Return whether copies may be taken into memory: they fill at most half of the free memory.
+def fits_in_memory(nbytes: int, shared: bool = False) -> bool:
+    """Return whether copies are to be taken into memory: they fill at most half of the free memory.
+
+    Where a GPU shares the memory, it holds the weights there already, so that a disk with room comes first.
+
+    Args:
+        nbytes: The size of all copies together, in bytes.
+        shared: Whether a GPU that shares the host's memory holds the weights, too.
+    """
+    if shared and _disk_has_room(nbytes):
+        return False
+    return hasattr(os, "memfd_create") and nbytes <= _SHARE * memory_limit()
+
+
+def bytes_beside(nbytes: int) -> int:
+    """Return the bytes of memory that copies would hold beside the weights of a GPU that shares it: 0 where a disk has room.
 
     Args:
         nbytes: The size of all copies together, in bytes.
     """
-    return hasattr(os, "memfd_create") and nbytes <= _SHARE * memory_limit()
+    return 0 if _disk_has_room(nbytes) else nbytes
+
+
+def _disk_has_room(nbytes: int) -> bool:
+    """Return whether the folder of temporary files has room for copies, and lies on a disk and not in memory."""
+    try:
+        folder = Path(_folder())
+        return free_bytes(folder) >= nbytes and not is_in_memory(folder)
+    except OSError:
+        return False
 
 
 def private_copy(root: Path, name: str, entry: FileEntry, in_memory: bool) -> PrivateCopy:

@@ -22,7 +22,7 @@ from dvdquant.deploy.sessions.weight_form import choose_form
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, UnsupportedError
 from dvdquant.hardware.weights import HeldForm, WeightPolicy, check_policy, slower_in_int8
-from dvdquant.model.layers import QuantLinear, make_weights, prepare_layers, set_activation
+from dvdquant.model.layers import QuantLinear, forget_stored, make_weights, prepare_layers, set_activation
 from dvdquant.model.loading import GraphWrapper, fill_quantized
 from dvdquant.model.plan import ModelPlan, quantized_skeleton
 from dvdquant.model.weight_choice import WeightChoice
@@ -45,7 +45,7 @@ class PyTorchSession(EngineSession):
     A GPU that the kernels are built for holds each layer once and packed, half a byte a weight for all bit-widths, and
     the kernels expand it before a product of 8 bits. Or it holds each layer expanded, in the form that the kernels
     multiply: it makes this form before the first step that needs it, and holds both forms if the bit-widths that ran
-    differ in it. Then the private copy stays on the host, for a bit-width that runs later. Or some layers are held in one
+    differ in it. Then the private copy stays on the host until every bit-width has run. Or some layers are held in one
     way and some in the other. Outputs are the same.
 
     On another GPU the packed weights are copied, and the private copy is closed.
@@ -95,6 +95,7 @@ class PyTorchSession(EngineSession):
         super().__init__(artifact, component, bits, device or torch.device("cpu"))
         # 1. Decide: kernels, the form of the weights, attention.
         kernels = usable_kernels(self.device)
+        self._prepared = kernels is not None
         plan = artifact.plan(component)
         choice = self._choice(check_policy(weights), kernels)
         self.weights: HeldForm = "packed" if choice is None else choice.form
@@ -111,7 +112,7 @@ class PyTorchSession(EngineSession):
         # 2. Load the weights, and prepare those that kernels run.
         self._current: int | None = self.bits[0]
         self._ran: set[int] = set()
-        self._files = WeightFiles(artifact, component)
+        self._files = WeightFiles(artifact, component, self.device)
         try:
             model = quantized_skeleton(plan, self.bits[0])
             if self._cuts:
@@ -200,12 +201,23 @@ class PyTorchSession(EngineSession):
                 output: Tensor = model(inputs)
             else:
                 output = self._graphs(inputs, (bits, self._cuts and self._state.whole))
-        if bits not in self._ran and self.device.type != "cpu":
-            # Packed weights serve every width: nothing on the host is needed any more.
-            self._files.close() if self.weights == "packed" else self._files.drop_pages()
-        self._ran.add(bits)
+        if bits not in self._ran:
+            self._ran.add(bits)
+            if self._prepared:
+                self._let_files_go(model)
         # A copy made outside of inference mode is an ordinary tensor, which schedulers may change in place.
         return output.to(self.dtype, copy=True)
+
+    def _let_files_go(self, model: nn.Module) -> None:
+        """Close the private copy where the device has made all that it will multiply; else give its pages back.
+
+        Packed weights serve every bit-width. Others are made of the stored ones for each width that runs.
+        """
+        if self.weights != "packed" and not self._ran.issuperset(self.bits):
+            self._files.drop_pages()
+            return
+        forget_stored(model)
+        self._files.close()
 
     def set_loras(self, specs: Sequence[LoraSpec]) -> None:
         """See :class:`EngineSession`. Each costs rank · (K + N) · 2 bytes a layer, and as many products for every token.
@@ -249,7 +261,8 @@ class PyTorchSession(EngineSession):
                 fp32 = 4 * layer.spec.out_features * layer.spec.features
                 scratch.append(fp32 if kernel is None else kernel.workspace_bytes(tokens))
         held_steps = 0 if self._graphs is None else self._graphs.nbytes
-        return {"weights": weights, "engines": 0, "workspace": max(scratch) + held_steps}
+        # Where the device shares the host's memory, a private copy in memory is a second one on it.
+        return {"weights": weights + self._files.beside, "engines": 0, "workspace": max(scratch) + held_steps}
 
     def _close(self) -> None:
         if self.device.type == "cuda":

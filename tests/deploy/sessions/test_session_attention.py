@@ -45,9 +45,9 @@ def sample(artifact: Artifact) -> dict[str, Tensor]:
     ("name", "kind"),
     [
         ("wan", "fp8"),
-        pytest.param("cogvideox", "int8", marks=pytest.mark.stress),
-        pytest.param("hunyuan-video", "int8", marks=pytest.mark.stress),
-        pytest.param("ltx-video", "fp8", marks=pytest.mark.stress),
+        pytest.param("cogvideox", "int8", marks=pytest.mark.slow),
+        pytest.param("hunyuan-video", "int8", marks=pytest.mark.slow),
+        pytest.param("ltx-video", "fp8", marks=pytest.mark.slow),
     ],
 )
 def test_every_family_eager_and_compiled(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
