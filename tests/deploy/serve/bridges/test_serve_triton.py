@@ -89,6 +89,10 @@ def test_options_of_sessions_are_in_the_repository_and_reach_the_session(
         "packed",
         "--device",
         "auto",
+        "--attention",
+        "int8",
+        "--attention-backend",
+        "reference",
     )
     parameters = {
         name: {"string_value": json.loads(value)}
@@ -109,7 +113,7 @@ def test_options_of_sessions_are_in_the_repository_and_reach_the_session(
         models.StepModel().initialize({**given, "model_config": json.dumps({"parameters": parameters})})
         assert config.compile_threads == 1
     asked = {"backend": "auto", "compile": True, "fuse": False, "cuda_graphs": True, "weights": "packed"}
-    asked |= {"plugins": [str(plugin)]}
+    asked |= {"plugins": [str(plugin)], "attention": "int8", "attention_backend": "reference"}
     assert opened == [{**asked, "device": "cuda:1"}]
     # A repository that an earlier release wrote.
     del parameters["sessions"]
