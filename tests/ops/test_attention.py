@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
+import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from dvdquant.errors import EngineError, ShapeError, UnsupportedError
+from dvdquant.hardware.capabilities import CAPABILITIES
 from dvdquant.numerics.hadamard import hadamard_matrix
 from dvdquant.ops.attention.definition import (
     FORMATS,
@@ -353,6 +356,25 @@ def test_ladders() -> None:
     words = "\n".join(ladders_text("int8"))
     assert all(f"{sm / 10}" in words for sm in LADDERS)
     assert "installed here" in words
+
+
+def test_the_page_names_what_is_tried_on_every_gpu() -> None:
+    """The table of docs/runtime.md against the ladders; a GPU with kernels and no library has a row that says so."""
+    page = (Path(__file__).parents[2] / "docs/runtime.md").read_text()
+    rows = re.findall(
+        r"^\| (\d[^|]*) \| ([^|]+) \| ([^|]+) \|$", page[page.index("## Attention in 8 bits") :], re.MULTILINE
+    )
+    told: dict[str, dict[str, str]] = {}
+    for sms, int8, fp8 in rows:
+        for sm in re.findall(r"\d+\.\d", sms):
+            assert sm not in told, sm
+            told[sm] = {"int8": int8, "fp8": int8 if fp8 == "the same" else fp8}
+    kernels = {sm for sm, facts in CAPABILITIES.items() if facts.kernels and not facts.refused}
+    assert told.keys() == kernels | {f"{sm / 10}" for sm in LADDERS}
+    for sm, formats in told.items():
+        for wanted, words in formats.items():
+            tried = ", ".join(library.name for library in ladder(wanted, round(10 * float(sm))))
+            assert words == tried if tried else words.startswith("none"), (sm, wanted)
 
 
 # ----------------------------------------------------------------------------------------------------------- operation
