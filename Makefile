@@ -17,7 +17,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 # A torch that is there (a CUDA build, a container's own) is kept; only a new environment gets the pinned one.
 PIN = $$($(BIN)/python -c 'import importlib.util as u; print("" if u.find_spec("torch") else "-c constraints.txt")')
 
-.PHONY: edge-check wheel wheel-check walks triton-check dynamo-check attention-check help venv demo demo-steps test slow stress campaign variants lint ruff types warm forked-tests lengths format docs clean plugin gpu-check kernels kernels-check
+.PHONY: edge-check wheel wheel-check walks triton-check launches-check dynamo-check attention-check help venv demo demo-steps test slow stress campaign variants lint ruff types warm forked-tests lengths format docs clean plugin gpu-check kernels kernels-check
 
 help:
 	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; inspect it; make a clip"
@@ -36,6 +36,7 @@ help:
 	@echo "make venv    only the environment: $(VENV) with dvdq-export and dvdq-inspect"
 	@echo "make dynamo-check  a worker behind NVIDIA Dynamo's own frontend, out of its wheels (90 MB)"
 	@echo "make triton-check  the model repository in a real tritonserver, out of nvidia-pytriton's wheel (55 MB)"
+	@echo "make launches-check  the kernels that torch.compile makes of a block, counted with Triton's wheel (1 GB on disk), without a GPU"
 	@echo "make attention-check  our calls of the libraries of 8-bit attention, in their own wheels (107 MB), without a GPU"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  rewrite the sources in the house style"
@@ -130,6 +131,16 @@ $(ATTENTION)/.unpacked:
 
 attention-check: $(INSTALLED_TEST) $(ATTENTION)/.unpacked
 	DVDQ_ATTENTION=$(ATTENTION) $(BIN)/python -m pytest -q tests/ops/test_attention_packages.py $(PYTEST_ARGS)
+
+# PyTorch for CUDA brings Triton along. Here there may be a PyTorch for the CPU, which shall stay without it.
+LAUNCHES := build/launches
+$(LAUNCHES)/.unpacked:
+	@mkdir -p $(LAUNCHES)
+	$(BIN)/python -m pip install -q --no-deps --target $(LAUNCHES) triton==3.9.0
+	@touch $@
+
+launches-check: $(INSTALLED_TEST) $(LAUNCHES)/.unpacked
+	PYTHONPATH=$(abspath $(LAUNCHES)) $(BIN)/python -m pytest -q tests/benchmarks/test_compiled_launches.py $(PYTEST_ARGS)
 
 lint: $(INSTALLED_TEST) ruff
 	$(BIN)/mypy

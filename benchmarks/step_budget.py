@@ -54,6 +54,7 @@ class Rates:
         bandwidth: TB/s of an operation that only moves memory.
         source: Where the figures are from.
         sm: The compute capability, major · 10 + minor.
+        device: The name that CUDA gives the card. Its kin of a similar name (PCIe, laptop) have other rates.
     """
 
     linear: dict[int, float]
@@ -61,6 +62,7 @@ class Rates:
     bandwidth: float
     source: str
     sm: int
+    device: str
 
 
 RATES = {
@@ -71,6 +73,7 @@ RATES = {
         "linears and bandwidth: kernels/bench/results; attention in 16 bit: fitted to the blocks of results/; "
         "8 bit: from memory, unverified",
         90,
+        "NVIDIA H100 80GB HBM3",
     ),
     "RTX 4090": Rates(
         {16: 150, 8: 520, 4: 900},
@@ -78,6 +81,7 @@ RATES = {
         0.90,
         "from memory of public figures, unverified",
         89,
+        "NVIDIA GeForce RTX 4090",
     ),
     "RTX 5090": Rates(
         {16: 200, 8: 650, 4: 650},
@@ -85,6 +89,7 @@ RATES = {
         1.60,
         "from memory of public figures, unverified",
         120,
+        "NVIDIA GeForce RTX 5090",
     ),
 }
 # Bytes that a compiled Wan block moves between its opaque operations: 40.6 a token and channel, 4 a token and channel of the
@@ -294,7 +299,7 @@ def expanded_bytes(case: Case, bits: int, sm: int) -> int:
 
 def rates_for(device_name: str) -> tuple[str, Rates] | None:
     """Return the rates of a GPU by the name that CUDA gives it, or None if they are not in the table."""
-    return next(((name, rates) for name, rates in RATES.items() if name in device_name), None)
+    return next(((name, rates) for name, rates in RATES.items() if rates.device == device_name), None)
 
 
 def table(cases: list[Case], gpus: list[str], flavours: tuple[Flavour, ...]) -> list[str]:

@@ -109,10 +109,16 @@ FLAVOURS = (
     Flavour(8, weights="packed"),
     Flavour(4, weights="packed"),
     Flavour(8, compiled=True, weights="packed"),
+    Flavour(8, compiled=True, weights="packed", fused=True),
+    Flavour(4, compiled=True, weights="packed", fused=True),
     Flavour(16, compiled=True, batch=2),
     Flavour(8, compiled=True, batch=2),
+    Flavour(8, compiled=True, fused=True, batch=2),
     Flavour(16, compiled=True, graphs=True),
     Flavour(8, compiled=True, graphs=True),
+    # What ``dvdq run --compile --cuda-graphs`` runs, which fuses.
+    Flavour(8, compiled=True, fused=True, graphs=True),
+    Flavour(4, compiled=True, fused=True, graphs=True),
 )
 
 

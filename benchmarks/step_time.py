@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -72,12 +73,14 @@ class Times:
         peak: Peak memory in bytes; 0 on a CPU.
         classes: Class of operations -> milliseconds, where profiled.
         attention: What computed attention, in words.
+        output: The last output, on the CPU.
     """
 
     ms: float
     peak: int
     classes: dict[str, float] = field(default_factory=dict)
     attention: str = "16 bit"
+    output: Tensor | None = None
 
 
 def milliseconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
@@ -129,7 +132,9 @@ def measure(case: Case, depth: int, flavour: Flavour, options: argparse.Namespac
         ms = milliseconds(lambda: model(inputs), device, options.steps)
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         classes = profile_classes(lambda: model(inputs), device) if options.budget else {}
-    return Times(ms, peak, classes, model.words(inputs))
+        # Before the words, which tell of the last step.
+        output = model(inputs).cpu()
+    return Times(ms, peak, classes, model.words(inputs), output)
 
 
 def switching_cost(case: Case, options: argparse.Namespace) -> dict[str, float]:
@@ -195,6 +200,7 @@ class Row:
         peak: Peak memory of the deeper model in bytes.
         classes: Class of operations -> milliseconds of a block, where profiled.
         attention: What computed attention, in words.
+        apart: Relative L2 distance of the output to that of the plain flavour of the same width, if there is one.
         refused: Why nothing ran; empty where it did.
     """
 
@@ -204,16 +210,43 @@ class Row:
     peak: int = 0
     classes: dict[str, float] = field(default_factory=dict)
     attention: str = ""
+    apart: float | None = None
     refused: str = ""
 
 
-def row_of(case: Case, flavour: Flavour, options: argparse.Namespace) -> Row:
+def distance(flavour: Flavour, output: Tensor | None, plain: dict[int, Tensor]) -> float | None:
+    """Return how far an output is from that of the plain flavour of the same width: relative L2, in float64.
+
+    Weights and inputs are the same, so that what fusing, compiling, packing or 8-bit attention computes wrongly shows here.
+
+    Args:
+        flavour: What ran.
+        output: Its output.
+        plain: Bits -> the output of the flavour that has nothing else switched on; gets this one's if it is that.
+
+    Returns:
+        The distance, or None where the plain flavour was not measured before. Two samples have inputs of their own.
+    """
+    if output is None or flavour.batch != 1:
+        return None
+    if flavour == Flavour(flavour.bits):
+        plain[flavour.bits] = output
+        return None
+    reference = plain.get(flavour.bits)
+    if reference is None:
+        return None
+    reference = reference.double()
+    return float((output.double() - reference).norm() / reference.norm())
+
+
+def row_of(case: Case, flavour: Flavour, options: argparse.Namespace, plain: dict[int, Tensor]) -> Row:
     """Measure one flavour of one case at two depths, and extrapolate to the real depth.
 
     Args:
         case: The case.
         flavour: What runs.
         options: The command line.
+        plain: See :func:`distance`.
     """
     found = []
     try:
@@ -230,7 +263,8 @@ def row_of(case: Case, flavour: Flavour, options: argparse.Namespace) -> Row:
     block = (high.ms - low.ms) / blocks
     step = high.ms + block * (config_of(case.config)["num_layers"] - deeper)
     classes = {name: (high.classes[name] - low.classes[name]) / blocks for name in high.classes}
-    return Row(flavour, block, step, high.peak, classes, high.attention)
+    apart = distance(flavour, high.output, plain)
+    return Row(flavour, block, step, high.peak, classes, high.attention, apart)
 
 
 def time_table(case: Case, rows: list[Row]) -> list[list[str]]:
@@ -244,10 +278,11 @@ def time_table(case: Case, rows: list[Row]) -> list[list[str]]:
     lines = []
     for row in rows:
         if row.refused:
-            lines.append([case.name, row.flavour.name, f"did not run: {row.refused}", "", "", "", ""])
+            lines.append([case.name, row.flavour.name, f"did not run: {row.refused}", "", "", "", "", ""])
             continue
         gain = "" if baseline is None else f"{row.flavour.batch * baseline.block / row.block:.2f}"
-        cells = [f"{row.block:.2f}", gain, f"{row.step:.0f}", f"{row.peak / 2**30:.1f}", row.attention]
+        apart = "" if row.apart is None else f"{row.apart:.1e}"
+        cells = [f"{row.block:.2f}", gain, f"{row.step:.0f}", f"{row.peak / 2**30:.1f}", row.attention, apart]
         lines.append([case.name, row.flavour.name, *cells])
     return lines
 
@@ -320,11 +355,14 @@ class Report:
     def text(self) -> str:
         """Return the tables in Markdown."""
         times = [line for case, rows in self.measured for line in time_table(case, rows)]
-        header = ["case", "runs", "block, ms", f"times {BASELINE}", "step, ms", "peak, GiB", "self-attention"]
+        header = ["case", "runs", "block, ms", f"times {BASELINE}", "step, ms", "peak, GiB", "self-attention", "apart"]
         lines = [
             f"{self.gpu}, torch {torch.__version__}, recipe {self.options.recipe}",
             "",
             markdown_table(header, times),
+            "",
+            "Apart: relative L2 distance of the output to that of the eager flavour of the same width, of the same weights and "
+            "inputs.",
         ]
         if any(row.flavour.batch > 1 for _, rows in self.measured for row in rows):
             lines += ["", "With guidance in one batch, block and step are both branches; the ratio is of one."]
@@ -360,9 +398,10 @@ def measure_all(cases: Sequence[Case], flavours: Sequence[Flavour], report: Repo
     """
     for case in tqdm(cases, desc="cases"):
         rows: list[Row] = []
+        plain: dict[int, Tensor] = {}
         report.measured.append((case, rows))
         for flavour in flavours:
-            rows.append(row_of(case, flavour, report.options))
+            rows.append(row_of(case, flavour, report.options, plain))
             tqdm.write(" | ".join(time_table(case, rows)[-1]), file=sys.stderr)
             report.save()
         try:

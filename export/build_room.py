@@ -9,7 +9,7 @@ from dvdquant.artifact.entries import BuildEntry
 from dvdquant.artifact.layout import is_weight_path
 from dvdquant.artifact.manifest import Manifest
 from dvdquant.errors import ResourceError
-from dvdquant.system.device_memory import KEPT_BACK
+from dvdquant.system.device_memory import KEPT_BACK, usable_bytes
 from dvdquant.system.gpu import Gpu
 from dvdquant.system.memory import memory_limit
 from dvdquant.text import amount, count_in_words
@@ -64,7 +64,7 @@ def check_builds(builds: Sequence[BuildEntry], manifest: Manifest, gpu: Gpu | No
     """
     limit = memory_limit()
     kept = KEPT_BACK[gpu is not None and gpu.shared_memory]
-    room = None if gpu is None else max(0, gpu.memory_bytes - kept)
+    room = None if gpu is None else usable_bytes(gpu.memory_bytes, gpu.shared_memory)
     widths = [_width(bits, builds, gpu) for bits in sorted({entry["act_bits"] for entry in builds})]
     small = [each for each in widths if each.build > limit or (room is not None and each.use > room)]
     if not small:

@@ -137,7 +137,7 @@ def test_options_named_in_the_text_exist(page: Path) -> None:
 
 def test_pages_take_in_the_generated_tables() -> None:
     marks = {name for page in DOCS for name in re.findall(r"<!-- table: ([\w-]+) -->", page.read_text())}
-    assert marks == {"executes", "gpus", "rates", "recipes", "errors", "schema", "rooms"}
+    assert marks == {"executes", "gpus", "rates", "recipes", "errors", "schema", "rooms", "seen"}
 
 
 def test_table_of_what_executes_names_every_sm() -> None:

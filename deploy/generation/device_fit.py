@@ -18,9 +18,10 @@ from dvdquant.deploy.generation.memory_plan import (
     four_bit_bytes,
     possible,
 )
+from dvdquant.hardware.shared_memory import seen_bytes
 from dvdquant.model.families import Family, Sizes
 from dvdquant.model.working_memory import decode_bytes, step_bytes_at, vae_name
-from dvdquant.system.device_memory import KEPT_BACK
+from dvdquant.system.device_memory import usable_bytes
 from dvdquant.text import amount
 
 __all__ = ["DEVICES", "DeviceSize", "Fit", "fit", "published", "published_run"]
@@ -34,7 +35,7 @@ class DeviceSize:
 
     Args:
         name: Its series.
-        gib: Its memory.
+        gib: The memory that it is sold with, in GiB.
         sms: The compute capabilities of the series.
         unified: Whether the system shares the memory.
     """
@@ -46,8 +47,9 @@ class DeviceSize:
 
     @property
     def usable(self) -> int:
-        """Return the bytes that a run may take."""
-        return self.gib * GIB - KEPT_BACK[self.unified]
+        """Return the bytes that a run may take, of what the system sees where it shares the memory."""
+        total = seen_bytes(self.sms[0], self.gib) if self.unified else self.gib * GIB
+        return usable_bytes(total, self.unified)
 
     def __str__(self) -> str:
         return f"{self.name} {self.gib} GB"

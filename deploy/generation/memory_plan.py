@@ -96,6 +96,7 @@ class RunBytes:
         step: Bytes that one call of the transformer works in.
         decode: Bytes that the VAE works in, whole (False) and in tiles (True).
         base: Bytes that libraries and the program take before anything is loaded.
+        copy: Bytes of a copy of the weight files that lies beside the transformers in the device's own memory.
     """
 
     text: Mapping[int, int]
@@ -105,6 +106,7 @@ class RunBytes:
     step: int
     decode: Mapping[bool, int]
     base: int = 0
+    copy: int = 0
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,8 @@ def arrange(run: RunBytes, arrangement: Arrangement) -> MemoryPlan:
     """
     text = run.text.get(arrangement.text_bits, 0)
     transformer = {str(arrangement.transformer): run.transformer[arrangement.transformer]}
+    if run.copy:
+        transformer["copy of the weight files"] = run.copy
     others = {name: size for name, size in (("image encoder", run.image), ("VAE", run.vae)) if size}
     resident = {} if arrangement.offload else others
     encoder = {"text encoder": text} if text else {}

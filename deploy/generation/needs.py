@@ -27,11 +27,12 @@ from dvdquant.deploy.generation.memory_plan import (
 from dvdquant.deploy.generation.request import GenerateRequest
 from dvdquant.deploy.generation.text_encoder import TEXT_BITS
 from dvdquant.deploy.sessions.lora_needs import lora_bytes
+from dvdquant.deploy.sessions.private_copy import bytes_beside
 from dvdquant.hardware.capabilities import sm_number
-from dvdquant.hardware.weights import WeightPolicy
+from dvdquant.hardware.weights import HeldForm, WeightPolicy
 from dvdquant.system.safetensors_reader import TensorInfo, read_header, read_header_from
 
-__all__ = ["Part", "parts_of_run", "run_bytes"]
+__all__ = ["Part", "parts_of_run", "run_bytes", "transformer_bytes"]
 
 _ENGINES = ("rtx", "tensorrt", "tensorrt_rtx")
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -71,6 +72,8 @@ def parts_of_run(
     alternate: bool = False,
     text_bits: int = 16,
     loras: Mapping[str, Loras] | None = None,
+    sm: str | None = None,
+    weights: WeightPolicy = "auto",
 ) -> list[Part]:
     """Return the parts that a run of checked requests loads, in the order in which they are used.
 
@@ -82,6 +85,8 @@ def parts_of_run(
         alternate: Whether the text encoder is freed before the transformer is loaded.
         text_bits: Bits of the text encoder's weights.
         loras: LoRAs that run beside the quantized weights, by transformer.
+        sm: The compute capability, where our kernels run; else None.
+        weights: How quantized weights are held there.
     """
     found = []
     # 1. The pipeline's own parts.
@@ -97,7 +102,7 @@ def parts_of_run(
     always = "once the text is encoded" if alternate else "all the time"
     for component in checker.artifact.components:
         if any(request.mode != "16" for request in requests):
-            what, stored, held = _executed(checker.artifact, component, backend)
+            what, stored, held = _executed(checker.artifact, component, backend, sm, weights)
             found.append(Part(f"{component} ({what})", stored, held, always, stays=True))
             beside = None if loras is None else loras.get(component)
             if room := lora_bytes(checker.artifact, component, beside, backend):
@@ -120,6 +125,7 @@ def run_bytes(
     sm: str | None = None,
     weights: WeightPolicy = "auto",
     loras: Mapping[str, Loras] | None = None,
+    shared: bool = False,
 ) -> RunBytes:
     """Return the bytes of a run of checked requests, for :mod:`.memory_plan`.
 
@@ -132,6 +138,7 @@ def run_bytes(
         sm: The compute capability, where our kernels run; else None.
         weights: How quantized weights are held there.
         loras: LoRAs that run beside the quantized weights, by transformer.
+        shared: Whether a GPU runs that shares the host's memory, where a copy of the weight files may lie beside them.
     """
     parts = _pipeline_parts(checker, requests)
     sixteen = {name: _loaded_bytes(checker, name, tensors, 16) for name, tensors in parts.items()}
@@ -145,14 +152,24 @@ def run_bytes(
         text=text,
         image=sixteen.get("image_encoder", 0),
         vae=sixteen.get("vae", 0),
-        transformer=_transformers(checker.artifact, requests, backend, narrow, sm, weights, loras or {}),
+        transformer=transformer_bytes(checker.artifact, requests, backend, narrow, sm, weights, loras or {}),
         step=max(step for step, _ in stages[False]) * (2 if backend == "onnxruntime" else 1),  # it computes in fp32
         decode={tiled: max(decode for _, decode in each) for tiled, each in stages.items()},
         base=base,
+        copy=_copied_bytes(checker.artifact) if shared and any(r.mode != "16" for r in requests) else 0,
     )
 
 
-def _transformers(
+def _copied_bytes(artifact: Artifact) -> int:
+    """Return the bytes of private copies of all weight files, as far as they lie in memory and not on a disk."""
+    return bytes_beside(sum(_file_bytes(artifact, component) for component in artifact.components))
+
+
+def _file_bytes(artifact: Artifact, component: str) -> int:
+    return sum(artifact.manifest.files[name]["bytes"] for name in artifact.weight_files(component))
+
+
+def transformer_bytes(
     artifact: Artifact,
     requests: Sequence[GenerateRequest],
     backend: str,
@@ -161,7 +178,17 @@ def _transformers(
     weights: WeightPolicy,
     loras: Mapping[str, Loras],
 ) -> dict[Loaded, int]:
-    """Return the bytes of what may be loaded of the transformers."""
+    """Return the bytes of what may be loaded of the transformers, by the form and the widths that are loaded.
+
+    Args:
+        artifact: The export.
+        requests: The requests of one prompt; their modes say what runs.
+        backend: As for :func:`parts_of_run`.
+        narrow: Whether a run that switches may load one bit-width instead.
+        sm: The compute capability, where our kernels run; else None.
+        weights: How quantized weights are held there.
+        loras: LoRAs that run beside the quantized weights, by transformer.
+    """
     modes = {request.mode for request in requests}
     beside = sum(2 * _parameters(artifact, component) for component in artifact.components) if "16" in modes else 0
     if modes == {"16"}:
@@ -169,7 +196,7 @@ def _transformers(
     beside += sum(lora_bytes(artifact, name, loras.get(name), backend) for name in artifact.components)
     bits = artifact.bits(artifact.components[0])
     # 1. Engines that hold their weights themselves: each width has its own.
-    plugin = backend in _ENGINES and any(_has_plugin(artifact, component, backend) for component in artifact.components)
+    plugin = any(_has_plugin(artifact, component, backend) for component in artifact.components)
     if backend in _ENGINES and not plugin:
         names = artifact.components
         each = {width: sum(_engine_bytes(artifact, c, backend, (width,)) for c in names) for width in bits}
@@ -180,31 +207,30 @@ def _transformers(
         held_by_all = sum(_executed(artifact, component, backend)[2] for component in artifact.components)
         return {PACKED: held_by_all + beside}
     # 3. Our kernels: packed once for all widths, expanded, or some layers so and some so.
-    from dvdquant.model.held_weights import held_weights
-    from dvdquant.model.weight_choice import choose_weights
-
-    held = [
-        held_weights(
-            artifact.plan(component),
-            sm_number(sm),
-            bits,
-            artifact.sizes,
-            artifact.kept_inputs(component, backend, bits) if plugin else None,
-        )
-        for component in artifact.components
-    ]
-    if plugin:
-        # The files of engines hold their constants, which the count of weights has, too.
-        beside += sum(_engine_bytes(artifact, component, backend, bits) for component in artifact.components)
-        beside -= sum(one.constants for one in held)
     policies: tuple[WeightPolicy, ...] = ("auto", "packed") if weights == "auto" else (weights,)
     found: dict[Loaded, int] = {}
     for policy in policies:
-        choices = [choose_weights(one, policy, plugin=plugin) for one in held]
-        forms = {choice.form for choice in choices}
+        held = [_held_by_kernels(artifact, component, backend, sm, policy) for component in artifact.components]
+        forms = {form for form, _ in held}
         form = forms.pop() if len(forms) == 1 else "mixed"
-        found.setdefault(Loaded(form), beside + sum(choice.nbytes for choice in choices))
+        found.setdefault(Loaded(form), beside + sum(nbytes for _, nbytes in held))
     return found
+
+
+def _held_by_kernels(
+    artifact: Artifact, component: str, backend: str, sm: str, policy: WeightPolicy
+) -> tuple[HeldForm, int]:
+    """Return how our kernels hold one transformer under a policy, and the bytes, those of engines with the plugin included."""
+    from dvdquant.model.held_weights import held_weights
+    from dvdquant.model.weight_choice import choose_weights
+
+    bits, plugin = artifact.bits(component), _has_plugin(artifact, component, backend)
+    shared = artifact.kept_inputs(component, backend, bits) if plugin else None
+    held = held_weights(artifact.plan(component), sm_number(sm), bits, artifact.sizes, shared)
+    choice = choose_weights(held, policy, plugin=plugin)
+    # The files of engines hold their constants, which the count of weights has, too.
+    engines = _engine_bytes(artifact, component, backend, bits) - held.constants if plugin else 0
+    return choice.form, choice.nbytes + engines
 
 
 def _pipeline_parts(checker: RequestChecker, requests: Sequence[GenerateRequest]) -> dict[str, list[TensorInfo]]:
@@ -260,15 +286,21 @@ def _part_tensors(folder: UntrustedFolder, name: str) -> Iterator[TensorInfo]:
                 os.close(fd)
 
 
-def _executed(artifact: Artifact, component: str, backend: str) -> tuple[str, int, int]:
+def _executed(
+    artifact: Artifact, component: str, backend: str, sm: str | None = None, policy: WeightPolicy = "auto"
+) -> tuple[str, int, int]:
     """Return what runs of one transformer, in words, and its bytes on the disk and in memory."""
-    packed = sum(artifact.manifest.files[name]["bytes"] for name in artifact.weight_files(component))
+    packed = _file_bytes(artifact, component)
+    plugin = _has_plugin(artifact, component, backend)
+    bits = artifact.bits(component)
+    engines = _engine_bytes(artifact, component, backend, bits) if backend in _ENGINES else 0
+    if sm is not None and (plugin or backend not in _ENGINES):
+        form, held = _held_by_kernels(artifact, component, backend, sm, policy)
+        return f"{'engines, ' if plugin else ''}{Loaded(form)}", packed + engines, held
     if backend not in _ENGINES:
         return str(PACKED), packed, packed
-    bits = artifact.bits(component)
-    engines = _engine_bytes(artifact, component, backend, bits)
     inputs = max(artifact.kept_inputs(component, backend, bits), default=0)
-    if not _has_plugin(artifact, component, backend):
+    if not plugin:
         return "engines", engines, engines + inputs
     from dvdquant.model.held_weights import packed_inputs
 
@@ -281,6 +313,8 @@ def _engines(artifact: Artifact, component: str, backend: str, bits: Sequence[in
 
 def _has_plugin(artifact: Artifact, component: str, backend: str) -> bool:
     """Return whether engines take the packed weights as inputs of the plugin, instead of holding weights themselves."""
+    if backend not in _ENGINES:
+        return False
     found = _engines(artifact, component, backend, artifact.bits(component))
     return any(entry["precision"] == "plugin" for entry in found)
 

@@ -178,7 +178,7 @@ class TensorRTSession(EngineSession):
             self._on_device[name] = torch.zeros(reserved[name], dtype=self.dtype, device=self.device)
             return self._on_device[name]
         if self._files is None:
-            self._files = WeightFiles(self.artifact, self.component)
+            self._files = WeightFiles(self.artifact, self.component, self.device)
         # A LoRA is written over what the engine reads, so that must not be the private copy that all sessions share.
         self._on_device[name] = self._files.tensor(name).to(self.device, copy=bool(reserved))
         return self._on_device[name]

@@ -86,7 +86,7 @@ class OnnxRuntimeSession(EngineSession):
             _check_cuda(onnxruntime.get_available_providers(), "install onnxruntime-gpu in place of onnxruntime")
         self.weights: WeightForm = weights
         self._threads = threads or torch.get_num_threads()
-        self._files = WeightFiles(artifact, component)
+        self._files = WeightFiles(artifact, component, self.device)
         self._weights: dict[str, Tensor] = {}
         self._constants: dict[str, Any] = {}
         self._constant_bytes: list[Any] = []

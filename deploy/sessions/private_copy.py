@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import logging
 import mmap
 import os
@@ -19,21 +18,25 @@ import weakref
 from pathlib import Path
 
 from dvdquant.artifact.listed_file import open_listed, require_digest
+from dvdquant.checkpoint.untrusted import FileIdentity
 from dvdquant.errors import ResourceError
-from dvdquant.system.files import FileEntry, free_bytes, write_all
+from dvdquant.system.files import FileEntry, free_bytes, hash_descriptor, write_all
 from dvdquant.system.memory import memory_limit
+from dvdquant.system.mounts import is_in_memory
 from dvdquant.text import amount
 
-__all__ = ["PrivateCopy", "fits_in_memory", "private_copy"]
+__all__ = ["PrivateCopy", "bytes_beside", "fits_in_memory", "private_copy"]
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 4 << 20  # bytes that are copied or hashed at a time
-_SEAL_ATTEMPTS, _SEAL_PAUSE = 50, 0.1  # seconds
+_BLOCK = 4 << 20  # bytes that are copied at a time
+SEAL_PAUSE = 0.1
+"""The seconds between two attempts to seal a file in memory."""
+_SEAL_ATTEMPTS = 50
 # The share of free memory that copies may fill. The session, and the pipeline's text encoder and VAE, need the rest.
 _SHARE = 0.5
 
-_Key = tuple[int, int, int, int, int, str]
+_Key = tuple[FileIdentity, str]
 _copies: weakref.WeakValueDictionary[_Key, PrivateCopy] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
@@ -83,13 +86,36 @@ class PrivateCopy:
         return _map(self._fd, self.size)
 
 
-def fits_in_memory(nbytes: int) -> bool:
-    """Return whether copies may be taken into memory: they fill at most half of the free memory.
+def fits_in_memory(nbytes: int, shared: bool = False) -> bool:
+    """Return whether copies are to be taken into memory: they fill at most half of the free memory.
+
+    Where a GPU shares the memory, it holds the weights there already, so that a disk with room comes first.
+
+    Args:
+        nbytes: The size of all copies together, in bytes.
+        shared: Whether a GPU that shares the host's memory holds the weights, too.
+    """
+    if shared and _disk_has_room(nbytes):
+        return False
+    return hasattr(os, "memfd_create") and nbytes <= _SHARE * memory_limit()
+
+
+def bytes_beside(nbytes: int) -> int:
+    """Return the bytes of memory that copies would hold beside the weights of a GPU that shares it: 0 where a disk has room.
 
     Args:
         nbytes: The size of all copies together, in bytes.
     """
-    return hasattr(os, "memfd_create") and nbytes <= _SHARE * memory_limit()
+    return 0 if _disk_has_room(nbytes) else nbytes
+
+
+def _disk_has_room(nbytes: int) -> bool:
+    """Return whether the folder of temporary files has room for copies, and lies on a disk and not in memory."""
+    try:
+        folder = Path(_folder())
+        return free_bytes(folder) >= nbytes and not is_in_memory(folder)
+    except OSError:
+        return False
 
 
 def private_copy(root: Path, name: str, entry: FileEntry, in_memory: bool) -> PrivateCopy:
@@ -114,8 +140,7 @@ def private_copy(root: Path, name: str, entry: FileEntry, in_memory: bool) -> Pr
         ResourceError: Neither memory nor the disk of temporary files has room.
     """
     with open_listed(root, name, entry) as source:
-        info = os.fstat(source)
-        key = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns, entry["sha256"])
+        key = (FileIdentity.of(source), entry["sha256"])
         with _lock:
             copy = _copies.get(key)
             if copy is None:
@@ -133,7 +158,7 @@ def _seal(fd: int) -> None:
         except OSError as error:
             if error.errno != errno.EBUSY or not left:
                 raise
-            time.sleep(_SEAL_PAUSE)
+            time.sleep(SEAL_PAUSE)
 
 
 def _copy_and_hash(source: int, name: str, entry: FileEntry, in_memory: bool) -> PrivateCopy:
@@ -153,11 +178,7 @@ def _copy_and_hash(source: int, name: str, entry: FileEntry, in_memory: bool) ->
     if sealed:
         # From here on the bytes cannot change, so the hash is that of the bytes that will run.
         _seal(fd)
-    digest, offset = hashlib.sha256(), 0
-    while count := os.preadv(fd, [block], offset):
-        digest.update(block[:count])
-        offset += count
-    require_digest(digest.hexdigest(), entry)
+    require_digest(hash_descriptor(fd)["sha256"], entry)
     return copy
 
 

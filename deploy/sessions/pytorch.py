@@ -22,7 +22,7 @@ from dvdquant.deploy.sessions.weight_form import choose_form
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, UnsupportedError
 from dvdquant.hardware.weights import HeldForm, WeightPolicy, check_policy, slower_in_int8
-from dvdquant.model.layers import QuantLinear, make_weights, prepare_layers, set_activation
+from dvdquant.model.layers import QuantLinear, forget_stored, make_weights, prepare_layers, set_activation
 from dvdquant.model.loading import GraphWrapper, fill_quantized
 from dvdquant.model.plan import ModelPlan, quantized_skeleton
 from dvdquant.model.weight_choice import WeightChoice
@@ -32,7 +32,7 @@ from dvdquant.recipe import ATTENTION, Recipe
 from dvdquant.system.devices import cuda_sm, current_device
 from dvdquant.system.torch_hooks import check_example_values
 
-__all__ = ["PyTorchSession"]
+__all__ = ["PyTorchSession", "warn_once"]
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class PyTorchSession(EngineSession):
     A GPU that the kernels are built for holds each layer once and packed, half a byte a weight for all bit-widths, and
     the kernels expand it before a product of 8 bits. Or it holds each layer expanded, in the form that the kernels
     multiply: it makes this form before the first step that needs it, and holds both forms if the bit-widths that ran
-    differ in it. Then the private copy stays on the host, for a bit-width that runs later. Or some layers are held in one
+    differ in it. Then the private copy stays on the host until every bit-width has run. Or some layers are held in one
     way and some in the other. Outputs are the same.
 
     On another GPU the packed weights are copied, and the private copy is closed.
@@ -96,13 +96,14 @@ class PyTorchSession(EngineSession):
         super().__init__(artifact, component, bits, device or torch.device("cpu"))
         # 1. Decide: kernels, the form of the weights, attention.
         kernels = usable_kernels(self.device)
+        self._prepared = kernels is not None
         plan = artifact.plan(component)
         choice = self._choice(check_policy(weights), kernels)
         self.weights: HeldForm = "packed" if choice is None else choice.form
         self._recipe = plan.recipe
         self._advice = None if kernels is None or 8 not in self.bits else bits_advice(kernels.sm, plan.recipe)
         if kernels is not None and (slow := slower_in_int8(kernels.sm)):
-            _say_once(f"SM {kernels.sm / 10} is slow in 8 bits: {slow}; where the original fits, it is faster in bf16")
+            warn_once(f"SM {kernels.sm / 10} is slow in 8 bits: {slow}; where the original fits, it is faster in bf16")
         self.attention = wanted_attention(attention or plan.recipe.attention, attention_backend, self.device, component)
         # A mask makes PyTorch take a slow kernel on a GPU, and no kernel in 8 bits takes one.
         masked = any(spec.name == MASK for spec in self.family.inputs(self.sizes))
@@ -112,7 +113,7 @@ class PyTorchSession(EngineSession):
         # 2. Load the weights, and prepare those that kernels run.
         self._current: int | None = self.bits[0]
         self._ran: set[int] = set()
-        self._files = WeightFiles(artifact, component)
+        self._files = WeightFiles(artifact, component, self.device)
         try:
             model = quantized_skeleton(plan, self.bits[0])
             if self._cuts:
@@ -188,7 +189,7 @@ class PyTorchSession(EngineSession):
         model = self._model
         assert model is not None
         if bits == 4 and self._advice:
-            _say_once(self._advice)
+            warn_once(self._advice)
         if bits != self._current:
             # An interrupt may leave some layers on the old grid and some on the new one. Then all are set again.
             self._current = None
@@ -204,12 +205,23 @@ class PyTorchSession(EngineSession):
             else:
                 choice = None if self.attention is None else self.attention.choice
                 output = self._graphs(inputs, (bits, self._cuts and self._state.whole, choice))
-        if bits not in self._ran and self.device.type != "cpu":
-            # Packed weights serve every width: nothing on the host is needed any more.
-            self._files.close() if self.weights == "packed" else self._files.drop_pages()
-        self._ran.add(bits)
+        if bits not in self._ran:
+            self._ran.add(bits)
+            if self._prepared:
+                self._let_files_go(model)
         # A copy made outside of inference mode is an ordinary tensor, which schedulers may change in place.
         return output.to(self.dtype, copy=True)
+
+    def _let_files_go(self, model: nn.Module) -> None:
+        """Close the private copy where the device has made all that it will multiply; else give its pages back.
+
+        Packed weights serve every bit-width. Others are made of the stored ones for each width that runs.
+        """
+        if self.weights != "packed" and not self._ran.issuperset(self.bits):
+            self._files.drop_pages()
+            return
+        forget_stored(model)
+        self._files.close()
 
     def follow_attention(self, choice: str | None) -> None:
         """See :meth:`EngineSession.follow_attention`."""
@@ -258,7 +270,8 @@ class PyTorchSession(EngineSession):
                 fp32 = 4 * layer.spec.out_features * layer.spec.features
                 scratch.append(fp32 if kernel is None else kernel.workspace_bytes(tokens))
         held_steps = 0 if self._graphs is None else self._graphs.nbytes
-        return {"weights": weights, "engines": 0, "workspace": max(scratch) + held_steps}
+        # Where the device shares the host's memory, a private copy in memory is a second one on it.
+        return {"weights": weights + self._files.beside, "engines": 0, "workspace": max(scratch) + held_steps}
 
     def _close(self) -> None:
         if self.device.type == "cuda":
@@ -316,5 +329,10 @@ def bits_advice(sm: int, recipe: Recipe) -> str | None:
 
 
 @functools.cache
-def _say_once(text: str) -> None:
+def warn_once(text: str) -> None:
+    """Log a warning at the first time in this process.
+
+    Args:
+        text: The warning.
+    """
     log.warning(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import mmap
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ from torch import Tensor
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.private_copy import PrivateCopy, fits_in_memory, private_copy
 from dvdquant.errors import OutputError
+from dvdquant.system.device_memory import shares_memory
 from dvdquant.system.safetensors_reader import DTYPES, TensorInfo, read_header
+from dvdquant.text import amount
 
 __all__ = ["WeightFiles"]
+
+log = logging.getLogger(__name__)
 
 
 class WeightFiles:
@@ -26,10 +31,12 @@ class WeightFiles:
     change what runs, and a file that is cut short later ends no process. All sessions of a process share one copy. A
     forked process has it too; another process makes its own. Copies are sealed memory. If they would fill more than
     half of the free memory, they are unnamed files of TMPDIR or /var/tmp, whose pages the system drops and reads again.
+    So they are, too, for a GPU that shares the host's memory (Jetson, GB10): sealed memory would hold the weights twice.
 
     Args:
         artifact: The export.
         component: The name of one transformer of the export.
+        device: The device that the session copies the weights to, or the CPU, where the copies are the weights.
 
     Attributes:
         tensors: A mapping from the name of each tensor in the safetensors files to its file (relative to ``onnx/``) and
@@ -40,14 +47,24 @@ class WeightFiles:
         ResourceError: There is no room for the copies.
     """
 
-    def __init__(self, artifact: Artifact, component: str) -> None:
+    def __init__(self, artifact: Artifact, component: str, device: torch.device | None = None) -> None:
         self.tensors: dict[str, tuple[str, TensorInfo]] = {}
         self._copies: list[PrivateCopy] = []
         self._maps: dict[str, mmap.mmap] = {}
         self._arrays: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
         names = artifact.weight_files(component)
         entries = {name: artifact.manifest.files[name] for name in names}
-        in_memory = fits_in_memory(sum(entry["bytes"] for entry in entries.values()))
+        self._shared = device is not None and device.type != "cpu" and shares_memory(device)
+        nbytes = sum(entry["bytes"] for entry in entries.values())
+        in_memory = fits_in_memory(nbytes, self._shared)
+        if self._shared and in_memory:
+            log.warning(
+                "%s: the disk of temporary files has no room, so a copy of the weights takes %s of the memory that %s shares, "
+                "until they are loaded; set TMPDIR to a folder on a disk",
+                component,
+                amount(nbytes),
+                device,
+            )
         for name, entry in entries.items():
             location = name.rpartition("/")[2]
             if not entry["bytes"]:
@@ -68,6 +85,11 @@ class WeightFiles:
     def nbytes(self) -> int:
         """Return the number of bytes of all files."""
         return sum(array.nbytes for array in self._arrays.values())
+
+    @property
+    def beside(self) -> int:
+        """Return the bytes of copies in memory that the session's device shares, where it holds the weights, too."""
+        return sum(copy.size for copy in self._copies if copy.in_memory) if self._shared else 0
 
     def region(self, location: str, offset: int, length: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return a range of bytes of one file as uint8, without a copy.

@@ -12,6 +12,7 @@ from dvdquant.artifact import entries
 from dvdquant.artifact.manifest import Manifest
 from dvdquant.export.engines.precision import RTX_SMS, TENSORRT_SMS, choose_precision, what_executes
 from dvdquant.hardware.listing import HEADER, SHORT_HEADER, gpu_rows, short_rows
+from dvdquant.hardware.shared_memory import SEEN
 from dvdquant.hardware.weights import RATES
 from dvdquant.recipe import RECIPES, ActivationSpec, Recipe
 from dvdquant.system.files import FileEntry
@@ -109,11 +110,21 @@ def rate_table() -> str:
     return markdown_table(header, rows)
 
 
+def seen_table() -> str:
+    """Return what the systems of modules with shared memory see of it, and who says so."""
+    rows = (
+        (each.module, f"{each.nbytes / 2**30:.1f}", f"{each.nbytes / (gib << 30):.3f}", each.source)
+        for (_, gib), each in SEEN.items()
+    )
+    return markdown_table(("module", "seen, GiB", "of what it is sold with", "where from"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "executes": executes_table,
     "gpus": gpu_table,
     "rates": rate_table,
     "recipes": recipe_table,
+    "seen": seen_table,
 }
 
 

@@ -330,6 +330,8 @@ def say_needs(
         alternate=how.alternate,
         text_bits=how.text_bits,
         loras=generator.loras,
+        sm=arrangement.sm,
+        weights=how.weights,
     )
     quantized = any(request.mode != "16" for request in plan[0])
     asked = asked_text(generator, arrangement.backend) if quantized else []

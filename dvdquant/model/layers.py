@@ -33,6 +33,7 @@ __all__ = [
     "QuantLinear",
     "RotationTable",
     "empty_tensor",
+    "forget_stored",
     "install_quant_linears",
     "make_weights",
     "prepare_layers",
@@ -489,3 +490,14 @@ def make_weights(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, QuantLinear) and module.kernel is not None:
             module.kernel.make_weight(module.act_bits, module.act_group)
+
+
+def forget_stored(model: nn.Module) -> None:
+    """Let go of the stored tensors of every layer of ``model`` whose kernels have made all that they multiply.
+
+    Args:
+        model: The quantized model.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and module.kernel is not None:
+            module.kernel.forget_stored()

@@ -30,9 +30,9 @@ class KernelLayer:
     which may be closed.
 
     ``expanded``: as each path multiplies it. The packed tensors stay where they are, a mapped copy of an export's files
-    for instance. On an 8-bit path, which most GPUs take, a weight has one byte on the device, half of bf16; with the
-    packed weight beside it, it would be three quarters. Activation grids whose paths hold weights in the same form share
-    them.
+    for instance, until :meth:`forget_stored`. On an 8-bit path, which most GPUs take, a weight has one byte on the device,
+    half of bf16; with the packed weight beside it, it would be three quarters. Activation grids whose paths hold weights in
+    the same form share them.
 
     Args:
         kernels: The kernels of the device.
@@ -71,7 +71,8 @@ class KernelLayer:
         except ShapeError as error:
             # Of the layer, not of a call: PyTorch computes it all the same.
             raise UnsupportedError(error.what) from error
-        self.packed, self.dtype, self.device, self.form = packed, dtype, device, form
+        self._packed: PackedLayer | None = packed
+        self.dtype, self.device, self.form = dtype, device, form
         self._kernels, self._parts = kernels, (scale, shift)
         self._handle = handle_of(kernels)
         self._make_outside = _make_outside_of_traces()
@@ -176,7 +177,7 @@ class KernelLayer:
             made: tuple[Tensor, ...] = self._kernels.make_rows(shape, here)
             # Nothing of the files is held any more: the codes are here, and the rest is small.
             kept = dict(zip(("scale", "group_scale", "zero", "bias"), (t.clone() for t in self.packed.stored()[1:])))
-            self.packed = replace(self.packed, weight=made[0], **kept)
+            self._packed = replace(self.packed, weight=made[0], **kept)
         else:
             made = (self._kernels.prepare(shape, here),)
         if self._pre_quant is None and any(part is not None for part in self._parts):
@@ -184,6 +185,28 @@ class KernelLayer:
             self._pre_quant = pack_pre_quant(scale, shift, self.dtype)
         synchronize(made[-1])
         self._weights[form] = made
+
+    @property
+    def packed(self) -> PackedLayer:
+        """Return the stored tensors and rotation factors.
+
+        Raises:
+            UnsupportedError: The layer has let go of them.
+        """
+        if self._packed is None:
+            raise UnsupportedError(
+                "the layer holds its weight only as its kernels multiply it",
+                fix="load its tensors again, then prepare it",
+            )
+        return self._packed
+
+    def forget_stored(self) -> None:
+        """Let go of the stored tensors where the weights of all grids are made; a packed weight stays, on the device."""
+        if not all(form in self._weights for _, form in self._runs.values()):
+            return
+        self._parts = (None, None)
+        if self.form == "expanded":
+            self._packed = None
 
     @property
     def nbytes(self) -> int:

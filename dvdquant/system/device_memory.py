@@ -14,12 +14,22 @@ from dvdquant.system.memory import memory_limit
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["KEPT_BACK", "device_memory", "shares_memory"]
+__all__ = ["KEPT_BACK", "device_memory", "shares_memory", "usable_bytes"]
 
 GIB = 1 << 30
 KEPT_BACK = {False: GIB, True: 2 * GIB}
 """What is not there for a run, by whether the device shares the host's memory: CUDA, its libraries and a screen; and the
 system where it shares the memory. Assumed, not measured."""
+
+
+def usable_bytes(total: int, shared: bool) -> int:
+    """Return the bytes of a device that a run may take.
+
+    Args:
+        total: The memory that the driver or the system says that it has.
+        shared: Whether that is the host's memory.
+    """
+    return max(0, total - KEPT_BACK[shared])
 
 
 def shares_memory(device: torch.device) -> bool:

@@ -6,7 +6,8 @@ import contextlib
 import os
 import re
 import threading
-from pathlib import Path
+
+from dvdquant.system.mounts import mounts_of
 
 __all__ = ["LIVE_SECONDS", "RENEW_SECONDS", "Heartbeat", "locks_stay_here"]
 
@@ -14,7 +15,6 @@ LIVE_SECONDS = 24 * 3600
 """How long what another machine wrote last counts as its living work, where no lock can tell."""
 RENEW_SECONDS = 600
 """How often living work renews the time of its file: a step of it may take more than ``LIVE_SECONDS``."""
-_MOUNTS = Path("/proc/self/mountinfo")
 _NFS = ("nfs", "nfs4")
 # Their locks are those of the client, or are so by a mount option that is not shown.
 _ONE_HOST = ("cifs", "smb3", "9p", "lustre", "afs", "virtiofs", "vboxsf", "prl_fs", "fuse.sshfs")
@@ -66,17 +66,14 @@ def locks_stay_here(fd: int) -> bool:
         fd: The descriptor of the open file.
     """
     try:
-        info = os.fstat(fd)
-        lines = _MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()
+        device = os.fstat(fd).st_dev
     except OSError:
         return False
-    device = f"{os.major(info.st_dev)}:{os.minor(info.st_dev)}"
-    return any(_stay_here(line) for line in lines if line.split()[2:3] == [device])
+    return any(_stay_here(*mount) for mount in mounts_of(device))
 
 
-def _stay_here(line: str) -> bool:
-    """Return the same of one line of mountinfo: the type and the options follow a lone hyphen."""
-    kind, _, options = [*line.partition(" - ")[2].split(), "", "", ""][:3]
+def _stay_here(kind: str, options: str) -> bool:
+    """Return the same of one mount."""
     if kind in _NFS:
         return re.search(r"(^|,)(nolock|local_lock=(all|flock))(,|$)", options) is not None
     return kind in _ONE_HOST

@@ -16,7 +16,8 @@ MOST = 13
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton, which PyTorch for CUDA brings along"
+    importlib.util.find_spec("triton") is None,
+    reason="needs triton, which PyTorch for CUDA brings along: make launches-check",
 )
 @pytest.mark.parametrize(("options", "layers"), [((), 7), (("--fuse",), 3)], ids=["plain", "fused"])
 def test_a_block_has_few_launches(options: tuple[str, ...], layers: int) -> None:

@@ -190,7 +190,7 @@ def row(case: str, flavour: Flavour, **changes: Any) -> step_time.Row:
     options = argparse.Namespace(device="cpu", scale=4, steps=1, budget=False, recipe="w4a4")
     vars(options).update(changes)
     (found,) = select_cases([case])
-    return step_time.row_of(replace(found, depths=(1, 2)), flavour, options)
+    return step_time.row_of(replace(found, depths=(1, 2)), flavour, options, {})
 
 
 def test_hunyuan_runs_in_8_bits_as_in_a_session(tiny: None) -> None:
@@ -219,11 +219,17 @@ def test_hunyuan_has_a_row_with_the_mask_and_one_without(tiny: None) -> None:
     ids=lambda flavour: flavour.name,
 )
 def test_every_flavour_runs_on_the_kernels(tiny: None, kernels: None, flavour: Flavour) -> None:
+    """And computes what the plain one of its width does, within the error of 8-bit attention and of roundings to bf16."""
     (case,) = select_cases(["5x34x60"])
     options = argparse.Namespace(device="cpu", scale=4, steps=1, budget=False, recipe="w4a4")
     ran = step_time.measure(case, 1, flavour, options)
     wanted = "16 bit" if flavour.attention == "16" else f"reference ({flavour.attention})"
     assert ran.attention.startswith(wanted)
+    plain: dict[int, Tensor] = {}
+    step_time.distance(Flavour(flavour.bits), step_time.measure(case, 1, Flavour(flavour.bits), options).output, plain)
+    apart = step_time.distance(flavour, ran.output, plain)
+    assert (apart is None) == (flavour.batch != 1 or flavour == Flavour(flavour.bits))
+    assert apart is None or apart < 0.02
 
 
 def test_a_flavour_that_would_run_as_another_one_does_is_refused(
@@ -266,6 +272,27 @@ def test_libraries_are_compared_in_one_run() -> None:
     both = [flavour.name for flavour in with_libraries(flavours[1:], ("reference",))]
     assert both == ["a8 eager, int8 attention by reference", "a8 eager, fp8 attention by reference"]
     assert len({flavour.name for flavour in FLAVOURS}) == len(FLAVOURS)
+
+
+def test_only_the_card_itself_has_its_rates() -> None:
+    assert budget.rates_for("NVIDIA H100 80GB HBM3") == ("H100", budget.RATES["H100"])
+    for kin in (
+        "NVIDIA H100 PCIe",
+        "NVIDIA H100 NVL",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+    ):
+        assert budget.rates_for(kin) is None
+
+
+def test_how_far_an_output_is_from_the_plain_one() -> None:
+    plain: dict[int, torch.Tensor] = {}
+    output = torch.tensor([3.0, 4.0])
+    assert step_time.distance(Flavour(8, compiled=True), output, plain) is None
+    assert step_time.distance(Flavour(8), output, plain) is None
+    assert step_time.distance(Flavour(8, compiled=True), output + torch.tensor([0.0, 0.5]), plain) == 0.1
+    assert step_time.distance(Flavour(4, compiled=True), output, plain) is None
+    assert step_time.distance(Flavour(8, batch=2), output, plain) is None
 
 
 def test_the_ratio_of_one_batch_is_of_one_branch() -> None:

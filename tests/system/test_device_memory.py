@@ -9,41 +9,33 @@ import pytest
 import torch
 
 from dvdquant.cli.clips import run_memory
+from dvdquant.deploy.generation.device_fit import DEVICES, DeviceSize
 from dvdquant.deploy.sessions import weight_form
+from dvdquant.hardware.gpus import GPUS
+from dvdquant.hardware.shared_memory import SEEN, seen_bytes
 from dvdquant.model.families import get_family
 from dvdquant.model.held_weights import HeldWeights
 from dvdquant.model.weight_choice import WeightChoice
 from dvdquant.model.working_memory import step_bytes
-from dvdquant.system import device_memory as room
-from dvdquant.system.device_memory import KEPT_BACK, device_memory, shares_memory
+from dvdquant.system.device_memory import KEPT_BACK, device_memory, shares_memory, usable_bytes
 from tests.support import tiny_models as tiny
+from tests.support.gpu_memory import GPU, gpu_double
 
 GIB = 1 << 30
-GPU = torch.device("cuda")
-
-
-def double(patched: pytest.MonkeyPatch, integrated: bool, *, unused: int, available: int, total: int = 8 * GIB) -> None:
-    """A GPU of which ``unused`` bytes hold nothing, on a machine that can give ``available``; PyTorch keeps 2 GiB, uses 1."""
-    facts = SimpleNamespace(name="Orin", is_integrated=int(integrated), major=8, minor=7)
-    patched.setattr(torch.cuda, "mem_get_info", lambda device: (unused, total))
-    patched.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-    patched.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
-    patched.setattr(torch.cuda, "memory_allocated", lambda device: GIB)
-    patched.setattr(room, "memory_limit", lambda: available)
 
 
 def test_the_cache_of_files_is_free_where_the_memory_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four GiB of weights that were just read: CUDA says one GiB is free, the system can give five."""
-    double(monkeypatch, True, unused=GIB, available=5 * GIB)
+    gpu_double(monkeypatch, True, unused=GIB, available=5 * GIB)
     assert device_memory(GPU) == (6 * GIB, 8 * GIB)
     assert shares_memory(GPU)
     place = run_memory.place_of(GPU)
     assert (place.free, place.total, place.unified, place.base) == (6 * GIB, 8 * GIB, True, KEPT_BACK[False])
     # Never more than there is, however little the system holds back.
-    double(monkeypatch, True, unused=GIB, available=9 * GIB)
+    gpu_double(monkeypatch, True, unused=GIB, available=9 * GIB)
     assert device_memory(GPU) == (8 * GIB, 8 * GIB)
     # A card has memory of its own, and the host's says nothing of it.
-    double(monkeypatch, False, unused=GIB, available=5 * GIB)
+    gpu_double(monkeypatch, False, unused=GIB, available=5 * GIB)
     assert device_memory(GPU) == (2 * GIB, 8 * GIB)
     assert not shares_memory(GPU)
     # PyTorch before it had the field.
@@ -70,7 +62,7 @@ def test_the_choice_of_weights_asks_for_the_same_memory(monkeypatch: pytest.Monk
     family = get_family(tiny.WAN_ONE)
     artifact = SimpleNamespace(plan=lambda component: None, family=lambda component: family)
     session: Any = SimpleNamespace(artifact=artifact, component="transformer", bits=(4,), sizes=tiny.RANGES, device=GPU)
-    double(monkeypatch, True, unused=0, available=5 * GIB)
+    gpu_double(monkeypatch, True, unused=0, available=5 * GIB)
     weight_form.choose_form(session, 87, "auto")
     session.device = torch.device("cpu")
     weight_form.choose_form(session, 87, "auto")
@@ -78,3 +70,26 @@ def test_the_choice_of_weights_asks_for_the_same_memory(monkeypatch: pytest.Monk
     work = step_bytes(family, 60)
     assert work > 0
     assert asked == [6 * GIB - work, None]
+
+
+def test_what_a_module_is_sold_with_is_not_what_its_system_sees() -> None:
+    """An Orin Nano of 8 GB has 7.4 GiB; the plan of a clip and the builds of engines leave the same of it."""
+    small = DeviceSize("Orin", 8, ("8.7",), unified=True)
+    assert seen_bytes("8.7", 8) == 7620 << 20
+    assert small.usable == usable_bytes(7620 << 20, True) == (7620 << 20) - 2 * GIB
+    # What is not listed has the least share of what is: 93 %.
+    assert seen_bytes("11.0", 64) == 7620 * 8 << 20
+    assert seen_bytes("8.7", 4) == 3810 << 20
+    assert all(0.9 < each.nbytes / (gib << 30) < 0.97 for (_, gib), each in SEEN.items())
+    # A card's memory is all there, but for CUDA; and nothing is less than nothing.
+    assert DeviceSize("RTX", 8, ("8.9",)).usable == usable_bytes(8 * GIB, False) == 7 * GIB
+    assert usable_bytes(GIB, True) == 0
+
+
+def test_every_module_that_shares_its_memory_is_asked_for_what_it_sees() -> None:
+    """In the table of devices, and where an export is for a module by its name."""
+    sold = {(gpu.sm, gib) for gpu in GPUS if gpu.kind == "jetson" for gib in gpu.memory}
+    assert set(SEEN) <= sold
+    shared = [device for device in DEVICES if device.unified]
+    assert {(device.sms[0], device.gib) for device in shared} <= set(SEEN)
+    assert all(device.usable < device.gib * GIB - 2 * GIB for device in shared)

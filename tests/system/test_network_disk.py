@@ -14,7 +14,7 @@ import pytest
 from dvdquant.artifact.commit import FolderLock
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.errors import OutputError
-from dvdquant.system import network_disk
+from dvdquant.system import mounts, network_disk
 from dvdquant.system.network_disk import LIVE_SECONDS, locks_stay_here
 from dvdquant.system.whole_file import atomic_path, write_whole
 
@@ -25,9 +25,9 @@ def mounted_as(folder: Path, monkeypatch: pytest.MonkeyPatch, kind_and_options: 
     """Have the kernel's list of mounts say that ``folder`` lies on a disk of that kind."""
     device = folder.stat().st_dev
     line = f"36 35 {os.major(device)}:{os.minor(device)} / {folder} rw shared:1 - {kind_and_options}\n"
-    mounts = folder / "mountinfo"
-    mounts.write_text("1 0 250:9 / / rw - nfs a rw,nolock\nout of form\n" + line)
-    monkeypatch.setattr(network_disk, "_MOUNTS", mounts)
+    listed = folder / "mountinfo"
+    listed.write_text("1 0 250:9 / / rw - nfs a rw,nolock\nout of form\n" + line)
+    monkeypatch.setattr(mounts, "MOUNTS", listed)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_which_disks_keep_locks_to_one_machine(
     mounted_as(tmp_path, monkeypatch, disk)
     with (tmp_path / "file").open("w") as file:
         assert locks_stay_here(file.fileno()) == stay
-    monkeypatch.setattr(network_disk, "_MOUNTS", tmp_path / "missing")
+    monkeypatch.setattr(mounts, "MOUNTS", tmp_path / "missing")
     with (tmp_path / "file").open("w") as file:
         assert not locks_stay_here(file.fileno())
 

@@ -71,6 +71,7 @@ def plan_run(
     memory: int | None,
     place: Place,
     backend: str,
+    sm: str | None,
 ) -> MemoryPlan:
     """Return how the parts of a run share the device: as the options say, or so that they fit ``memory``.
 
@@ -81,6 +82,7 @@ def plan_run(
         memory: Bytes that the run may take; None takes the options as they are, and refuses what is more than what is free.
         place: The device.
         backend: The backend that runs.
+        sm: Its compute capability where our kernels run on it, see :func:`_sm_of_kernels`.
 
     Raises:
         ResourceError: It does not fit; the error says what does.
@@ -88,14 +90,9 @@ def plan_run(
     from dvdquant.deploy.generation.memory_plan import Arrangement, arrange, best, fitting, possible
     from dvdquant.deploy.generation.needs import run_bytes
     from dvdquant.deploy.generation.text_encoder import usable_text_bits
-    from dvdquant.ops.cuda_linear import usable_kernels
-    from dvdquant.system.devices import resolve_device
 
     # 1. The bytes of what runs.
     narrow = settings.mode is None and settings.schedule is None and not settings.compare
-    # Without our kernels, PyTorch keeps what the files hold, also on a GPU that they do not run on.
-    kernels = backend == "tensorrt" or (backend == "pytorch" and usable_kernels(resolve_device(settings.device)))
-    sm = place.sm if kernels else None
     run = run_bytes(
         generator.checker,
         requests,
@@ -105,6 +102,7 @@ def plan_run(
         sm=sm,
         weights=settings.weights,
         loras=generator.loras,
+        shared=place.unified and place.sm is not None,
     )
     # 2. What the user has decided, and the rest.
     given = {"vae_tiling": settings.vae_tiling, "offload": settings.offload, "alternate": settings.alternate}
@@ -145,6 +143,16 @@ def _backend(settings: RunOptions, generator: Generator, device: torch.device) -
     return best_backend(artifact, artifact.components[0], None, device)[0] if name == "auto" else name
 
 
+def _sm_of_kernels(device: torch.device, place: Place, backend: str) -> str | None:
+    """Return the compute capability of a device on which our kernels hold the weights of a backend, else None.
+
+    Without them, PyTorch keeps what the files hold, also on a GPU that they do not run on.
+    """
+    from dvdquant.ops.cuda_linear import usable_kernels
+
+    return place.sm if backend == "tensorrt" or (backend == "pytorch" and usable_kernels(device)) else None
+
+
 @dataclass(frozen=True)
 class ArrangedRun:
     """A run whose parts were arranged on a device.
@@ -155,6 +163,7 @@ class ArrangedRun:
         plan: What is held when.
         place: The device.
         backend: The backend that runs.
+        sm: The compute capability, where our kernels run; else None.
         memory: Bytes that the run may take, or None.
     """
 
@@ -163,6 +172,7 @@ class ArrangedRun:
     plan: MemoryPlan
     place: Place
     backend: str
+    sm: str | None
     memory: int | None
 
     def text(self) -> str:
@@ -194,9 +204,10 @@ def arrange_run(
     device = resolve_device(settings.device)
     place, backend = place_of(device), _backend(settings, generator, device)
     limit = place.free if memory == "auto" else memory
-    plan = plan_run(settings, generator, requests[0], limit, place, backend)
+    sm = _sm_of_kernels(device, place, backend)
+    plan = plan_run(settings, generator, requests[0], limit, place, backend, sm)
     if limit is None:
-        return ArrangedRun(generator, requests, plan, place, backend, None)
+        return ArrangedRun(generator, requests, plan, place, backend, sm, None)
     how = plan.arrangement
     bits = generator.artifact.bits(generator.artifact.components[0])
     alone = how.transformer.bits if len(how.transformer.bits) < len(bits) else ()
@@ -211,7 +222,7 @@ def arrange_run(
     )
     if alone and requests[0][0].mode == "switch":
         requests = [[changed.check(_at_width(request, alone[0])) for request in each] for each in requests]
-    return ArrangedRun(changed, requests, plan, place, backend, limit)
+    return ArrangedRun(changed, requests, plan, place, backend, sm, limit)
 
 
 def _at_width(request: GenerateRequest, width: int) -> GenerateRequest:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dvdquant.deploy.generation.memory_plan import Loaded
     from dvdquant.export.plan import ExportPlan
     from dvdquant.hardware.advice import Choice
+    from dvdquant.hardware.weights import WeightForm
     from dvdquant.model.held_weights import HeldWeights
 
 __all__ = ["answers", "device_answers"]
@@ -83,11 +84,12 @@ def _memory(plan: ExportPlan, choice: Choice) -> str:
     else:
         bits = [each.bits for each in plan.options.recipe.activations]
         held = {sm: [held_weights(each, sm_number(sm), bits, plan.sizes) for each in plan.plans] for sm in choice.sms}
-        packed = max(sum(one.nbytes("packed") for one in each) for each in held.values())
-        expanded = max(sum(one.nbytes("expanded") for one in each) for each in held.values())
+        plugin = _with_plugin(choice)
+        packed = max(_held(each, "packed", plugin) for each in held.values())
+        expanded = max(_held(each, "expanded", plugin) for each in held.values())
         needed = packed
         words = f"weights {amount(packed)} packed, for all bit-widths together; {amount(expanded)} expanded"
-        words += _auto(held)
+        words += _auto(held, plugin)
     words += f" (16 bit: {amount(sixteen)}), computed; activations, text encoder and VAE come on top"
     for name in choice.gpus:
         sizes = find_gpu(name).memory
@@ -105,11 +107,21 @@ def _copies(plan: ExportPlan) -> str:
     return copies_text(held, sum(2 * each.all_weights for each in plan.plans), "the model")
 
 
-def _auto(held: Mapping[str, Sequence[HeldWeights]]) -> str:
+def _with_plugin(choice: Choice) -> bool:
+    """Return whether engines with the plugin hold the weights, and not a PyTorch session: it has rows and constants besides."""
+    return "tensorrt" in choice.targets
+
+
+def _held(transformers: Sequence[HeldWeights], form: WeightForm, plugin: bool) -> int:
+    """Return the bytes that all transformers hold in a form, in engines with the plugin or in a PyTorch session."""
+    return sum(one.plugin_bytes(form) if plugin else one.nbytes(form) for one in transformers)
+
+
+def _auto(held: Mapping[str, Sequence[HeldWeights]], plugin: bool) -> str:
     """Return what ``auto`` holds on the SM where that is most, and what a step pays there, in words."""
     from dvdquant.model.weight_choice import choose_weights
 
-    found = {sm: [choose_weights(one, "auto") for one in each] for sm, each in held.items()}
+    found = {sm: [choose_weights(one, "auto", plugin=plugin) for one in each] for sm, each in held.items()}
     sm, choices = max(found.items(), key=lambda item: sum(choice.nbytes for choice in item[1]))
     cost = max(choice.cost for choice in choices)
     if all(choice.form == "packed" for choice in choices):
@@ -189,5 +201,4 @@ def _transformers(plan: ExportPlan, choice: Choice, sm: str) -> dict[Loaded, int
         return engine_choices(each)
     widths = [activation.bits for activation in plan.options.recipe.activations]
     held = [held_weights(p, sm_number(sm), widths, plan.sizes) for p in plan.plans]
-    plugin = "tensorrt" in choice.targets
-    return {PACKED: sum(h.plugin_bytes("packed") if plugin else h.nbytes("packed") for h in held)}
+    return {PACKED: _held(held, "packed", _with_plugin(choice))}

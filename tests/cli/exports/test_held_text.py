@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from dvdquant.cli.exports.held_text import choice_text
 from dvdquant.cli.inspect import main as inspect_main
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.hardware.capabilities import CAPABILITIES
+from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
 from dvdquant.model.held_weights import held_weights, largest_kept
 from dvdquant.model.weight_choice import choose_weights
 from dvdquant.text import amount
-from tests.support.commands import refused
+from tests.support.commands import in_process, refused
+from tests.support.device_build import made as made
+from tests.support.device_build import model as model
 from tests.support.running import PROMPT, drawn, run, short_wan_export
+from tests.support.session_exports import RANGES
 
 
 def inspect(*arguments: object) -> str:
@@ -59,3 +64,21 @@ def test_options_that_do_not_go_together() -> None:
             "--steps", 2, "-o", "clip.mp4"),
         "PyTorch on cpu keeps weights packed",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("sm", ["8.0", "8.7", "8.9", "11.0", "12.0"])
+def test_the_dry_run_of_an_export_says_what_engines_with_the_plugin_hold(
+    sm: str, made: Path, model: Path, tmp_path: Path
+) -> None:
+    """What ``dvdq-inspect --weights`` says of the plugin afterwards, and not of a PyTorch session, which holds less."""
+    words = (model, "-o", tmp_path / "out", "--recipe", "rtn", "--target", "tensorrt", "--sm", sm, *RANGES, "--dry-run")
+    said = " ".join(in_process(*words).split())
+    held = json.loads(inspect(made, "--weights", "--json"))["transformer"][sm]
+    assert held["plugin_packed"] > held["packed"]
+    packed, expanded = (amount(held[f"plugin_{form}"]) for form in ("packed", "expanded"))
+    assert f"weights {packed} packed, for all bit-widths together; {expanded} expanded" in said
+    artifact = Artifact.open(made)
+    counted = held_weights(artifact.plan(), sm_number(sm), artifact.bits("transformer"), artifact.sizes)
+    choice = choose_weights(counted, "auto", plugin=True)
+    assert (f"auto: {amount(choice.nbytes)} on SM {sm}" if choice.expanded else "auto: packed, which") in said
+    assert not list(tmp_path.iterdir())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import weakref
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,9 @@ from dvdquant.deploy.generation.check import open_checker
 from dvdquant.deploy.generation.device_fit import DeviceSize, fit
 from dvdquant.deploy.generation.generate import GenerateRequest, open_generator
 from dvdquant.deploy.generation.memory_plan import PACKED, Arrangement, Loaded, RunBytes, arrange, fitting, possible
-from dvdquant.deploy.generation.needs import run_bytes
+from dvdquant.deploy.generation.needs import parts_of_run, run_bytes
 from dvdquant.errors import ResourceError, ShapeError, UnsupportedError
+from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.system.memory import parse_amount
 from dvdquant.text import amount
 from tests.support.commands import refused
@@ -112,13 +115,14 @@ def test_sizes_that_are_none(text: str) -> None:
 
 
 def test_devices_that_are_sold() -> None:
-    """Orin's 8 GB are shared with the system; a card's are not, and it can offload."""
+    """Orin's 16 GB are shared with the system; a card's are not, and it can offload."""
     orin, card = DeviceSize("Orin", 16, ("8.7",), unified=True), DeviceSize("RTX", 16, ("8.9",))
     small = DeviceSize("RTX", 8, ("8.9",))
     found = fit(RUN, [orin, card, small])
     assert [each.fits for each in found] == [True, True, False]
     assert found[0].words(BOTH) == "fits: VAE in tiles, text encoder before the transformer (12.5 GiB)"
-    assert found[0].plan.peak <= orin.usable == 14 * GIB
+    # Of 16 GB its system sees 15656 MiB, and keeps two GiB.
+    assert found[0].plan.peak <= orin.usable == (15656 << 20) - 2 * GIB
     assert card.usable == 15 * GIB
     assert found[2].words(BOTH).startswith("no: 7.5 GiB at least")
 
@@ -134,7 +138,6 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(monkeypatch: pyte
     """The same frames, bit by bit; and never both in memory."""
     from dvdquant.deploy.generation import in_pipeline
     from dvdquant.deploy.generation import session_options as module
-    from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
 
     out, pipeline = wan_pipeline()
     artifact = Artifact.open(out)
@@ -143,10 +146,10 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(monkeypatch: pyte
         expected = [generator.generate(request).frames for request in _requests()]
     encoders: list[weakref.ref[Any]] = []
     opened = []
-    whole, session = PipelineGenerator._open, module.open_session
+    whole, session = diffusers.WanPipeline.from_pretrained, module.open_session
 
-    def open_pipeline(self: Any, *args: Any) -> Any:
-        pipe = whole(self, *args)
+    def open_pipeline(*args: Any, **more: Any) -> Any:
+        pipe = whole(*args, **more)
         if pipe.text_encoder is not None:
             encoders.append(weakref.ref(pipe.text_encoder))
         return pipe
@@ -158,7 +161,7 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(monkeypatch: pyte
         opened.append(session(*args, **more))
         return opened[-1]
 
-    monkeypatch.setattr(PipelineGenerator, "_open", open_pipeline)
+    monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", open_pipeline)
     monkeypatch.setattr(module, "open_session", open_session)
     with open_generator(artifact, alternate=True, **options) as generator:
         generator.encode_ahead([generator.check(request) for request in _requests()])
@@ -170,7 +173,7 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(monkeypatch: pyte
         assert (len(encoders), len(opened)) == (2, 2)
         assert opened[0].closed
         # Of the texts before, those stay that are asked for again.
-        monkeypatch.setattr(in_pipeline, "_MOST_ENCODED", 1)
+        monkeypatch.setattr(in_pipeline, "MOST_ENCODED", 1)
         asked = [generator.check(GenerateRequest(text, steps=2, mode="a8")) for text in ("a blue dog", "a green bird")]
         generator.encode_ahead(asked)
         assert [key[0] for key in generator._encoded] == ["a blue dog", "a green bird"]  # type: ignore[attr-defined]
@@ -281,6 +284,49 @@ def test_a_device_that_is_too_small_is_refused_with_what_fits(monkeypatch: pytes
     monkeypatch.setattr(run_memory, "place_of", place(busy, peaks[False]))
     drawn(*arguments, "--dry-run")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("policy", ["packed", "expanded", "auto"])
+@pytest.mark.parametrize("plugin", [False, True])
+def test_the_parts_of_a_run_are_those_of_its_plan(
+    policy: WeightPolicy, plugin: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The form that was chosen, by its name, and its bytes: for sessions on our kernels and for engines with the plugin."""
+    out, pipeline = wan_pipeline()
+    artifact = Artifact.open(out)
+    if plugin:
+        engine: Any = {"path": "engines/sm90/transformer_a8.engine", "act_bits": 8, "precision": "plugin"}
+        engine |= {"backend": "tensorrt", "kept_inputs": 500}
+        files: Any = {**artifact.manifest.files, engine["path"]: {"sha256": "0" * 64, "bytes": 10_000}}
+        manifest = dataclasses.replace(artifact.manifest, engines=[engine], files=files)
+        artifact = Artifact(artifact.root, manifest, artifact.configs)
+    checker = open_checker(artifact, pipeline=pipeline)
+    requests, backend = [checker.check(_requests()[0])], "tensorrt" if plugin else "pytorch"
+    planned = run_bytes(checker, requests, backend, 0, narrow=False, sm="9.0", weights=policy)
+    parts = parts_of_run(checker, requests, backend, offload=False, sm="9.0", weights=policy)
+    (part,) = (part for part in parts if part.name.startswith("transformer"))
+    first = next(iter(planned.transformer))
+    assert part.name == f"transformer ({'engines, ' if plugin else ''}{first})"
+    assert part.loaded == planned.transformer[first]
+    # So few tokens, that whatever is packed costs too much; and a form that differs says so.
+    assert str(first) == ("packed weights" if policy == "packed" else "expanded weights")
+
+
+def test_the_command_names_the_form_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dvdquant.cli.clips import run_memory
+    from dvdquant.ops import cuda_linear
+
+    out, pipeline = wan_pipeline()
+    monkeypatch.setattr(
+        run_memory, "place_of", lambda device: run_memory.Place("GPU", 64 * GIB, 64 * GIB, False, 0, "9.0")
+    )
+    monkeypatch.setattr(cuda_linear, "usable_kernels", lambda device: object())
+    words = (*_words(out, pipeline), "--backend", "pytorch", "--dry-run")
+    for policy in ("packed", "expanded"):
+        said = drawn(*words, "--weights", policy)
+        assert f"transformer ({policy} weights)" in said
+        (row,) = (line for line in said.splitlines() if line.startswith("steps are taken"))
+        assert f"{policy} weights" in row
 
 
 def test_a_gpu_that_our_kernels_do_not_run_on_is_no_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:

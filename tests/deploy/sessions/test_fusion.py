@@ -70,11 +70,11 @@ def as_near(fused: Tensor, apart: Tensor, exact: Tensor) -> bool:
     ("name", "weights"),
     [
         ("wan", "expanded"),
-        pytest.param("ltx-video", "expanded", marks=pytest.mark.stress),
-        pytest.param("wan", "packed", marks=pytest.mark.stress),
+        pytest.param("ltx-video", "expanded", marks=pytest.mark.slow),
+        pytest.param("wan", "packed", marks=pytest.mark.slow),
         pytest.param("ltx-video", "packed", marks=pytest.mark.stress),
-        pytest.param("hunyuan-video", "expanded", marks=pytest.mark.stress),
-        pytest.param("cogvideox", "expanded", marks=pytest.mark.stress),
+        pytest.param("hunyuan-video", "expanded", marks=pytest.mark.slow),
+        pytest.param("cogvideox", "expanded", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures("double")
@@ -94,7 +94,7 @@ def test_a_fused_session_computes_the_same(name: str, weights: Any, counts: list
         assert as_near(one, other, made.reference(artifact, "transformer", bits, inputs)[1]), bits
 
 
-@pytest.mark.parametrize("name", ["wan", pytest.param("ltx-video", marks=pytest.mark.stress)])
+@pytest.mark.parametrize("name", ["wan", pytest.param("ltx-video", marks=pytest.mark.slow)])
 def test_both_branches_of_guidance_in_one_batch(name: str, double: CudaKernels, counts: list[int]) -> None:
     """Every sample has its own modulation; a graph for one size."""
     artifact = Artifact.open(made.weights_export(name))
@@ -325,9 +325,9 @@ def test_where_it_does_not_apply() -> None:
     ("name", "attentions", "kinds_of"),
     [
         ("wan", 1, ("fp8", "int8")),
-        pytest.param("ltx-video", 1, ("fp8",), marks=pytest.mark.stress),
-        pytest.param("hunyuan-video", 2, ("fp8",), marks=pytest.mark.stress),  # a double and a single block
-        pytest.param("cogvideox", 1, ("fp8",), marks=pytest.mark.stress),
+        pytest.param("ltx-video", 1, ("fp8",), marks=pytest.mark.slow),
+        pytest.param("hunyuan-video", 2, ("fp8",), marks=pytest.mark.slow),  # a double and a single block
+        pytest.param("cogvideox", 1, ("fp8",), marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures("double")

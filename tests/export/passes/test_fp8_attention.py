@@ -124,7 +124,7 @@ def test_nvfp4_layers_leave_the_attention_in_fp8(small: Export) -> None:
     assert sum(node.op_type == "TRT_FP4DynamicQuantize" for node in model.graph) == layers
 
 
-@pytest.mark.stress  # the graph is judged above
+@pytest.mark.slow  # the graph is judged above
 def test_nvfp4_layers_and_fp8_attention_are_built_into_one_engine(small: Export, tmp_path: Path) -> None:
     model, _ = quantized(small)
     report = build(small, model, ("12.0",), tmp_path, lower_nvfp4)
@@ -241,8 +241,11 @@ def test_a_wrong_scale_is_out_of_bounds(small: Export) -> None:
     assert [check.name for check in verdicts if not check.passed] == ["blocks.1.attn1"]
 
 
-@pytest.mark.stress  # Wan's engine and its judgement stand in tests of their own
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[pytest.mark.stress] if name == "wan" else []) for name in FUSED],  # Wan's stands above
+)
 def test_every_family_in_fp8(family: str, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", CONFIGS[family])
     export = export_graphs(model, tmp_path / "out", get_recipe("w4a8"), SIZES, torch.bfloat16, ("tensorrt",))

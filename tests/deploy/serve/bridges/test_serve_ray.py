@@ -78,24 +78,41 @@ def test_arguments_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         RayArguments(models="out", nonsense=1)  # type: ignore[call-arg]
 
 
+def _of_worker(given: dict[str, str]) -> dict[str, Any]:
+    """How a worker runs engines where ``serve run`` has these arguments."""
+    from dvdquant.deploy.serve.ray_app import RayArguments
+
+    server = RayArguments.model_validate({"models": "out", "open": "true", **given}).server()
+    return fields_of(EngineSettings, server.worker("ray", "cuda:0"))
+
+
 def test_how_engines_run_reaches_the_workers() -> None:
     pytest.importorskip("ray.serve", reason="needs Ray: pip install 'dvdquant[serve-ray]'")
     from dvdquant.deploy.serve.ray_app import RayArguments
 
-    # Each as ``serve run`` gives it, in text; none at its default.
-    given = {"backend": "pytorch", "compile": "true", "fuse": "false", "cuda_graphs": "true", "weights": "packed"}
-    given["plugins"] = "/lib/one.so,/lib/two.so"
-    assert set(given) == {each.name for each in dataclasses.fields(EngineSettings)}
-    worker = RayArguments.model_validate({"models": "out", "open": "true", **given}).server().worker("ray", "cuda:0")
-    wanted = {"backend": "pytorch", "compile": True, "fuse": False, "cuda_graphs": True, "weights": "packed"}
-    wanted["plugins"] = ("/lib/one.so", "/lib/two.so")
-    assert fields_of(EngineSettings, worker) == wanted
+    # Each as ``serve run`` gives it, in text; none at its default. Plugins exclude PyTorch, so there are two.
+    in_pytorch = {"backend": "pytorch", "compile": "true", "fuse": "false", "cuda_graphs": "true", "weights": "packed"}
+    in_pytorch |= {"attention": "fp8", "attention_backend": "cudnn"}
+    in_engines = {"backend": "tensorrt", "plugins": "/lib/one.so,/lib/two.so"}
+    assert {*in_pytorch, *in_engines} == {each.name for each in dataclasses.fields(EngineSettings)}
+    assert _of_worker(in_pytorch) == {
+        "backend": "pytorch", "compile": True, "fuse": False, "cuda_graphs": True, "weights": "packed", "plugins": (),
+        "attention": "fp8", "attention_backend": "cudnn",
+    }  # fmt: skip
+    engines = _of_worker(in_engines)
+    assert (engines["backend"], engines["plugins"]) == ("tensorrt", ("/lib/one.so", "/lib/two.so"))
     usual = RayArguments(models="out", open=True).server().worker("ray", "cuda:0")
     assert fields_of(EngineSettings, usual) == fields_of(EngineSettings, EngineSettings())
     with pytest.raises(UnsupportedError, match="--compile runs in PyTorch, so --backend rtx does not apply"):
         RayArguments(models="out", open=True, compile=True, backend="rtx").server()
     with pytest.raises(UnsupportedError, match="--plugin is for TensorRT engines, so --backend rtx does not apply"):
         RayArguments(models="out", open=True, plugins=("one.so",), backend="rtx").server()
+    with pytest.raises(UnsupportedError, match="--attention-backend runs in PyTorch, so --backend rtx does not apply"):
+        RayArguments(models="out", open=True, attention_backend="cudnn", backend="rtx").server()
+    with pytest.raises(UnsupportedError, match="unknown attention library 'flash'"):
+        RayArguments(models="out", open=True, attention_backend="flash").server()
+    with pytest.raises(ValueError, match="int4"):
+        RayArguments.model_validate({"models": "out", "attention": "int4"})
 
 
 @pytest.fixture(scope="module")
