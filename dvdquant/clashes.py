@@ -46,11 +46,10 @@ def session_clashes(options: Mapping[str, Any]) -> list[Clash]:
     """Return the options of sessions that a backend excludes.
 
     Args:
-        options: ``--backend``, ``--compile``, ``--cuda-graphs``, ``--fuse`` and ``plugins`` of ``--plugin``, by their names,
-            and ``--attention`` and ``--attention-backend`` where there are such.
+        options: ``--backend``, ``--compile``, ``--cuda-graphs``, ``--fuse``, ``--attention``, ``--attention-backend`` and
+            ``plugins`` of ``--plugin``, by their names.
     """
-    backend, attention = options["backend"], options.get("attention")
-    library = options.get("attention_backend")
+    backend, attention, library = options["backend"], options["attention"], options["attention_backend"]
     elsewhere = backend not in ("auto", "pytorch")
     return [
         Clash(options["compile"] and elsewhere, f"--compile runs in PyTorch, so --backend {backend} does not apply"),

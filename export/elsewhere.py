@@ -8,17 +8,18 @@ from dvdquant.artifact.entries import BuildEntry
 from dvdquant.artifact.layout import PLUGIN_PLACE, graph_path
 from dvdquant.export.engines.precision import EnginePlan
 from dvdquant.export.engines.report import Shapes
-from dvdquant.export.engines.stage import is_compatible
+from dvdquant.export.engines.stage import is_compatible, lowered_path
 from dvdquant.export.estimate import builder_bytes, held_bytes
 from dvdquant.export.graph.trace import profile_shapes
 from dvdquant.export.options import ExportOptions
+from dvdquant.export.plan import ExportPlan
 from dvdquant.model.families import Sizes
 from dvdquant.model.kept_inputs import kept_inputs_bytes
 from dvdquant.model.plan import ModelPlan
 from dvdquant.model.working_memory import step_bytes_at
 from dvdquant.text import shell_line
 
-__all__ = ["COMPATIBLE", "SCRIPT", "build_entry", "build_script", "same_build", "trtexec_line"]
+__all__ = ["COMPATIBLE", "SCRIPT", "build_entry", "build_script", "planned_lines", "same_build", "trtexec_line"]
 
 SCRIPT = "trtexec.sh"
 """The script of an export that builds its TensorRT engines without Python."""
@@ -89,6 +90,23 @@ def same_build(one: BuildEntry, other: BuildEntry) -> bool:
     return alike and all(one.get(name) == other.get(name) for name in names)
 
 
+def planned_lines(plan: ExportPlan, fused: Mapping[str, int] | None) -> dict[str, str]:
+    """Return the lines of trtexec that an export will have: path of the engine -> line.
+
+    Args:
+        plan: The plan of the export.
+        fused: The number of fused layers of each transformer, or None where none is asked for.
+    """
+    lines = {}
+    for component, model_plan in zip(plan.components, plan.plans):
+        shapes = profile_shapes(model_plan.family, plan.sizes)
+        for engine in plan.later:
+            if engine.backend == "tensorrt":
+                graph = lowered_path(component, engine, bool(fused and fused[component]))
+                lines[engine.path(component)] = trtexec_line(graph, engine.path(component), shapes, plan.options)
+    return lines
+
+
 def trtexec_line(graph: str, engine: str, shapes: Shapes | None, options: ExportOptions) -> str:
     """Return the command that builds an engine on the device without Python, to be run in the folder of the export.
 
@@ -119,28 +137,56 @@ def _shape(name: str, shape: Sequence[int]) -> str:
 
 
 def build_script(builds: Sequence[BuildEntry]) -> str | None:
-    """Return a shell script that builds the TensorRT engines by trtexec, or None if there is none to build.
+    """Return a shell script that builds the TensorRT engines of a device's SM by trtexec, or None if there is none to build.
+
+    The SM is the script's argument, or what the driver's nvidia-smi says. Where it says none, as on a Jetson Orin, and the
+    engines are for several, the script refuses: trtexec builds for the GPU it runs on, whatever the engines were planned for.
 
     Args:
         builds: The entries of the manifest.
     """
-    lines = [entry["command"] for entry in builds if entry["command"]]
+    lines = {sm: [e for e in builds if e["command"] and sm in e["sm"]] for sm in _sms(builds)}
     if not lines:
         return None
-    folders = sorted({entry["engine"].rpartition("/")[0] for entry in builds if entry["command"]})
+    names = ", ".join(lines)
+    alone = next(iter(lines)) if len(lines) == 1 else ""
+    cases = []
+    for sm, entries in lines.items():
+        folders = sorted({entry["engine"].rpartition("/")[0] for entry in entries})
+        cases += [f"{sm})", shell_line(["mkdir", "-p", *folders]), *(entry["command"] for entry in entries), ";;"]
     return "\n".join(
         [
             "#!/bin/sh",
             "# Builds the TensorRT engines of this export without Python, on the GPU they are for. dvdq-build does the same,",
             "# checks what it builds, and enters it into the manifest, without which dvdq-run takes no engine.",
+            f"# sh {SCRIPT} [SM]: the compute capability of this GPU, such as {next(iter(lines))}; else that of nvidia-smi.",
             "set -eu",
             'cd "$(dirname "$0")"',
             f"if [ ! -f {PLUGIN_PLACE} ]; then",
             f'  echo "{SCRIPT}: $PWD/{PLUGIN_PLACE} is missing: make plugin builds it for this machine" >&2',
             "  exit 2",
             "fi",
-            shell_line(["mkdir", "-p", *folders]),
-            *lines,
+            "sm=${1:-}",
+            'if [ -z "$sm" ]; then',
+            "  found=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u)",
+            '  case "$found" in [0-9].[0-9] | [0-9][0-9].[0-9]) sm=$found ;; esac',
+            "fi",
+            'case "${sm:-' + alone + '}" in',
+            *cases,
+            '"")',
+            f'  echo "{SCRIPT}: has engines for SM {names}, and nvidia-smi does not say which this GPU has: sh {SCRIPT} SM" >&2',
+            "  exit 2",
+            "  ;;",
+            "*)",
+            f'  echo "{SCRIPT}: has engines for SM {names}, not for SM $sm" >&2',
+            "  exit 2",
+            "  ;;",
+            "esac",
             "",
         ]
     )
+
+
+def _sms(builds: Sequence[BuildEntry]) -> list[str]:
+    """Return the compute capabilities that TensorRT engines are built for by trtexec."""
+    return sorted({sm for entry in builds if entry["command"] for sm in entry["sm"]}, key=float)

@@ -128,20 +128,22 @@ class ExportPatcher(comfy.model_patcher.ModelPatcher):
         )
 
 
-def load_model(root: Path, component: str = "", backend: str = "auto") -> ExportPatcher:
+def load_model(root: Path, component: str = "", backend: str = "auto", **options: Any) -> ExportPatcher:
     """Return a MODEL for an export. Nothing is loaded before ComfyUI asks for it.
 
     Args:
         root: The export folder.
         component: ``transformer``, ``transformer_2``, or "" for the first of the export.
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
+        **options: More fields of :class:`.SessionOptions`, such as ``compile``.
 
     Raises:
         OutputError: The folder is no export, or has no such component.
-        UnsupportedError: It is no export of a Wan model, or ComfyUI computes on another device than CPU or CUDA.
+        UnsupportedError: It is no export of a Wan model, ComfyUI computes on another device than CPU or CUDA, or options
+            exclude each other.
     """
     device = comfy.model_management.get_torch_device()
-    transformer = WrappedTransformer(root, component, backend, device)
+    transformer = WrappedTransformer(root, component, backend, device, **options)
     patcher = ExportPatcher(
         _base_model(transformer),
         load_device=device,

@@ -18,6 +18,9 @@ from dvdquant.deploy.generation.video import enlarge
 from dvdquant.deploy.number_checks import is_number
 from dvdquant.deploy.switching.defaults import CACHE_POLICIES, DEFAULT_DELTA, LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.hardware.weights import WEIGHTS, WeightPolicy
+from dvdquant.ops.attention.libraries import LIBRARIES
+from dvdquant.recipe import ATTENTION
 from dvdquant.system.records import brief
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
@@ -25,6 +28,8 @@ __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 # Which backends a node offers; the others are by their aliases, as in the commands.
 BACKENDS = ("auto", "pytorch", "onnxruntime", "rtx", "tensorrt")
 FIRST = "first"  # the first transformer of an export
+AS_EXPORTED, FASTEST = "as exported", "fastest"
+FUSE = {"auto": None, "yes": True, "no": False}
 MODES = ("switch", "a8", "a4", "planned")
 Inputs = dict[str, dict[str, Any]]
 
@@ -61,8 +66,34 @@ class LoadExport:
                 "backend": _choice(
                     list(BACKENDS), "auto: an engine for this GPU, else PyTorch with the kernels, else ONNX Runtime."
                 ),
-            }
-        }
+            },
+            # Later inputs come last: a saved workflow lists its values in this order, and lacks those that are newer.
+            "optional": {
+                "compile": _help(
+                    "BOOLEAN", "Run in PyTorch, with the blocks compiled: the first step takes a minute more.",
+                    default=False,
+                ),
+                "fuse": _choice(
+                    list(FUSE), "Norm, modulation, residual and GELU in the kernels of layers, in PyTorch. auto: with compile."
+                ),
+                "cuda_graphs": _help(
+                    "BOOLEAN", "Repeat short steps of static sizes as CUDA graphs. It helps where launches count.",
+                    default=False,
+                ),
+                "attention": _choice(
+                    [AS_EXPORTED, *ATTENTION], "Self-attention of long sequences, in PyTorch. Engines have what they were "
+                    "built with."
+                ),
+                "attention_backend": _choice(
+                    [FASTEST, *LIBRARIES, "reference"], "What computes 8-bit attention. fastest: the first that is right and "
+                    "faster than 16 bit."
+                ),
+                "weights": _choice(
+                    list(WEIGHTS), "Quantized weights on the GPU. packed: least memory. expanded: 2 to 4 times that. auto: "
+                    "packed where it costs a step 2 % at most."
+                ),
+            },
+        }  # fmt: skip
 
     @classmethod
     def IS_CHANGED(cls, export: str, **_: Any) -> str:
@@ -74,18 +105,52 @@ class LoadExport:
         """
         return places.changed(places.find(export, places.roots()))
 
-    def load(self, export: str, transformer: str, backend: str) -> tuple[Any]:
+    def load(
+        self,
+        export: str,
+        transformer: str,
+        backend: str,
+        compile: bool = False,
+        fuse: str = "auto",
+        cuda_graphs: bool = False,
+        attention: str = AS_EXPORTED,
+        attention_backend: str = FASTEST,
+        weights: WeightPolicy = "auto",
+    ) -> tuple[Any]:
         """Return the MODEL.
 
         Args:
             export: The name of the export.
             transformer: ``first``, ``transformer`` or ``transformer_2``.
             backend: One of :data:`BACKENDS`.
+            compile: Run in PyTorch, with the transformer's blocks compiled.
+            fuse: ``auto``, ``yes`` or ``no``: whether what comes before quantized layers is in their kernels.
+            cuda_graphs: Repeat steps as CUDA graphs, where launches count.
+            attention: ``as exported``, ``16``, ``int8`` or ``fp8`` for self-attention of long sequences in PyTorch.
+            attention_backend: ``fastest``, ``reference`` or a library.
+            weights: ``auto``, ``packed`` or ``expanded``.
+
+        Raises:
+            OutputError: There is no such export.
+            UnsupportedError: A value is unknown, or two exclude each other.
         """
         from dvdquant.deploy.comfyui.model import load_model
 
         root = places.find(export, places.roots())
-        return (load_model(root, "" if transformer == FIRST else transformer, backend),)
+        if fuse not in FUSE:
+            raise UnsupportedError(f"fuse is {brief(fuse)}", available=FUSE, fix="pick one of these")
+        model = load_model(
+            root,
+            "" if transformer == FIRST else transformer,
+            backend,
+            compile=compile,
+            fuse=FUSE[fuse],
+            cuda_graphs=cuda_graphs,
+            attention=None if attention == AS_EXPORTED else attention,
+            attention_backend=None if attention_backend == FASTEST else attention_backend,
+            weights=weights,
+        )
+        return (model,)
 
 
 class BitSchedule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.comfyui.calls import refuse_foreign, wan_arguments
 from dvdquant.deploy.comfyui.places import plugin_libraries
 from dvdquant.deploy.comfyui.sampling import OPTION, SamplingRun, Settings
+from dvdquant.deploy.generation.session_options import SessionOptions
 from dvdquant.deploy.pipelines.adapters import get_adapter
-from dvdquant.deploy.sessions import EngineSession, open_session
+from dvdquant.deploy.sessions import EngineSession
 from dvdquant.errors import UnsupportedError
 
 __all__ = ["ExportedTransformer"]
@@ -49,16 +51,19 @@ class ExportedTransformer(nn.Module):
         component: ``transformer``, ``transformer_2``, or "" for the first of the export.
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
         device: The device that ComfyUI computes on.
+        options: More fields of :class:`.SessionOptions`, such as ``compile``.
 
     Raises:
         OutputError: The folder is no export, or has no such component.
-        UnsupportedError: ComfyUI's nodes do not know the model's family or the device.
+        UnsupportedError: ComfyUI's nodes do not know the model's family or the device, or options exclude each other.
     """
 
-    def __init__(self, root: Path, component: str, backend: str, device: torch.device) -> None:
+    def __init__(self, root: Path, component: str, backend: str, device: torch.device, **options: Any) -> None:
         super().__init__()
         if device.type not in ("cpu", "cuda"):
             raise UnsupportedError(f"ComfyUI computes on {device}", available="cpu, cuda", fix="use an NVIDIA GPU")
+        self._options = SessionOptions(backend=backend, device=str(device), **options)
+        self._options.check()
         self.artifact = Artifact.open(root)
         self.component = component or self.artifact.components[0]
         self.family = self.artifact.family(self.component)
@@ -68,7 +73,6 @@ class ExportedTransformer(nn.Module):
                 available="Wan 2.1 and 2.2",
                 fix="use it in its diffusers pipeline: dvdquant.DvdqTransformer",
             )
-        self.backend, self.place = backend, device
         self.dtype = self.artifact.dtype  # what ComfyUI casts latents and text to
         self.patch_embedding = _Face(self.family.config["in_channels"])
         self._adapter = get_adapter(self.family, self.artifact.sizes, self.dtype)
@@ -81,13 +85,10 @@ class ExportedTransformer(nn.Module):
     def session(self) -> EngineSession:
         """Return the session, which is opened if it is not."""
         if self._session is None:
-            self._session = open_session(
-                self.artifact,
-                self.component,
-                backend=self.backend,
-                device=str(self.place),
-                plugins=plugin_libraries() if self.backend in ("auto", "tensorrt") else (),
-            )
+            how = self._options
+            if how.backend in ("auto", "tensorrt"):
+                how = dataclasses.replace(how, plugins=plugin_libraries())
+            self._session = how.open(self.artifact, self.component, ())
             log.info("dvdquant: %s runs on %s", self.artifact.root.name, self._session.backend)
         return self._session
 

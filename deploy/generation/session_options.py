@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dvdquant.checkpoint.lora.spec import LoraSpec
 from dvdquant.deploy.artifact import Artifact
-from dvdquant.deploy.sessions import EngineSession, asks_for_pytorch, open_session
+from dvdquant.deploy.sessions import EngineSession, asks_for_pytorch, check_options, open_session
 from dvdquant.deploy.sessions.guidance_pair import paired
 from dvdquant.hardware.weights import WeightPolicy
 
@@ -61,6 +61,22 @@ class SessionOptions:
     def in_pytorch(self) -> bool:
         """Return whether the other options make sessions run in PyTorch, whatever backend fits best."""
         return asks_for_pytorch(self.compile, self.fuse, self.attention_backend)
+
+    def check(self) -> None:
+        """Refuse options that do not go together or name nothing, before a session is opened.
+
+        Raises:
+            UnsupportedError: See :func:`.sessions.check_options`.
+        """
+        check_options(
+            self.backend,
+            self.plugins,
+            self.compile,
+            self.attention,
+            self.attention_backend,
+            self.weights,
+            self.fuse,
+        )
 
     def open(self, artifact: Artifact, component: str, loras: Sequence[LoraSpec]) -> EngineSession:
         """Open the session of one transformer; where a LoRA or the wrapper fails, it is closed again.

@@ -19,7 +19,7 @@ import secrets
 import tempfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
@@ -48,6 +48,7 @@ from dvdquant.deploy.serve.store.stores import open_store
 from dvdquant.deploy.serve.workers.worker import Worker
 from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy
+from dvdquant.ops.attention.libraries import check_library
 from dvdquant.text import shown
 
 if TYPE_CHECKING:
@@ -81,10 +82,12 @@ class RayArguments(BaseModel):
         cpus: CPU cores of a worker.
         interfaces: Replicas of the HTTP interface.
         open: True to serve without an API key whoever reaches Ray's proxy.
-        backend: See :class:`.settings.EngineSettings`, and so are the next five.
+        backend: See :class:`.settings.EngineSettings`, and so are the next seven.
         compile: Compile the transformer's blocks.
         fuse: Whether what comes before quantized layers is in their kernels; without it, where ``compile`` is on.
         cuda_graphs: Repeat steps as CUDA graphs, where launches count.
+        attention: ``16``, ``int8`` or ``fp8`` in PyTorch sessions; without it, the recipe's.
+        attention_backend: The library that computes it; without it, the first that is right and faster.
         weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
         plugins: TensorRT plugin libraries with commas between them; every node reaches them by these paths.
         queue: Jobs that may wait.
@@ -115,6 +118,8 @@ class RayArguments(BaseModel):
     compile: bool = False
     fuse: bool | None = None
     cuda_graphs: bool = False
+    attention: Literal["16", "int8", "fp8"] | None = None
+    attention_backend: str | None = None
     weights: WeightPolicy = "auto"
     plugins: tuple[str, ...] = ()
     queue: int = Field(64, ge=1)
@@ -134,10 +139,12 @@ class RayArguments(BaseModel):
         """Return the settings of the interface.
 
         Raises:
-            UnsupportedError: There is no API key, and nobody said that everybody may come; or two arguments exclude each
-                other.
+            UnsupportedError: There is no API key, and nobody said that everybody may come; two arguments exclude each
+                other; or no library of attention has the name.
         """
         refuse_clashes(session_clashes(fields_of(EngineSettings, self)))
+        if self.attention_backend is not None:
+            check_library(self.attention_backend)
         key = os.environ.get(KEY_VARIABLE, "").strip()
         if not key and not self.open:
             raise UnsupportedError(

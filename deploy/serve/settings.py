@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dvdquant.hardware.weights import WeightPolicy
 
@@ -46,6 +46,8 @@ class EngineSettings:
         compile: Compile the transformer's blocks.
         fuse: Whether what comes before quantized layers is in their kernels; None where ``compile`` is on.
         cuda_graphs: Repeat steps as CUDA graphs, where launches count.
+        attention: ``16``, ``int8`` or ``fp8`` in PyTorch sessions; None is the recipe's.
+        attention_backend: The library that computes it; None takes the first that is right and faster.
         weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights.
         plugins: The absolute paths of TensorRT plugin libraries that engines need. They are text, which JSON holds.
     """
@@ -54,6 +56,8 @@ class EngineSettings:
     compile: bool = False
     fuse: bool | None = None
     cuda_graphs: bool = False
+    attention: Literal["16", "int8", "fp8"] | None = None
+    attention_backend: str | None = None
     weights: WeightPolicy = "auto"
     plugins: tuple[str, ...] = ()
 

@@ -13,6 +13,7 @@ from dvdquant.deploy.sessions.options_text import built_text
 from dvdquant.deploy.sessions.other_process import PROCESS, ProcessSession
 from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy, check_policy
+from dvdquant.ops.attention.libraries import check_library
 from dvdquant.ops.cuda.errors import BUILD
 from dvdquant.ops.cuda_linear import kernels_for
 from dvdquant.recipe import ATTENTION
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from dvdquant.deploy.sessions.engines import TensorRTSession
 
-__all__ = ["BACKENDS", "EngineSession", "best_backend", "full_name", "open_session"]
+__all__ = ["BACKENDS", "EngineSession", "best_backend", "check_options", "full_name", "open_session"]
 
 BACKENDS = ("auto", "tensorrt_rtx", "tensorrt", "onnxruntime", "pytorch")
 _ALIASES = {"rtx": "tensorrt_rtx", "ort": "onnxruntime", "torch": "pytorch"}
@@ -76,29 +77,14 @@ def open_session(
     Raises:
         UnsupportedError: The backend, the device, the attention or the policy is unknown; a policy is given with a backend
             that has none, or ``compile``, ``fuse`` or ``attention_backend`` with one that is not PyTorch, or ``plugins``
-            with one that is not TensorRT; a plugin library is not there.
+            with one that is not TensorRT; a plugin library is not there, or no library of attention has the name.
         OutputError: A file differs from the manifest.
         EngineError: No engine fits, or the backend refuses the export.
     """
-    # 1. The backend, and whether it has the policy for weights.
-    name = full_name(backend)
-    if name not in BACKENDS:
-        raise UnsupportedError(f"unknown backend {backend!r:.100}", available=BACKENDS, fix="pick one of these")
-    check_policy(weights)
+    # 1. What the options alone tell.
     libraries = plugin_paths(plugins)
-    if libraries and name not in ("auto", "tensorrt"):
-        raise UnsupportedError(
-            f"plugins are for TensorRT engines, and backend is {backend}",
-            available=["auto", "tensorrt"],
-            fix="leave one out",
-        )
-    if weights != "auto" and name == "tensorrt_rtx":
-        raise UnsupportedError(
-            f"TensorRT-RTX engines hold their weights as they were built, not {weights}",
-            available="the backends pytorch, tensorrt and onnxruntime",
-            fix="leave the policy out, or choose one of these backends",
-        )
-    # 2. A session in another process checks the rest there.
+    name = check_options(backend, libraries, compile, attention, attention_backend, weights, fuse)
+    # 2. A session in another process resolves the rest there.
     if device.startswith(PROCESS):
         return ProcessSession(
             artifact,
@@ -114,13 +100,9 @@ def open_session(
             fuse=fuse,
             cuda_graphs=cuda_graphs,
         )
-    # 3. The device, the bits, and options that PyTorch alone has.
+    # 3. The device and the bits.
     place = resolve_device(device)
     chosen_bits(artifact, component, bits)
-    if attention is not None and attention not in ATTENTION:
-        raise UnsupportedError(f"unknown attention {attention!r:.100}", available=ATTENTION, fix="pick one of these")
-    if name not in ("auto", "pytorch"):
-        _refuse_options_of_pytorch(name, compile, fuse, attention_backend)
     # 4. Open it.
     if name == "pytorch" or asks_for_pytorch(compile, fuse, attention_backend):
         from dvdquant.deploy.sessions.pytorch import PyTorchSession
@@ -138,6 +120,57 @@ def open_session(
         log.warning("%s: ONNX Runtime repeats no steps as CUDA graphs", component)
     _say_attention(session, attention)
     return session
+
+
+def check_options(
+    backend: str,
+    plugins: Sequence[Path] = (),
+    compile: bool = False,
+    attention: str | None = None,
+    attention_backend: str | None = None,
+    weights: WeightPolicy = "auto",
+    fuse: bool | None = None,
+) -> str:
+    """Refuse options of a session that do not go together or name nothing, before an export is opened.
+
+    Args:
+        backend: As of :func:`open_session`, and so are the others.
+        plugins: The paths of the libraries.
+        compile: See above.
+        attention: See above.
+        attention_backend: See above.
+        weights: See above.
+        fuse: See above.
+
+    Returns:
+        The full name of the backend.
+
+    Raises:
+        UnsupportedError: See :func:`open_session`.
+    """
+    name = full_name(backend)
+    if name not in BACKENDS:
+        raise UnsupportedError(f"unknown backend {backend!r:.100}", available=BACKENDS, fix="pick one of these")
+    check_policy(weights)
+    if plugins and name not in ("auto", "tensorrt"):
+        raise UnsupportedError(
+            f"plugins are for TensorRT engines, and backend is {backend}",
+            available=["auto", "tensorrt"],
+            fix="leave one out",
+        )
+    if weights != "auto" and name == "tensorrt_rtx":
+        raise UnsupportedError(
+            f"TensorRT-RTX engines hold their weights as they were built, not {weights}",
+            available="the backends pytorch, tensorrt and onnxruntime",
+            fix="leave the policy out, or choose one of these backends",
+        )
+    if attention is not None and attention not in ATTENTION:
+        raise UnsupportedError(f"unknown attention {attention!r:.100}", available=ATTENTION, fix="pick one of these")
+    if name not in ("auto", "pytorch"):
+        _refuse_options_of_pytorch(name, compile, fuse, attention_backend)
+    if attention_backend is not None:
+        check_library(attention_backend)
+    return name
 
 
 def _say_attention(session: EngineSession, asked: str | None) -> None:

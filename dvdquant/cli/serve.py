@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from dvdquant import __version__
+from dvdquant.cli.clips.clip_options import takes_attention
 from dvdquant.cli.common import CUDA_GRAPHS, FUSE, ExamplesCommand, runs_on, takes_plugins
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.cli.serve_options import (
@@ -183,6 +184,7 @@ _MODULES = {
 @click.option("--compile", is_flag=True, help="Run in PyTorch and compile the transformer's blocks.")
 @click.option("--fuse/--no-fuse", default=None, help=FUSE)
 @click.option("--cuda-graphs", is_flag=True, help=CUDA_GRAPHS)
+@takes_attention
 @takes_plugins
 @click.option("--log-format", type=click.Choice(["json", "text"]), default="json", show_default=True)
 @click.option("-v", "--verbose", count=True, help="More log; twice for everything.")

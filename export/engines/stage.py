@@ -45,6 +45,7 @@ __all__ = [
     "find_current",
     "fuses",
     "is_compatible",
+    "lowered_path",
     "run_builder",
 ]
 
@@ -163,8 +164,7 @@ class EngineStage:
         self.fused = fuse_layers(model) if self.options.fuse else 0
         plugin_inputs(model)
         self._share_kept(model, engine)
-        fused = "_fused" if self.fused else ""
-        path = source.with_name(f"{self.component}_a{engine.act_bits}_plugin{_suffix(engine)}{fused}.onnx")
+        path = self.root / lowered_path(self.component, engine, bool(self.fused))
         ir.save(model, path)
         return path
 
@@ -188,7 +188,7 @@ class EngineStage:
         else:
             lower_qdq_int4(model, store)
         self._share_kept(model, engine)
-        path = stem.with_name(f"{self.component}_a{engine.act_bits}_rtx_{engine.precision}{_suffix(engine)}.onnx")
+        path = self.root / lowered_path(self.component, engine)
         ir.save(model, path)
         return path
 
@@ -224,9 +224,19 @@ class EngineStage:
         )
 
 
-def _suffix(engine: EnginePlan) -> str:
-    """Return what tells the graph of an engine with FP8 attention from that of one without, which serves other SMs."""
-    return "_fp8" if engine.attention == "fp8" else ""
+def lowered_path(component: str, engine: EnginePlan, fused: bool = False) -> str:
+    """Return the path of the graph that the builder of an engine reads, relative to the export.
+
+    The graph of an engine with FP8 attention, or with fused layers, has another name than that of one without.
+
+    Args:
+        component: The name of the transformer's folder.
+        engine: The engine.
+        fused: Whether layers are fused with what comes before them, which engines with the plugin alone can have.
+    """
+    form = "plugin" if engine.precision == "plugin" else f"rtx_{engine.precision}"
+    form += "_fp8" if engine.attention == "fp8" else ""
+    return f"onnx/{component}_a{engine.act_bits}_{form}{'_fused' if fused else ''}.onnx"
 
 
 def run_builder(

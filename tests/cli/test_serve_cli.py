@@ -26,6 +26,7 @@ from tests.support.commands import refused
 from tests.support.session_exports import family_export
 
 KEY = "0123456789abcdef"
+LIBRARY = ("--attention-backend", "reference")
 
 
 @pytest.fixture(autouse=True)
@@ -77,18 +78,20 @@ def test_models_have_names_and_devices_have_workers(out: Path, settings: list[Se
     assert given.worker("w", "cuda:2").device == "cuda:2"
 
 
-def test_cuda_graphs_reach_the_sessions_of_workers(
+def test_how_steps_run_reaches_the_sessions_of_workers(
     out: Path, settings: list[ServerSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: list[bool] = []
+    opened: list[tuple[object, ...]] = []
+    names = ("cuda_graphs", "attention", "attention_backend")
     monkeypatch.setattr(
-        "dvdquant.deploy.generation.generate.open_generator", lambda *_, **given: opened.append(given["cuda_graphs"])
+        "dvdquant.deploy.generation.generate.open_generator",
+        lambda *_, **given: opened.append(tuple(given[name] for name in names)),
     )
-    for words in ((), ("--cuda-graphs",)):
+    for words in ((), ("--cuda-graphs",), ("--attention", "fp8"), ("--attention", "int8", *LIBRARY)):
         assert _run(out, "--data", tmp_path / "data", *words).exit_code == 0
         worker = settings[-1].worker("w", "cpu")
         open_model(worker, worker.models[0])
-    assert opened == [False, True]
+    assert opened == [(False, None, None), (True, None, None), (False, "fp8", None), (False, "int8", "reference")]
 
 
 def test_plugins_reach_the_sessions_of_workers(
@@ -124,13 +127,15 @@ def test_options_of_sessions_reach_a_worker_of_dynamo(
     plugin = tmp_path / "plugin.so"
     plugin.touch()
     words = ("--compile", "--no-fuse", "--cuda-graphs", "--weights", "packed", "--device", "cpu", "--plugin", plugin)
+    words += ("--attention", "int8", *LIBRARY)
     for given in ((), words):
         done = _run(out, "--dynamo", *given)
         assert done.exit_code == 0, done.output
     usual = {"pipeline": None, "backend": "auto", "device": "auto", "weights": "auto", "plugins": ()}
+    usual |= {"attention": None, "attention_backend": None}
     assert opened[0] == {**usual, "compile": False, "fuse": None, "cuda_graphs": False}
     changed = {"compile": True, "fuse": False, "cuda_graphs": True, "weights": "packed", "device": "cpu"}
-    changed |= {"plugins": (str(plugin),)}
+    changed |= {"plugins": (str(plugin),), "attention": "int8", "attention_backend": "reference"}
     assert opened[1] == {**usual, **changed}
 
 
@@ -145,10 +150,17 @@ def test_options_of_sessions_without_effect_are_refused_before_an_export_is_open
             ("--plugin", __file__, "--backend", "rtx"),
             "--plugin is for TensorRT engines, so --backend rtx does not apply",
         ),
+        (
+            (*LIBRARY, "--backend", "rtx"),
+            "--attention-backend runs in PyTorch, so --backend rtx does not apply",
+        ),
+        (("--attention", "fp8", "--backend", "onnxruntime"), "in 16 bit, so --attention fp8 does not apply"),
+        ((*LIBRARY, "--attention", "16", "--triton-repository", tmp_path / "t"), "--attention 16 does not apply"),
         (("--compile", "--backend", "rtx", "--dynamo"), "--compile runs in PyTorch, so --backend rtx does not apply"),
     ):
         refused(_run(gone, *words), said, "leave one of the two out")
     refused(_run(gone, "--plugin", tmp_path / "none.so"), "none.so is not there", "make plugin")
+    refused(_run(gone, "--attention-backend", "flash"), "unknown attention library 'flash'", "fa3-fwd", "reference")
     assert not list(tmp_path.iterdir())
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ from dvdquant.deploy.sessions.engines import TensorRTSession
 from dvdquant.errors import EngineError, OutputError, ResourceError, UnsupportedError
 from dvdquant.export import build_room, on_device
 from dvdquant.export import plan as plan_module
-from dvdquant.export.elsewhere import COMPATIBLE, SCRIPT
+from dvdquant.export.elsewhere import COMPATIBLE, SCRIPT, build_script
 from dvdquant.export.on_device import as_compatible, build_on_device, plan_on_device
 from dvdquant.export.options import ExportOptions
 from dvdquant.model.families import Sizes, get_family
@@ -89,6 +90,29 @@ def test_the_dry_run_needs_no_tensorrt(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_dry_run_has_the_lines_of_trtexec_and_the_largest_inputs(made: Path, model: Path, tmp_path: Path) -> None:
+    """The lines are those that the export records, and the tensors those that it stores without quantizing them."""
+    arguments = ["--recipe", "rtn", "--target", "tensorrt", "--sm", "8.7", *RANGES, "--dry-run"]
+    text = in_process(model, "-o", tmp_path / "out", *arguments)
+    builds = load_manifest(made).builds
+    assert [line.removeprefix("by hand: ") for line in text.splitlines() if line.startswith("by hand: ")] == [
+        entry["command"] for entry in builds
+    ]
+    plan = json.loads(in_process(model, "-o", tmp_path / "out", *arguments, "--log-format", "json"))
+    assert plan["trtexec"] == {entry["engine"]: entry["command"] for entry in builds}
+    stored = read_header(made / "onnx" / "transformer.safetensors").tensors
+    sizes = sorted((stored[name].nbytes for name in Artifact.open(made).plan().kept), reverse=True)
+    assert [tensor["bytes"] for tensor in plan["largest_kept"]["transformer"]] == sizes[:6]
+    largest = plan["largest_kept"]["transformer"][0]
+    assert stored[largest["name"]].shape == tuple(largest["shape"])
+    assert f"transformer, not quantized: {amount(sum(sizes))}" in text
+    assert any(line.startswith(largest["name"]) for line in text.splitlines())
+    # Engines of TensorRT-RTX hold their weights themselves, and no trtexec builds them.
+    rtx = in_process(model, "-o", tmp_path / "out", "--recipe", "rtn", "--target", "rtx", *SIZES, "--dry-run")
+    assert "trtexec" not in rtx
+    assert "not quantized:" not in rtx
+
+
 def test_engines_here_still_need_the_plugin(model: Path, tmp_path: Path) -> None:
     result = run(model, "-o", tmp_path / "out", "--target", "tensorrt", "--sm", "8.7", "--build", "here", *SIZES)
     assert result.exit_code == 2
@@ -124,24 +148,66 @@ def test_what_is_left_for_the_device(made: Path) -> None:
         assert entry["command"] in (made / SCRIPT).read_text()
 
 
+def run_script(out: Path, tools: Path, nvidia_smi: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the script of an export where trtexec writes a file only and the driver's tool prints this."""
+    tools.mkdir(exist_ok=True)
+    lines = {
+        "trtexec": 'for word; do case $word in --saveEngine=*) echo > "${word#*=}";; esac; done',
+        "nvidia-smi": f"printf '{nvidia_smi}'" if nvidia_smi else "exit 1",
+    }
+    for name, line in lines.items():
+        (tools / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tools / name).chmod(0o755)
+    environment = {**os.environ, "PATH": os.pathsep.join((str(tools), os.environ["PATH"]))}
+    command = ["sh", str(out / SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+
+
+def engines_in(out: Path) -> list[str]:
+    return sorted(path.relative_to(out).as_posix() for path in out.glob("engines/*/*"))
+
+
 def test_the_script_runs_its_lines_beside_the_plugin_and_says_where_that_is_missing(out: Path, tmp_path: Path) -> None:
-    (tmp_path / "trtexec").write_text(
-        '#!/bin/sh\nfor word; do case $word in --saveEngine=*) echo > "${word#*=}";; esac; done\n'
-    )
-    (tmp_path / "trtexec").chmod(0o755)
-
-    def script() -> subprocess.CompletedProcess[str]:
-        path = os.pathsep.join((str(tmp_path), os.environ["PATH"]))
-        return subprocess.run(
-            ["sh", str(out / SCRIPT)], capture_output=True, text=True, env={**os.environ, "PATH": path}, timeout=60
-        )
-
-    refused(script(), f"{out}/{PLUGIN_PLACE} is missing: make plugin builds it")
+    refused(run_script(out, tmp_path / "tools", ""), f"{out}/{PLUGIN_PLACE} is missing: make plugin builds it")
     assert not (out / "engines").exists()
     plugin_library(out / PLUGIN_PLACE)
-    assert script().returncode == 0
-    assert (out / A4).is_file()
-    assert (out / A8).is_file()
+    done = run_script(out, tmp_path / "tools", "[N/A]\\n")  # as on a Jetson Orin
+    assert done.returncode == 0, done.stderr
+    assert engines_in(out) == [A4, A8]
+
+
+def test_the_script_builds_engines_of_the_device_alone(out: Path, tmp_path: Path) -> None:
+    """The SM is that of the argument, or of the driver; trtexec would build anything for the GPU it finds."""
+    manifest, tools = load_manifest(out), tmp_path / "tools"
+    thor = [
+        {name: value.replace("sm87", "sm110") if isinstance(value, str) else value for name, value in entry.items()}
+        | {"sm": ["11.0"]}
+        for entry in manifest.builds
+    ]
+    of_thor = [entry["engine"] for entry in thor]
+    (out / SCRIPT).write_text(build_script([*manifest.builds, *thor]) or "")  # type: ignore[list-item]
+    plugin_library(out / PLUGIN_PLACE)
+    for said, arguments, text in (
+        ("", (), "has engines for SM 8.7, 11.0, and nvidia-smi does not say which this GPU has: sh trtexec.sh SM"),
+        ("8.7\\n11.0\\n", (), "nvidia-smi does not say which"),
+        ("[N/A]\\n", (), "nvidia-smi does not say which"),
+        ("8.9\\n", (), "has engines for SM 8.7, 11.0, not for SM 8.9"),
+        ("8.7\\n", ("8.9",), "not for SM 8.9"),
+    ):
+        refused(run_script(out, tools, said, *arguments), text)
+        assert engines_in(out) == []
+    for said, arguments, built in (
+        ("11.0\\n11.0\\n", (), of_thor),
+        ("", ("8.7",), [A4, A8]),
+        ("8.7\\n", ("11.0",), of_thor),
+    ):
+        assert run_script(out, tools, said, *arguments).returncode == 0
+        assert engines_in(out) == built
+        shutil.rmtree(out / "engines")
+    # An export for one SM alone, on another GPU.
+    (out / SCRIPT).write_text(build_script(manifest.builds) or "")
+    refused(run_script(out, tools, "11.0\\n"), "has engines for SM 8.7, not for SM 11.0")
+    assert engines_in(out) == []
 
 
 # ---------------------------------------------------------------------------------------------------- what engines share
@@ -236,7 +302,7 @@ def test_the_engines_of_both_widths_share_what_is_not_quantized(
         total = there["weights"] + there["engines"]
         counted = held_weights(plan, 87, (4, 8), shared=artifact.kept_inputs("transformer", "tensorrt", (4, 8)))
         assert counted.plugin_bytes("packed") == total
-        said = needs._transformers(artifact, [request], "tensorrt", False, "8.7", "packed", {})  # type: ignore[list-item]
+        said = needs.transformer_bytes(artifact, [request], "tensorrt", False, "8.7", "packed", {})  # type: ignore[list-item]
         assert said == {Loaded("packed"): total}
     # 3. The graphs of such an export are made again for their builder, its weights are not.
     text = in_process(model, "-o", out, "--recipe", "rtn", "--target", "tensorrt", "--sm", "8.7", *RANGES)

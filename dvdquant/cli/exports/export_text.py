@@ -32,6 +32,8 @@ def plan_json(plan: ExportPlan, choice: Choice, fused: dict[str, int] | None) ->
         fused: The number of fused layers of each transformer, or None where none is asked for.
     """
     from dvdquant.cli.exports.export_answers import answers, device_answers
+    from dvdquant.cli.exports.held_text import kept_json
+    from dvdquant.export.elsewhere import planned_lines
     from dvdquant.export.source_text import source_facts
 
     return {
@@ -62,11 +64,13 @@ def plan_json(plan: ExportPlan, choice: Choice, fused: dict[str, int] | None) ->
         "sampling": plan.options.sampling,
         "held_bytes": _held(plan),
         "kept": [name for p in plan.plans for name in p.kept_linears],
+        "largest_kept": {name: kept_json(p) for name, p in zip(plan.components, plan.plans)},
         "left_out": [name for p, c in zip(plan.plans, plan.checkpoints) for name in p.left_out(c.tensors)],
         "engines": [{"sm": e.sms, "act_bits": e.act_bits, "executes": e.executes} for e in plan.engines],
         "later": [
             {"sm": e.sms, "act_bits": e.act_bits, "executes": e.executes, "backend": e.backend} for e in plan.later
         ],
+        "trtexec": planned_lines(plan, fused),
         "estimate": plan.estimate.to_json(),
     }
 
@@ -144,7 +148,10 @@ def _besides(plan: ExportPlan) -> list[str]:
 
 
 def _executed(plan: ExportPlan, fused: dict[str, int] | None) -> list[str]:
-    """Return what executes where, and what an engine holds on the device."""
+    """Return what executes where, what builds it by hand, and what an engine and its largest inputs take on the device."""
+    from dvdquant.cli.exports.held_text import kept_text
+    from dvdquant.export.elsewhere import planned_lines
+
     lines = []
     if plan.engines:
         lines += [
@@ -158,6 +165,8 @@ def _executed(plan: ExportPlan, fused: dict[str, int] | None) -> list[str]:
             paragraphs([(_target(e.backend, e.sms, e.act_bits), e.executes) for e in plan.later]),
             "",
         ]
+    if by_hand := planned_lines(plan, fused):
+        lines += [*(f"by hand: {line}" for line in by_hand.values()), ""]
     if fused is not None:
         counts = ", ".join(
             f"{name} {fused[name]} of {len(p.layers)} layers" for name, p in zip(plan.components, plan.plans)
@@ -168,6 +177,10 @@ def _executed(plan: ExportPlan, fused: dict[str, int] | None) -> list[str]:
             "on the device, an engine of one transformer with its weights: "
             + ", ".join(f"{name} {amount(size)}" for name, size in held.items())
         )
+    if any(engine.backend == "tensorrt" for engine in (*plan.engines, *plan.later)):
+        for component, model_plan in zip(plan.components, plan.plans):
+            lines += ["", kept_text(model_plan, component)]
+        lines.append("")
     return lines
 
 

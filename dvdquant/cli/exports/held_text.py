@@ -13,9 +13,10 @@ from dvdquant.text import amount, shown
 if TYPE_CHECKING:
     from dvdquant.deploy.artifact import Artifact
     from dvdquant.model.held_weights import HeldWeights
+    from dvdquant.model.plan import ModelPlan
     from dvdquant.model.weight_choice import WeightChoice
 
-__all__ = ["choice_text", "held_json", "held_text"]
+__all__ = ["choice_text", "held_json", "held_text", "kept_json", "kept_text"]
 
 KEPT = 6
 
@@ -47,7 +48,7 @@ def held_text(artifact: Artifact) -> str:
             "auto",
         )
         parts.append(table(header, rows, right=(1, 2, 3, 4, 5, 6)))
-        parts.append(_kept(artifact, component))
+        parts.append(kept_text(artifact.plan(component)))
     widths = " and ".join(f"a{bits}" for bits in artifact.bits(artifact.components[0]))
     parts.append(
         f"device memory for the weights of {widths} together; expanding costs what two data-sheet figures of a GPU say, at the "
@@ -117,11 +118,16 @@ def _by_gpu(artifact: Artifact, component: str) -> list[tuple[Sequence[str], Hel
     return [(sms, held) for held, sms in found.items()]
 
 
-def _kept(artifact: Artifact, component: str) -> str:
-    """Return the tensors that stay in 16 or 32 bit, the largest by name."""
+def kept_text(plan: ModelPlan, of: str = "") -> str:
+    """Return a table of the tensors that stay in 16 or 32 bit, the largest by name.
+
+    Args:
+        plan: The plan of a transformer.
+        of: Its name, where the table does not stand below it.
+    """
     from dvdquant.model.held_weights import largest_kept
 
-    everything = largest_kept(artifact.plan(component), None)
+    everything = largest_kept(plan, None)
     total = sum(tensor.nbytes for tensor in everything)
     rows = [(shown(t.name), "×".join(map(str, t.shape)), amount(t.nbytes)) for t in everything[:KEPT]]
     rest = everything[KEPT:]
@@ -133,4 +139,15 @@ def _kept(artifact: Artifact, component: str) -> str:
                 amount(sum(t.nbytes for t in rest)),
             )
         )
-    return table((f"not quantized: {amount(total)}", "shape", "size"), rows, right=(2,))
+    return table((f"{of and f'{of}, '}not quantized: {amount(total)}", "shape", "size"), rows, right=(2,))
+
+
+def kept_json(plan: ModelPlan) -> list[dict[str, Any]]:
+    """Return the same tensors as plain values, without a sum of the others.
+
+    Args:
+        plan: The plan of a transformer.
+    """
+    from dvdquant.model.held_weights import largest_kept
+
+    return [{"name": t.name, "shape": list(t.shape), "bytes": t.nbytes} for t in largest_kept(plan, KEPT)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dvdquant.errors import UnsupportedError
-from dvdquant.ops.attention.libraries import LIBRARIES, REFERENCE, Library, ladder
+from dvdquant.ops.attention.libraries import LIBRARIES, REFERENCE, Library, check_library, ladder
 from dvdquant.system.devices import wait_for
 
 if TYPE_CHECKING:
@@ -181,11 +181,8 @@ def rungs_for(wanted: str, sm: int | None, backend: str | None) -> tuple[Library
     """
     if backend is None:
         return ladder(wanted, sm)
+    check_library(backend)
     known = {**LIBRARIES, "reference": REFERENCE[wanted]}
-    if backend not in known:
-        raise UnsupportedError(
-            f"unknown attention library {backend!r:.100}", available=known, fix="pick one, or leave it out"
-        )
     reason = known[backend].refused(sm)
     if reason is not None:
         raise UnsupportedError(

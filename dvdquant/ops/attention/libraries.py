@@ -13,13 +13,15 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from dvdquant.errors import UnsupportedError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     # q, k, v [B, S, H, d], the scale of scores, the largest values of q and k (or None) -> [B, S, H, d].
     Kernel = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 
-__all__ = ["LADDERS", "LIBRARIES", "REFERENCE", "Library", "ladder", "ladders_text"]
+__all__ = ["LADDERS", "LIBRARIES", "REFERENCE", "Library", "check_library", "ladder", "ladders_text"]
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ def _reference(name: str) -> Callable[[], Kernel]:
     def load() -> Kernel:
         from torch import float8_e4m3fn
 
-        from dvdquant.ops.attention.definition import E4M3_MAX, FORMATS, quantized_attention
+        from dvdquant.numerics.dtypes import E4M3_MAX
+        from dvdquant.ops.attention.definition import FORMATS, quantized_attention
 
         def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> Tensor:
             form, dtype = FORMATS[name], v.dtype
@@ -193,6 +196,22 @@ LADDERS: dict[int, dict[str, tuple[Library, ...]]] = {
     103: {"int8": (_CUDNN,), "fp8": (_CUDNN,)},
     120: {"int8": (_COMFY, _SAGE2), "fp8": (_COMFY, _SAGE2)},
 }
+
+
+def check_library(name: str) -> None:
+    """Refuse a name that no library of attention has. Nothing is imported for it.
+
+    Args:
+        name: What was asked for.
+
+    Raises:
+        UnsupportedError: There is no such library.
+    """
+    known = (*LIBRARIES, "reference")
+    if name not in known:
+        raise UnsupportedError(
+            f"unknown attention library {name!r:.100}", available=known, fix="pick one, or leave it out"
+        )
 
 
 def ladder(wanted: str, sm: int | None) -> tuple[Library, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from dvdquant.artifact.manifest import load_manifest
 from dvdquant.checkpoint.prompt_table import PromptTable
@@ -25,15 +26,17 @@ from dvdquant.deploy.comfyui import nodes, places
 from dvdquant.deploy.comfyui.calls import BranchNames, fit_text, pad_to_patch, refuse_foreign, step_of, wan_arguments
 from dvdquant.deploy.comfyui.sampling import OPTION, Settings
 from dvdquant.deploy.comfyui.transformer import ExportedTransformer
+from dvdquant.deploy.sessions import compiled
 from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.schedule import Schedule
 from dvdquant.errors import DvdquantError, OutputError, ShapeError, UnsupportedError
 from dvdquant.model.families import Axis, Sizes, get_family
+from dvdquant.ops.attention import ladder
 from tests.support import tiny_models as tiny
 from tests.support.comfyui import NODES
 from tests.support.comfyui_child import to_prompt
 from tests.support.exporting import TINY_WAN
-from tests.support.session_exports import copy_of, family_export
+from tests.support.session_exports import copy_of, deep_export, family_export
 from tests.support.tiny_pipelines import WAN_TI2V
 
 SIZES = Sizes(Axis(2, 3, 4), Axis(4, 8, 12), Axis(6, 8, 10), text_tokens=12)
@@ -45,6 +48,7 @@ def export() -> Path:
     return family_export("wan", "fp16")
 
 
+OPEN = "dvdquant.deploy.generation.session_options.open_session"
 LEVELS = [1.0, 0.9, 0.6, 0.2, 0.0]
 
 
@@ -366,7 +370,7 @@ def test_plugin_libraries_come_from_the_environment_alone(
         asked.append((backend, plugins))
         return types.SimpleNamespace(backend=backend)
 
-    monkeypatch.setattr("dvdquant.deploy.comfyui.transformer.open_session", opens)
+    monkeypatch.setattr(OPEN, opens)
     libraries = (tmp_path / "one.so", tmp_path / "two.so")
     for path in libraries:
         path.touch()
@@ -380,6 +384,66 @@ def test_plugin_libraries_come_from_the_environment_alone(
     with pytest.raises(UnsupportedError, match=r"none\.so is not there"):
         _ = ExportedTransformer(export(), "", "auto", CPU).session
     assert "plugin" not in str(nodes.LoadExport.INPUT_TYPES())
+
+
+def test_what_a_step_runs_on_reaches_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[dict[str, Any]] = []
+
+    def opens(*_: Any, **given: Any) -> Any:
+        opened.append(given)
+        return types.SimpleNamespace(backend="pytorch")
+
+    monkeypatch.setattr(OPEN, opens)
+    asked = {"compile": True, "fuse": False, "cuda_graphs": True, "attention": "int8", "attention_backend": "cudnn"}
+    asked |= {"weights": "packed"}
+    for given in ({}, asked):
+        assert ExportedTransformer(export(), "", "pytorch", CPU, **given).session.backend == "pytorch"
+    usual = {"compile": False, "fuse": None, "cuda_graphs": False, "attention": None, "attention_backend": None}
+    usual |= {"weights": "auto"}
+    for found, wanted in zip(opened, (usual, asked)):
+        assert {name: found[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("backend", "given", "said"),
+    [
+        ("rtx", {"compile": True}, "tensorrt_rtx does not take compile"),
+        ("onnxruntime", {"fuse": True}, "onnxruntime does not take fuse"),
+        ("tensorrt", {"attention_backend": "cudnn"}, "tensorrt takes no library for attention"),
+        ("rtx", {"weights": "packed"}, "hold their weights as they were built"),
+        ("auto", {"weights": "thin"}, "thin"),
+        ("auto", {"attention": "int4"}, "unknown attention 'int4'"),
+        ("auto", {"attention": "int8", "attention_backend": "flash"}, "unknown attention library 'flash'"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused_by_the_node(
+    backend: str, given: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """When the node runs, before a sampler asks for a session: the export is not even there."""
+    with pytest.raises(UnsupportedError, match=said) as refused:
+        ExportedTransformer(tmp_path, "", backend, CPU, **given)
+    assert refused.value.fix
+
+
+def test_a_compiled_step_with_attention_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are compiled though ComfyUI's call of the transformer is not, and give the bits of an eager session."""
+    monkeypatch.setattr(ladder, "MIN_TOKENS", 16)
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    chosen = {"attention": "int8", "attention_backend": "reference"}
+    eager = ExportedTransformer(deep_export("wan"), "", "pytorch", CPU, **chosen)
+    sample = eager.family.sample(eager.artifact.sizes, eager.dtype)
+    x, timestep, text = (sample[name] for name in ("hidden_states", "timestep", "encoder_hidden_states"))
+    wanted = eager(x, timestep, text)
+    torch._dynamo.reset()
+    counters.clear()
+    made = ExportedTransformer(deep_export("wan"), "", "pytorch", CPU, compile=True, **chosen)
+    assert torch.equal(made(x, timestep, text), wanted)
+    assert counters["stats"]["unique_graphs"] >= 1
+    for transformer in (eager, made):
+        attention = transformer.session.attention
+        assert attention is not None
+        assert attention.to_json()["library"] == "reference"
+        transformer.unload()
 
 
 def test_what_is_no_wan_export_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,6 +477,38 @@ class Model:
         twin = Model()
         twin.model_options = copy.deepcopy(self.model_options)  # as ComfyUI does
         return twin
+
+
+def test_a_workflow_of_before_loads_an_export_as_before(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its three values are the first inputs still, and the later ones have what was usual."""
+    (host / "made").symlink_to(export(), target_is_directory=True)
+    loaded: list[tuple[tuple[object, ...], dict[str, Any]]] = []
+    model = types.ModuleType("dvdquant.deploy.comfyui.model")  # the real one needs ComfyUI
+    model.load_model = lambda *given, **more: loaded.append((given, more)) or len(loaded)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "dvdquant.deploy.comfyui.model", model)
+    declared = nodes.LoadExport.INPUT_TYPES()
+    assert list(declared["required"]) == ["export", "transformer", "backend"]
+    graph = {
+        "nodes": [{"id": 1, "type": "DvdqLoadExport", "widgets_values": ["made", "first", "pytorch"]}],
+        "links": [],
+    }
+    prompt = to_prompt(graph, nodes.NODE_CLASS_MAPPINGS)
+    assert nodes.LoadExport().load(**prompt["1"]["inputs"]) == (1,)
+    assert nodes.LoadExport().load("made", "first", "pytorch") == (2,)
+    usual: dict[str, Any] = {"compile": False, "fuse": None, "cuda_graphs": False, "attention": None}
+    usual |= {"attention_backend": None, "weights": "auto"}
+    assert loaded == [((host / "made", "", "pytorch"), usual)] * 2
+    # Each of the later ones by what the editor offers.
+    choices = {"compile": True, "fuse": "no", "cuda_graphs": True, "attention": "fp8", "attention_backend": "cudnn"}
+    choices |= {"weights": "expanded"}
+    assert list(declared["optional"]) == list(choices)
+    for name, value in choices.items():
+        kind = declared["optional"][name][0]
+        assert kind == "BOOLEAN" if value is True else value in kind
+    nodes.LoadExport().load("made", "first", "auto", **choices)  # type: ignore[arg-type]
+    assert loaded[2][1] == {**choices, "fuse": False}
+    with pytest.raises(UnsupportedError, match="fuse is 'maybe'"):
+        nodes.LoadExport().load("made", "first", "auto", fuse="maybe")
 
 
 def test_nodes_change_a_copy_and_give_it_a_trace_of_its_own(host: Path) -> None:

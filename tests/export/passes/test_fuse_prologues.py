@@ -180,8 +180,10 @@ def test_the_dry_run_counts_the_layers_that_are_fused(wan: Export, tmp_path: Pat
     text = in_process(*arguments, "--fuse")
     assert f"(--fuse): transformer 4 of {len(wan.plan.layers)} layers" in text
     assert json.loads(in_process(*arguments, "--fuse", "--log-format", "json"))["fused_layers"] == {"transformer": 4}
+    assert "--onnx=onnx/transformer_a8_plugin_fused.onnx" in text
     without = in_process(*arguments)
     assert "--fuse" not in without
+    assert "--onnx=onnx/transformer_a8_plugin.onnx" in without
     assert json.loads(in_process(*arguments, "--log-format", "json"))["fused_layers"] is None
     assert not (tmp_path / "out").exists()
 

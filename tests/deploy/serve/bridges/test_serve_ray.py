@@ -92,10 +92,12 @@ def test_how_engines_run_reaches_the_workers() -> None:
 
     # Each as ``serve run`` gives it, in text; none at its default. Plugins exclude PyTorch, so there are two.
     in_pytorch = {"backend": "pytorch", "compile": "true", "fuse": "false", "cuda_graphs": "true", "weights": "packed"}
+    in_pytorch |= {"attention": "fp8", "attention_backend": "cudnn"}
     in_engines = {"backend": "tensorrt", "plugins": "/lib/one.so,/lib/two.so"}
     assert {*in_pytorch, *in_engines} == {each.name for each in dataclasses.fields(EngineSettings)}
     assert _of_worker(in_pytorch) == {
         "backend": "pytorch", "compile": True, "fuse": False, "cuda_graphs": True, "weights": "packed", "plugins": (),
+        "attention": "fp8", "attention_backend": "cudnn",
     }  # fmt: skip
     engines = _of_worker(in_engines)
     assert (engines["backend"], engines["plugins"]) == ("tensorrt", ("/lib/one.so", "/lib/two.so"))
@@ -105,6 +107,12 @@ def test_how_engines_run_reaches_the_workers() -> None:
         RayArguments(models="out", open=True, compile=True, backend="rtx").server()
     with pytest.raises(UnsupportedError, match="--plugin is for TensorRT engines, so --backend rtx does not apply"):
         RayArguments(models="out", open=True, plugins=("one.so",), backend="rtx").server()
+    with pytest.raises(UnsupportedError, match="--attention-backend runs in PyTorch, so --backend rtx does not apply"):
+        RayArguments(models="out", open=True, attention_backend="cudnn", backend="rtx").server()
+    with pytest.raises(UnsupportedError, match="unknown attention library 'flash'"):
+        RayArguments(models="out", open=True, attention_backend="flash").server()
+    with pytest.raises(ValueError, match="int4"):
+        RayArguments.model_validate({"models": "out", "attention": "int4"})
 
 
 @pytest.fixture(scope="module")

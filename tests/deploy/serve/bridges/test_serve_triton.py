@@ -89,6 +89,10 @@ def test_options_of_sessions_are_in_the_repository_and_reach_the_session(
         "packed",
         "--device",
         "auto",
+        "--attention",
+        "int8",
+        "--attention-backend",
+        "reference",
     )
     parameters = {
         name: {"string_value": json.loads(value)}
@@ -109,7 +113,7 @@ def test_options_of_sessions_are_in_the_repository_and_reach_the_session(
         models.StepModel().initialize({**given, "model_config": json.dumps({"parameters": parameters})})
         assert config.compile_threads == 1
     asked = {"backend": "auto", "compile": True, "fuse": False, "cuda_graphs": True, "weights": "packed"}
-    asked |= {"plugins": [str(plugin)]}
+    asked |= {"plugins": [str(plugin)], "attention": "int8", "attention_backend": "reference"}
     assert opened == [{**asked, "device": "cuda:1"}]
     # A repository that an earlier release wrote.
     del parameters["sessions"]
@@ -124,10 +128,10 @@ def test_the_text_of_a_failure_is_in_the_log_and_not_in_the_answer(
     models = _models(monkeypatch)
     with caplog.at_level("WARNING"):
         refused = ShapeError("no such size in /srv/out/x", available="24x24", fix="ask for it")
-        assert models._error(refused) == ("no such size in x; available: 24x24; fix: ask for it", "INVALID_ARG")
-        assert models._error(Cancelled("it was cancelled"))[1] == "CANCELLED"
+        assert models.triton_error(refused) == ("no such size in x; available: 24x24; fix: ask for it", "INVALID_ARG")
+        assert models.triton_error(Cancelled("it was cancelled"))[1] == "CANCELLED"
         assert caplog.text == ""
-        assert models._error(RuntimeError("a secret of the device")) == ("RuntimeError", "INTERNAL")
+        assert models.triton_error(RuntimeError("a secret of the device")) == ("RuntimeError", "INTERNAL")
     assert "a secret of the device" in caplog.text
 
 
