@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from dvdquant.model.plan import ModelPlan
 
-__all__ = ["Artifact"]
+__all__ = ["Artifact", "family_of"]
 
 MAX_CONFIG = 4 << 20  # bytes; the configs of published transformers have some kilobytes
 
@@ -132,7 +132,7 @@ class Artifact:
         key = ("family", component)
         if key not in self._cache:
             where = f"the config of {component} in {self.root}"
-            self._cache[key] = _family_of(self.config(component), where, self.sizes)
+            self._cache[key] = family_of(self.config(component), where, self.sizes)
         family: Family = self._cache[key]
         return family
 
@@ -363,11 +363,11 @@ def _read_config(root: Path, manifest: Manifest, name: str) -> dict[str, Any]:
         raise OutputError(f"{root / name} is not valid JSON: {error}", fix="export again") from error
     if not isinstance(config, dict):
         raise OutputError(f"{root / name} is not a JSON object", fix="export again")
-    _family_of(config, str(root / name))
+    family_of(config, str(root / name))
     return config
 
 
-def _family_of(config: dict[str, Any], where: str, sizes: Sizes | None = None) -> Family:
+def family_of(config: dict[str, Any], where: str, sizes: Sizes | None = None) -> Family:
     """Return the family of a config.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +22,7 @@ from dvdquant.quantize.layer import CHUNK_WEIGHTS
 from dvdquant.quantize.layer_inputs import ITEM_TOKENS, noise_levels
 from dvdquant.recipe import WeightSpec
 from dvdquant.system.memory import memory_limit
+from dvdquant.system.processor import usable_cores
 from dvdquant.text import amount
 
 __all__ = [
@@ -218,7 +218,7 @@ def estimate_export(
     waiting = IMPORT_BYTES + layers * TRACE_BYTES_PER_LAYER
     builders = [builder_bytes(p, e) for p, e, _ in pairs]
     # 3. Time: measured rates on two cores, scaled to the cores that are used.
-    cores = min(os.cpu_count() or 1, torch.get_num_threads())
+    cores = min(usable_cores(), torch.get_num_threads())
     looking = [p for p in plans if p.recipe.inputs == "synthetic"]
     flops = sum(2.0 * p.all_weights * noise_levels(p) * ITEM_TOKENS for p in looking)
     rate, each = (

@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 
 from dvdquant.system.gpu import read_gpu
+from dvdquant.system.processor import usable_cores
 from tests.support.cpu_seconds import CpuSeconds
 from tests.support.folders import STORE
 from tests.support.longest_first import longest_first
@@ -34,7 +35,7 @@ _TESTS = Path(__file__).parent
 
 # Before torch, numba or ONNX Runtime are imported anywhere: parallel test processes share the cores, and every builder
 # process inherits the number. At least 2, so that what is split among threads is tested as such. A caller's setting wins.
-_CORES = len(os.sched_getaffinity(0))
+_CORES = usable_cores()
 _THREADS = str(max(2, _CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ.setdefault(_name, _THREADS)

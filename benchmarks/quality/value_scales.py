@@ -40,8 +40,8 @@ class _EngineAttention:
 
         from dvdquant.export.passes.fp8_attention import AttentionScales
         from dvdquant.export.verify.attention import quantized_attention
+        from dvdquant.numerics.dtypes import E4M3_MAX
         from dvdquant.numerics.hadamard import hadamard_matrix
-        from dvdquant.ops.attention.definition import E4M3_MAX
 
         block, self.calls = self.calls % len(self.largest), self.calls + 1
         q, k, heads_v = (t.to(torch.bfloat16).float().transpose(1, 2) for t in (q, k, v))

@@ -41,7 +41,8 @@ from dvdquant.system.devices import resolve_device
 
 __all__ = ["PipelineGenerator"]
 
-_MOST_ENCODED = 256  # texts that are kept where the text encoder is not; one of Wan takes 4 MB
+MOST_ENCODED = 256
+"""The number of texts that are kept where the text encoder is not; one of Wan takes 4 MB."""
 
 
 class PipelineGenerator(Generator):
@@ -135,7 +136,7 @@ class PipelineGenerator(Generator):
                     del pipe
                     release_memory(resolve_device(self.options.device))
                 # The texts of earlier requests go before they take as much memory as an encoder.
-                if len(self._encoded) + len(made) > _MOST_ENCODED:
+                if len(self._encoded) + len(made) > MOST_ENCODED:
                     self._encoded = {key: text for key, text in self._encoded.items() if key in wanted}
                 self._encoded.update(made)
             return [self._encoded[key] for key in wanted]

@@ -32,7 +32,7 @@ from dvdquant.hardware.capabilities import sm_number
 from dvdquant.hardware.weights import HeldForm, WeightPolicy
 from dvdquant.system.safetensors_reader import TensorInfo, read_header, read_header_from
 
-__all__ = ["Part", "parts_of_run", "run_bytes"]
+__all__ = ["Part", "parts_of_run", "run_bytes", "transformer_bytes"]
 
 _ENGINES = ("rtx", "tensorrt", "tensorrt_rtx")
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -152,7 +152,7 @@ def run_bytes(
         text=text,
         image=sixteen.get("image_encoder", 0),
         vae=sixteen.get("vae", 0),
-        transformer=_transformers(checker.artifact, requests, backend, narrow, sm, weights, loras or {}),
+        transformer=transformer_bytes(checker.artifact, requests, backend, narrow, sm, weights, loras or {}),
         step=max(step for step, _ in stages[False]) * (2 if backend == "onnxruntime" else 1),  # it computes in fp32
         decode={tiled: max(decode for _, decode in each) for tiled, each in stages.items()},
         base=base,
@@ -169,7 +169,7 @@ def _file_bytes(artifact: Artifact, component: str) -> int:
     return sum(artifact.manifest.files[name]["bytes"] for name in artifact.weight_files(component))
 
 
-def _transformers(
+def transformer_bytes(
     artifact: Artifact,
     requests: Sequence[GenerateRequest],
     backend: str,
@@ -178,7 +178,17 @@ def _transformers(
     weights: WeightPolicy,
     loras: Mapping[str, Loras],
 ) -> dict[Loaded, int]:
-    """Return the bytes of what may be loaded of the transformers."""
+    """Return the bytes of what may be loaded of the transformers, by the form and the widths that are loaded.
+
+    Args:
+        artifact: The export.
+        requests: The requests of one prompt; their modes say what runs.
+        backend: As for :func:`parts_of_run`.
+        narrow: Whether a run that switches may load one bit-width instead.
+        sm: The compute capability, where our kernels run; else None.
+        weights: How quantized weights are held there.
+        loras: LoRAs that run beside the quantized weights, by transformer.
+    """
     modes = {request.mode for request in requests}
     beside = sum(2 * _parameters(artifact, component) for component in artifact.components) if "16" in modes else 0
     if modes == {"16"}:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cache
@@ -17,7 +16,7 @@ from dvdquant.deploy.generation.request import GenerateResult
 from dvdquant.deploy.switching.controller import StepRecord
 from dvdquant.deploy.switching.schedule import average_bits
 from dvdquant.errors import OutputError
-from dvdquant.system.processor import processor_name
+from dvdquant.system.processor import processor_name, usable_cores
 from dvdquant.system.versions import installed_versions
 from dvdquant.system.whole_file import write_whole
 from dvdquant.text import json_text
@@ -92,7 +91,7 @@ def machine() -> str:
     """Return the processor, the number of usable cores, and the GPU if PyTorch sees one, in words."""
     import torch
 
-    parts = [f"{processor_name()}, {len(os.sched_getaffinity(0))} cores"]
+    parts = [f"{processor_name()}, {usable_cores()} cores"]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
     return "; ".join(parts)

@@ -22,10 +22,11 @@ from dvdquant.ops.reference import dequantize_weight
 from dvdquant.quantize.bgr import quantize_weight
 from dvdquant.recipe import WeightSpec
 
-__all__ = ["FourBitLinear", "check_packed", "four_bit_config", "pack"]
+__all__ = ["FourBitLinear", "check_packed", "four_bit_config", "pack", "put_layers_in"]
 
 _METHOD = "dvdquant-4-bit"
-_PART = 1 << 22  # weights that are expanded at a time
+EXPANDED_AT_ONCE = 1 << 22
+"""The number of weights that are expanded at a time."""
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class FourBitLinear(nn.Module):
         Args:
             x: [..., K].
         """
-        step = max(1, _PART // self.in_features)
+        step = max(1, EXPANDED_AT_ONCE // self.in_features)
         starts = range(0, self.out_features, step)
         parts = [functional.linear(x, self.dequantized(slice(s, s + step)).to(x.dtype)) for s in starts]
         y = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
@@ -94,11 +95,15 @@ def four_bit_config() -> Any:
 @functools.cache
 def _registered() -> type[Any]:
     """Tell transformers of the method, once in a process; the class of its configuration."""
-    return register_packing(_METHOD, pack, _put_layers_in, FourBitLinear)
+    return register_packing(_METHOD, pack, put_layers_in, FourBitLinear)
 
 
-def _put_layers_in(model: nn.Module) -> None:
-    """Replace linear layers before their weights are loaded."""
+def put_layers_in(model: nn.Module) -> None:
+    """Replace the linear layers that can be packed by packed ones, before their weights are loaded.
+
+    Args:
+        model: A text encoder of transformers; it is changed.
+    """
     for name, module in _fitting(model):
         weight = module.weight
         packed = FourBitLinear(

@@ -128,10 +128,13 @@ class Adapter:
             samples.append(runner.run(part, branch=name, step=step, steps=steps, latents=whole)[:count])
         return samples[0] if len(samples) == 1 else torch.cat(samples)
 
-    def _each(self, spec: InputSpec) -> int | None:
+    def rows_per_sample(self, spec: InputSpec) -> int | None:
         """Return the rows of one sample, or None if all samples share one row.
 
         It is 2 for the image embeddings of a first and a last frame.
+
+        Args:
+            spec: The input of the graph.
         """
         size = spec.shape[0]
         if not isinstance(size, int) or size % self.sizes.batch or spec.name == "ofs":
@@ -144,7 +147,7 @@ class Adapter:
         Raises:
             ShapeError: The input is for another number of samples.
         """
-        each = self._each(spec)
+        each = self.rows_per_sample(spec)
         if each is None or value.shape[0] == each * batch:
             return value
         if value.shape[0] == each:
@@ -157,7 +160,7 @@ class Adapter:
         )
 
     def _rows(self, spec: InputSpec, value: Tensor, rows: list[int]) -> Tensor:
-        each = self._each(spec)
+        each = self.rows_per_sample(spec)
         if each is None:
             return value
         if rows == list(range(value.shape[0] // each)):

@@ -9,7 +9,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-__all__ = ["call_defaults"]
+__all__ = ["call_defaults", "pipeline_sources"]
 
 
 @functools.cache
@@ -19,7 +19,7 @@ def call_defaults(class_name: str) -> dict[str, Any]:
     Args:
         class_name: The name of a pipeline class of the installed diffusers.
     """
-    for path in _sources():
+    for path in pipeline_sources():
         text = path.read_text(encoding="utf-8")
         if f"class {class_name}(" in text and (found := _read(text, class_name)) is not None:
             return found
@@ -29,7 +29,7 @@ def call_defaults(class_name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
-def _sources() -> list[Path]:
+def pipeline_sources() -> list[Path]:
     """Return the files of the installed diffusers that define pipelines, without importing it."""
     spec = importlib.util.find_spec("diffusers")
     places = [] if spec is None else [Path(place) for place in spec.submodule_search_locations or ()]

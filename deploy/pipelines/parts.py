@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from dvdquant.checkpoint.diffusers_folder import refuse_scripts
 from dvdquant.checkpoint.locate import locate_model
-from dvdquant.checkpoint.untrusted import UntrustedFolder, fix_of, reason_of
+from dvdquant.checkpoint.untrusted import MAX_JSON, UntrustedFolder, fix_of, reason_of
 from dvdquant.deploy.pipelines.schedulers import CONDITIONS, check_scheduler_config, read_scheduler_config
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.model.families import Family, ImageInputs
@@ -53,7 +53,6 @@ _TAKE_IMAGES = (
     "Wan 2.1 FLF2V, Wan 2.2 I2V-A14B, LTX-Video from 0.9.5 on"
 )
 INDEX = "model_index.json"
-MAX_JSON = 1 << 20
 MAX_PARTS = 64
 _TRANSFORMER = re.compile(r"transformer(_\d+)?")
 _LIBRARIES = ("diffusers", "transformers")

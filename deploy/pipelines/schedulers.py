@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic takes the one of typing from Python 3.12 on only
 
-from dvdquant.checkpoint.untrusted import UntrustedFolder
+from dvdquant.checkpoint.untrusted import MAX_JSON, UntrustedFolder
 from dvdquant.errors import CheckpointError
 from dvdquant.system.files import strict_json
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONDITIONS",
     "SCHEDULERS",
+    "SchedulerConfig",
     "build_scheduler",
     "check_scheduler_config",
     "open_scheduler",
@@ -39,7 +40,6 @@ __all__ = [
 ]
 
 FOLDER, FILE, INDEX = "scheduler", "scheduler_config.json", "model_index.json"
-MAX_JSON = 1 << 20  # bytes
 _LIMIT = "lambda_min_clipped"  # the field that diffusers writes as minus infinity
 _NO_LIMIT = re.compile(rb'("lambda_min_clipped"\s*:\s*)-Infinity\b')
 MAX_TRAIN_TIMESTEPS = 100_000  # a thousand in every published model; tables of this length take a second at most
@@ -67,7 +67,7 @@ _Length = Annotated[int, Field(ge=1, le=1 << 24)]
 
 
 @with_config(ConfigDict(strict=True, extra="allow", allow_inf_nan=False))
-class _Config(TypedDict, total=False):
+class SchedulerConfig(TypedDict, total=False):
     """The fields of the schedulers above. A field of another scheduler is ignored, as diffusers does."""
 
     num_train_timesteps: Annotated[int, Field(ge=2, le=MAX_TRAIN_TIMESTEPS)]
@@ -119,7 +119,7 @@ class _Config(TypedDict, total=False):
     scale_factors: list[_Positive] | None
 
 
-_ADAPTER: TypeAdapter[_Config] = TypeAdapter(_Config)
+_ADAPTER: TypeAdapter[SchedulerConfig] = TypeAdapter(SchedulerConfig)
 _QUIET = threading.RLock()
 
 

@@ -31,7 +31,7 @@ from dvdquant.deploy.serve.workers.supervisor import WORKER_COMMAND, Pool
 from dvdquant.errors import DvdquantError, OutputError
 from dvdquant.system.files import disk_error
 
-__all__ = ["http_server", "serve"]
+__all__ = ["ServerRun", "http_server", "serve"]
 
 _CONNECTIONS = 1000
 _LAST_SECONDS = 30.0  # that workers get after their time to drain is over
@@ -64,7 +64,7 @@ def serve(
     ):
         store, files = open_store(settings.data, settings.keep, settings.store, settings.files)
         metrics = ServerMetrics()
-        run = _Run(settings, store, files, metrics, worker_command)
+        run = ServerRun(settings, store, files, metrics, worker_command)
         try:
             run.recover()
             address = _address(listener)
@@ -81,8 +81,16 @@ def serve(
         raise _refusal_error(run.refusal)
 
 
-class _Run:
-    """One life of the server."""
+class ServerRun:
+    """One life of the server.
+
+    Args:
+        settings: Its settings.
+        store: Queue and state.
+        files: The place for clips.
+        metrics: What is counted.
+        worker_command: The command of a worker.
+    """
 
     def __init__(
         self,

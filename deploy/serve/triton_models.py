@@ -23,7 +23,7 @@ from dvdquant.errors import Cancelled, DvdquantError, ShapeError, UnsupportedErr
 from dvdquant.system.files import strict_json
 from dvdquant.system.torch_hooks import compile_in_this_process
 
-__all__ = ["StepModel", "VideoModel"]
+__all__ = ["StepModel", "VideoModel", "triton_error"]
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class StepModel:
             with torch.inference_mode():
                 output = self.session.run(inputs, bits).float().cpu().contiguous()
         except Exception as error:  # noqa: BLE001  it is the answer
-            return backend.InferenceResponse(error=_error(error))
+            return backend.InferenceResponse(error=triton_error(error))
         return backend.InferenceResponse([backend.Tensor.from_dlpack("sample", output)])
 
     def finalize(self) -> None:
@@ -94,7 +94,7 @@ class VideoModel:
             try:
                 self._draw(request, sender)
             except Exception as error:  # noqa: BLE001  it is the answer
-                response = backend.InferenceResponse(error=_error(error))
+                response = backend.InferenceResponse(error=triton_error(error))
                 sender.send(response, flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _draw(self, request: Any, sender: Any) -> None:
@@ -171,8 +171,12 @@ def _response(progress: int, bits: int, data: torch.Tensor) -> Any:
     return backend.InferenceResponse([backend.Tensor.from_dlpack(name, value) for name, value in tensors.items()])
 
 
-def _error(error: Exception) -> Any:
-    """Return an error as Triton sends it: with a code of gRPC, and no path of this machine."""
+def triton_error(error: Exception) -> Any:
+    """Return an error as Triton sends it: with a code of gRPC, and no path of this machine.
+
+    Args:
+        error: The error of a request. One that is no fault of the request is logged.
+    """
     # Of an error that is not ours, the log of the server has the text.
     text = public_text(error, "; ") if isinstance(error, DvdquantError) else type(error).__name__
     if fault_of(error) == "request":

@@ -38,6 +38,9 @@ __all__ = [
     "fold_norms",
     "install_attention",
     "norm_bounds",
+    "norm_pairs",
+    "pair_sizes",
+    "registered_backend",
     "self_attentions",
 ]
 
@@ -118,7 +121,12 @@ def _dispatched(
 
 
 @functools.cache
-def _registered() -> Any:
+def registered_backend() -> Any:
+    """Return the name of our backend in diffusers' attention dispatch, and register it at the first call.
+
+    Raises:
+        UnsupportedError: This diffusers dispatches attention in another way.
+    """
     return add_attention_backend("dvdquant", _dispatched)
 
 
@@ -128,7 +136,7 @@ _registering = threading.Lock()
 def _backend() -> Any:
     """Return the name of the backend in a processor; registered once in a process, before any session uses it."""
     with _registering:
-        return _registered()
+        return registered_backend()
 
 
 class _Functions:
@@ -251,10 +259,10 @@ def fold_norms(module: nn.Module) -> None:
     Args:
         module: An attention module. Its norms of q and k get new weights; the tensors they had are left alone.
     """
-    pairs = [(q, k) for q, k in _norms(module) if getattr(q, "weight", None) is not None]
+    pairs = [(q, k) for q, k in norm_pairs(module) if getattr(q, "weight", None) is not None]
     if not pairs or any(q.weight.shape != k.weight.shape for q, k in pairs):
         return
-    sizes = [torch.stack([_pair_size(q), _pair_size(k)]) for q, k in pairs]
+    sizes = [torch.stack([pair_sizes(q), pair_sizes(k)]) for q, k in pairs]
     q_size, k_size = torch.stack(sizes).square().sum(0).sqrt()
     factor = pair_exponents(q_size, k_size).exp2().repeat_interleave(2)
     for q, k in pairs:
@@ -276,7 +284,7 @@ def norm_bounds(module: nn.Module) -> Tensor | None:
         module: An attention module with norms of q and k; without them nothing is known.
     """
     bounds = []
-    for norms in zip(*_norms(module)):
+    for norms in zip(*norm_pairs(module)):
         lengths = [_length(norm, module) for norm in norms]
         if any(length is None for length in lengths):
             return None
@@ -284,13 +292,22 @@ def norm_bounds(module: nn.Module) -> Tensor | None:
     return torch.tensor(bounds, dtype=torch.float32, device=_device(module)) if bounds else None
 
 
-def _norms(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Return the norms of q and of k: of the video, and of the text where it has its own."""
+def norm_pairs(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Return the norms of q and of k: of the video, and of the text where it has its own.
+
+    Args:
+        module: An attention module.
+    """
     pairs = [tuple(getattr(module, name, None) for name in names) for names in _NORMS]
     return [(q, k) for q, k in pairs if q is not None and k is not None]
 
 
-def _pair_size(norm: Any) -> Tensor:
+def pair_sizes(norm: Any) -> Tensor:
+    """Return the length of each pair of weights of a norm that rope turns together, fp32 [channels/2].
+
+    Args:
+        norm: A norm with weights.
+    """
     return norm.weight.float().view(-1, 2).norm(dim=1)  # type: ignore[no-any-return]
 
 

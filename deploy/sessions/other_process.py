@@ -28,7 +28,8 @@ from dvdquant.errors import DvdquantError, EngineError, ResourceError
 __all__ = ["PROCESS", "ProcessSession"]
 
 PROCESS = "process:"  # before the word of a device
-_COMMAND = (sys.executable, "-m", "dvdquant.deploy.sessions.engine_process")
+COMMAND = (sys.executable, "-m", "dvdquant.deploy.sessions.engine_process")
+"""The command of the other process. It gets the number of its end of the socket."""
 _LAST_SECONDS = 10.0  # that the process gets to free its device
 
 
@@ -135,7 +136,7 @@ class ProcessSession(EngineSession):
         with ours, theirs:
             number = theirs.fileno()
             self._process = subprocess.Popen(
-                [*_COMMAND, str(number)],
+                [*COMMAND, str(number)],
                 stdin=subprocess.PIPE,  # it ends when this end is closed, also by the end of this process
                 pass_fds=(number,),
                 start_new_session=True,  # Ctrl-C is for this process

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import logging
 import mmap
 import os
@@ -19,8 +18,9 @@ import weakref
 from pathlib import Path
 
 from dvdquant.artifact.listed_file import open_listed, require_digest
+from dvdquant.checkpoint.untrusted import FileIdentity
 from dvdquant.errors import ResourceError
-from dvdquant.system.files import FileEntry, free_bytes, write_all
+from dvdquant.system.files import FileEntry, free_bytes, hash_descriptor, write_all
 from dvdquant.system.memory import memory_limit
 from dvdquant.system.mounts import is_in_memory
 from dvdquant.text import amount
@@ -29,12 +29,14 @@ __all__ = ["PrivateCopy", "bytes_beside", "fits_in_memory", "private_copy"]
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 4 << 20  # bytes that are copied or hashed at a time
-_SEAL_ATTEMPTS, _SEAL_PAUSE = 50, 0.1  # seconds
+_BLOCK = 4 << 20  # bytes that are copied at a time
+SEAL_PAUSE = 0.1
+"""The seconds between two attempts to seal a file in memory."""
+_SEAL_ATTEMPTS = 50
 # The share of free memory that copies may fill. The session, and the pipeline's text encoder and VAE, need the rest.
 _SHARE = 0.5
 
-_Key = tuple[int, int, int, int, int, str]
+_Key = tuple[FileIdentity, str]
 _copies: weakref.WeakValueDictionary[_Key, PrivateCopy] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
@@ -138,8 +140,7 @@ def private_copy(root: Path, name: str, entry: FileEntry, in_memory: bool) -> Pr
         ResourceError: Neither memory nor the disk of temporary files has room.
     """
     with open_listed(root, name, entry) as source:
-        info = os.fstat(source)
-        key = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns, entry["sha256"])
+        key = (FileIdentity.of(source), entry["sha256"])
         with _lock:
             copy = _copies.get(key)
             if copy is None:
@@ -157,7 +158,7 @@ def _seal(fd: int) -> None:
         except OSError as error:
             if error.errno != errno.EBUSY or not left:
                 raise
-            time.sleep(_SEAL_PAUSE)
+            time.sleep(SEAL_PAUSE)
 
 
 def _copy_and_hash(source: int, name: str, entry: FileEntry, in_memory: bool) -> PrivateCopy:
@@ -177,11 +178,7 @@ def _copy_and_hash(source: int, name: str, entry: FileEntry, in_memory: bool) ->
     if sealed:
         # From here on the bytes cannot change, so the hash is that of the bytes that will run.
         _seal(fd)
-    digest, offset = hashlib.sha256(), 0
-    while count := os.preadv(fd, [block], offset):
-        digest.update(block[:count])
-        offset += count
-    require_digest(digest.hexdigest(), entry)
+    require_digest(hash_descriptor(fd)["sha256"], entry)
     return copy
 
 

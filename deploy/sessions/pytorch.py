@@ -32,7 +32,7 @@ from dvdquant.recipe import ATTENTION, Recipe
 from dvdquant.system.devices import cuda_sm
 from dvdquant.system.torch_hooks import check_example_values
 
-__all__ = ["PyTorchSession"]
+__all__ = ["PyTorchSession", "warn_once"]
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class PyTorchSession(EngineSession):
         self._recipe = plan.recipe
         self._advice = None if kernels is None or 8 not in self.bits else bits_advice(kernels.sm, plan.recipe)
         if kernels is not None and (slow := slower_in_int8(kernels.sm)):
-            _say_once(f"SM {kernels.sm / 10} is slow in 8 bits: {slow}; where the original fits, it is faster in bf16")
+            warn_once(f"SM {kernels.sm / 10} is slow in 8 bits: {slow}; where the original fits, it is faster in bf16")
         self.attention = wanted_attention(attention or plan.recipe.attention, attention_backend, self.device, component)
         # A mask makes PyTorch take a slow kernel on a GPU, and no kernel in 8 bits takes one.
         masked = any(spec.name == MASK for spec in self.family.inputs(self.sizes))
@@ -186,7 +186,7 @@ class PyTorchSession(EngineSession):
         model = self._model
         assert model is not None
         if bits == 4 and self._advice:
-            _say_once(self._advice)
+            warn_once(self._advice)
         if bits != self._current:
             # An interrupt may leave some layers on the old grid and some on the new one. Then all are set again.
             self._current = None
@@ -320,5 +320,10 @@ def bits_advice(sm: int, recipe: Recipe) -> str | None:
 
 
 @functools.cache
-def _say_once(text: str) -> None:
+def warn_once(text: str) -> None:
+    """Log a warning at the first time in this process.
+
+    Args:
+        text: The warning.
+    """
     log.warning(text)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.support.processes import free_port  # noqa: E402
+
 NODES = ROOT / "deploy" / "comfyui-dvdquant"
 IMAGES = ROOT / "docs" / "images"
 WORKFLOW = NODES / "example_workflows" / "tiny-wan.json"
@@ -82,13 +85,6 @@ def prepare(base: Path, export: Path | None) -> None:
 def environment() -> dict[str, str]:
     """Return the environment of the child processes: this checkout comes first."""
     return {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
-def free_port() -> int:
-    """Return a port that is free now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def start(comfyui: Path, base: Path, port: int) -> subprocess.Popen[bytes]:

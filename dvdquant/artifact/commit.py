@@ -40,7 +40,7 @@ from pydantic import StrictStr, TypeAdapter
 
 from dvdquant.artifact.folder import Folder
 from dvdquant.artifact.layout import COMMIT, MANIFEST, OWNER, STAGE, TREE, is_bookkeeping
-from dvdquant.artifact.lock import FolderLock, is_same
+from dvdquant.artifact.lock import FolderLock
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.errors import OutputError
 from dvdquant.system.files import disk_error, strict_json
@@ -50,6 +50,7 @@ __all__ = [
     "recover",
     "recover_locked",
     "remove_stage",
+    "roll_forward",
     "sweep",
     "walk_files",
 ]
@@ -151,7 +152,7 @@ def install(lock: FolderLock, stage: Folder, new: Iterable[str], old: Manifest |
             lock.release()
             return swapped
     _decide(lock.folder, stage, sorted(new), sorted(listed - set(new)))
-    _roll_forward(lock.folder)
+    roll_forward(lock.folder)
     return lock
 
 
@@ -226,8 +227,8 @@ def _swap(lock: FolderLock, stage: Folder, listed: set[str]) -> FolderLock | Non
             if (
                 tree is None
                 or there is None
-                or not is_same(swapped.folder.own(), tree)
-                or not is_same(there, old.own())
+                or not os.path.samestat(swapped.folder.own(), tree)
+                or not os.path.samestat(there, old.own())
             ):
                 raise OSError(errno.ESTALE, "a folder was replaced meanwhile", str(out))
             _carry(old, swapped.folder, listed)
@@ -261,7 +262,7 @@ def _is_at(folder: Folder, name: str, what: os.stat_result) -> bool:
     """Return whether ``name`` in the folder is the file or folder with the status ``what``."""
     with contextlib.suppress(OSError):
         there = folder.info(name)
-        return there is not None and is_same(there, what)
+        return there is not None and os.path.samestat(there, what)
     return False
 
 
@@ -424,12 +425,15 @@ def _obstacle(folder: Folder, name: str) -> str | None:
     return {"folder": "a folder", "other": "a file or link"}.get(_state(folder, name))
 
 
-def _roll_forward(folder: Folder) -> None:
+def roll_forward(folder: Folder) -> None:
     """Install the tree of the record (way 2, second half).
 
     Every step may be repeated, so the next run finishes the work of a killed one. Nothing is changed before the whole
     record was compared with both trees. A link that somebody puts there meanwhile ends the work with an OSError: no
     step goes through a link.
+
+    Args:
+        folder: The locked output folder, which holds a record.
 
     Raises:
         OutputError: The record or the trees are damaged.
@@ -583,7 +587,7 @@ def recover_locked(folder: Folder) -> bool:
     _recover_siblings(folder)
     if not folder.has(COMMIT):
         return False
-    _roll_forward(folder)
+    roll_forward(folder)
     return True
 
 

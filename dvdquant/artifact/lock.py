@@ -17,7 +17,7 @@ from dvdquant.errors import OutputError
 from dvdquant.system.files import write_all
 from dvdquant.system.network_disk import LIVE_SECONDS, Heartbeat, locks_stay_here
 
-__all__ = ["FolderLock", "is_same"]
+__all__ = ["FolderLock"]
 
 _LOOKS, _LOOK_SECONDS = 100, 0.01  # waits for readers that only look at the lock, and seconds per wait
 
@@ -46,7 +46,7 @@ class FolderLock:
             self._heartbeat: Heartbeat | None = None
             try:
                 self._fd = self._open()
-                if self._try_lock(looks) and self._is_current() and is_same(os.lstat(path), self.folder.own()):
+                if self._try_lock(looks) and self._is_current() and os.path.samestat(os.lstat(path), self.folder.own()):
                     if os.fstat(self._fd).st_nlink == 1:
                         self._refuse_other_host()
                         self._sign()
@@ -114,7 +114,7 @@ class FolderLock:
     def _is_current(self) -> bool:
         """Return whether the open lock file is still the one in the folder."""
         there = self.folder.info(LOCK)
-        return there is not None and is_same(there, os.fstat(self._fd))
+        return there is not None and os.path.samestat(there, os.fstat(self._fd))
 
     def _refuse_other_host(self) -> None:
         """Refuse a lock that an export on another machine signed lately, where the disk keeps locks to one machine.
@@ -173,13 +173,3 @@ class FolderLock:
             if fd >= 0:
                 os.close(fd)
         self.folder.close()
-
-
-def is_same(one: os.stat_result, other: os.stat_result) -> bool:
-    """Return whether both are the status of one file or folder.
-
-    Args:
-        one: The one status.
-        other: The other status.
-    """
-    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)

@@ -330,7 +330,7 @@ class ExportTransaction:
         assert self._stage is not None
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             there, own = os.lstat(self._stage.path), self._stage.own()
-            if (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino):
+            if os.path.samestat(there, own):
                 return
         raise OutputError(
             f"{self.out} was moved, replaced or deleted while the export was written",

@@ -23,7 +23,7 @@ from dvdquant.system.safetensors_reader import read_header_from
 
 __all__ = [
     "INDEX",
-    "MAX_JSON",
+    "MAX_INDEX",
     "SINGLE",
     "WEIGHTS",
     "has_weights",
@@ -37,7 +37,8 @@ __all__ = [
 
 WEIGHTS = "diffusion_pytorch_model"
 SINGLE, INDEX = f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json"
-MAX_JSON = 64 << 20
+MAX_INDEX = 64 << 20
+"""The most bytes of config.json, model_index.json or an index of shards: an index names every tensor."""
 MAX_SHARDS, MAX_TENSORS = 10_000, 200_000
 """More than any model has: the largest have some thousands of tensors."""
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,240}\.safetensors")
@@ -76,7 +77,7 @@ def transformers_in(folder: UntrustedFolder) -> dict[str, str]:
         if halves(folder):
             return {component: f"{half}/" for component, half in HALVES.items()}
         return model_files(folder, names)
-    index, found = folder.json("model_index.json", MAX_JSON), []
+    index, found = folder.json("model_index.json", MAX_INDEX), []
     for name, entry in index.items():
         if not name_of_one.fullmatch(name) or entry is None or entry == [None, None]:
             continue
@@ -102,7 +103,7 @@ def read_config(folder: UntrustedFolder, names: list[str]) -> dict[str, Any]:
     path = folder.root / "config.json"
     if "config.json" not in names:
         raise _no_config(folder, names)
-    config = folder.json("config.json", MAX_JSON)
+    config = folder.json("config.json", MAX_INDEX)
     refuse_scripts(folder.root, names)
     refuse_code(config, path)
     if is_modelopt_fp8(config.get("quantization_config")):
@@ -279,7 +280,7 @@ def _read_index(folder: UntrustedFolder) -> dict[str, str]:
     Raises:
         CheckpointError: The index cannot be used, names too many tensors, or names files that are no plain names.
     """
-    path, weight_map = folder.root / INDEX, folder.json(INDEX, MAX_JSON).get("weight_map")
+    path, weight_map = folder.root / INDEX, folder.json(INDEX, MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"{path} has no weight_map of tensor names to shard files",

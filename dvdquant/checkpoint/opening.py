@@ -11,7 +11,7 @@ from typing import Any
 
 from dvdquant.checkpoint.diffusers_folder import (
     INDEX,
-    MAX_JSON,
+    MAX_INDEX,
     SINGLE,
     WEIGHTS,
     has_weights,
@@ -142,7 +142,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     place = Path(os.path.realpath(os.path.expanduser(path)))
     if place.is_dir():
         place /= "config.json"
-    config = UntrustedFolder.at(place.parent).json(place.name, MAX_JSON, "give the config.json of a transformer")
+    config = UntrustedFolder.at(place.parent).json(place.name, MAX_INDEX, "give the config.json of a transformer")
     refuse_code(config, place)
     return config
 

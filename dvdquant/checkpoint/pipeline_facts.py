@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dvdquant.checkpoint.reader import Checkpoint
-from dvdquant.checkpoint.untrusted import UntrustedFolder
+from dvdquant.checkpoint.untrusted import MAX_JSON, UntrustedFolder
 from dvdquant.model.families import get_family
 from dvdquant.model.families.configs import PIPELINE, PipelineFacts, refused
 from dvdquant.model.families.ltx import LTXVideo
@@ -25,7 +25,6 @@ from dvdquant.model.families.wan import Wan
 
 __all__ = ["with_pipeline_facts"]
 
-MAX_JSON = 1 << 20
 _FIX = "download the pipeline again"
 _Compression = Annotated[int, Field(ge=1, le=64)]
 

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvdquant.checkpoint.untrusted import UntrustedFolder
+from dvdquant.checkpoint.untrusted import MAX_JSON, UntrustedFolder
 from dvdquant.errors import CheckpointError, ShapeError
 from dvdquant.text import shown
 
 __all__ = ["EMPTY_WORD", "PROMPTS", "PromptWords"]
 
 PROMPTS, EMPTY_WORD = "prompts.json", "<none>"
-MAX_JSON = 1 << 20
 MAX_WORDS, MAX_WORD, MAX_SLOTS, MAX_STEPS = 65536, 80, 512, 1000
 MAX_LATENT = 1 << 28
 """Values of a latent clip: 81 frames of 720p RGB have 224 million."""

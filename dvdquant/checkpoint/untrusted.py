@@ -25,10 +25,12 @@ from dvdquant.system.files import read_all, strict_json
 from dvdquant.system.recognize import SNIFFED, recognize_bytes
 from dvdquant.text import shown
 
-__all__ = ["MAX_ENTRIES", "FileIdentity", "UntrustedFolder", "few", "fix_of", "reason_of"]
+__all__ = ["MAX_ENTRIES", "MAX_JSON", "FileIdentity", "UntrustedFolder", "few", "fix_of", "reason_of"]
 
 MAX_ENTRIES = 100_000
 """Entries a folder of a model may have: a real one has some dozens."""
+MAX_JSON = 1 << 20
+"""The most bytes of a JSON file of a pipeline, or of JSON text in a header: real ones have some kilobytes."""
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 

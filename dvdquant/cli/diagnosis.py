@@ -18,6 +18,7 @@ from dvdquant.hardware.advice import choose_recipe, choose_target
 from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
 from dvdquant.hardware.find import Installed, find_gpu, installed_gpus
 from dvdquant.hardware.weights import slower_in_int8
+from dvdquant.system.processor import usable_cores
 from dvdquant.text import amount
 
 __all__ = ["Finding", "diagnose", "driver_problem"]
@@ -273,7 +274,7 @@ def _space(out: Path) -> Iterator[Finding]:
     place = next((folder for folder in (out, *out.absolute().parents) if folder.is_dir()), Path("/"))
     free = shutil.disk_usage(place).free
     state: State = "ok" if free > 1 << 30 else "problem"
-    words = f"{amount(free)} free at {place}, {amount(memory_limit())} of memory free, {os.cpu_count()} cores"
+    words = f"{amount(free)} free at {place}, {amount(memory_limit())} of memory free, {usable_cores()} cores"
     yield Finding(
         "disk and memory",
         state,

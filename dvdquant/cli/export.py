@@ -315,7 +315,7 @@ def main(**arguments: Any) -> None:
     started = time.monotonic()
     loras = parse_loras(arguments.pop("loras"))
     options = ExportOptions(recipe=recipe, targets=choice.targets, sms=choice.sms, lora=loras, **arguments)
-    _check_early(options)
+    check_early(options)
     if options.timing_cache is not None:
         check_writable(options.timing_cache)
     # 2. The plan, and what it says.
@@ -339,10 +339,18 @@ def main(**arguments: Any) -> None:
         echo(result_text(plan, result, time.monotonic() - started))
 
 
-def _check_early(options: ExportOptions) -> None:
+def check_early(options: ExportOptions) -> None:
     """Refuse an output folder or a model that cannot be used, in the order of the plan, which checks them again.
 
     A model of the hub is left to the plan: nothing is downloaded here.
+
+    Args:
+        options: The options of the export.
+
+    Raises:
+        OutputError: The output folder cannot be used.
+        CheckpointError: The model or its config cannot be read.
+        UnsupportedError: An option is for another kind of model.
     """
     from dvdquant.artifact.output_folder import check_output
     from dvdquant.checkpoint.locate import is_remote

@@ -133,7 +133,7 @@ def main(
     elif as_json:
         echo(manifest.to_json().rstrip())
     elif page is None or all_layers:
-        echo(_summary(out, manifest, all_layers))
+        echo(summary_text(out, manifest, all_layers))
     if check:
         echo(_check_files(out, manifest), err=as_json)
 
@@ -232,7 +232,14 @@ def _check_files(out: Path, manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def _summary(out: Path, manifest: Manifest, all_layers: bool) -> str:
+def summary_text(out: Path, manifest: Manifest, all_layers: bool) -> str:
+    """Return what the command says of an export.
+
+    Args:
+        out: The export folder, as the user named it.
+        manifest: Its manifest.
+        all_layers: Whether every layer is listed, or those of the largest errors alone.
+    """
     from dvdquant.artifact.provenance import lora_room, lora_text, sampling_sentence, source_text
     from dvdquant.artifact.verified import verified_text
     from dvdquant.ops.attention.libraries import ladders_text

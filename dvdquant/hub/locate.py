@@ -6,12 +6,10 @@ own beside the cache: hard links where the file system has them, else copies.
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import logging
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from dvdquant.errors import OutputError
 from dvdquant.hub.names import hub_failure, is_hub_name
 from dvdquant.system.files import read_limited
 from dvdquant.system.hub_client import one_listing
+from dvdquant.system.whole_file import atomic_folder
 from dvdquant.text import amount, first_of, shown
 
 __all__ = ["differences", "listing", "locate_export"]
@@ -181,15 +180,11 @@ def _without_links(repo: str, snapshot: Path, manifest: Manifest, place: Path) -
     """Return a folder with the files of a snapshot as plain files, compared with the manifest.
 
     Raises:
-        OutputError: A file is not the manifest's, or lies outside of the repository's cache.
+        OutputError: A file is not the manifest's, or lies outside of the repository's cache, or the folder cannot be made.
+        ResourceError: The disk is full.
     """
     cache = os.path.realpath(snapshot.parent.parent)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=place.parent, prefix=".part-"))
-    except OSError as error:
-        raise hub_failure(error, repo, None, "store") from error
-    try:
+    with atomic_folder(place) as work:
         for name in (MANIFEST, *manifest.files):
             source = os.path.realpath(snapshot / name)
             if os.path.commonpath([source, cache]) != cache:
@@ -209,11 +204,7 @@ def _without_links(repo: str, snapshot: Path, manifest: Manifest, place: Path) -
                 error.what.replace(str(work), f"what was downloaded of {repo}"),
                 fix=f"remove {cache}, then try again; if it stays so, tell the author",
             ) from error
-        shutil.rmtree(place, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another process was first: its folder is the same
-            work.rename(place)
-    except OSError as error:
-        raise hub_failure(error, repo, None, "store") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(
+            place, ignore_errors=True
+        )  # it is not whole; one that another process makes meanwhile is the same
     return place

@@ -20,6 +20,7 @@ __all__ = [
     "REQUIREMENT",
     "add_attention_backend",
     "attention_is_dispatched",
+    "check_declared",
     "check_pipeline_hooks",
     "check_stage_hooks",
     "denormalize_latents",
@@ -46,12 +47,21 @@ _LATENTS = ("_unpack_latents", "_denormalize_latents")
 
 def _names(model: Any, attribute: str, why: str) -> tuple[str, ...]:
     """Return the names in an attribute of a model, which may leave it out; refuse a diffusers that declares it no more."""
-    _check_declared(attribute, why)
+    check_declared(attribute, why)
     return tuple(getattr(model, attribute, None) or ())
 
 
 @cache
-def _check_declared(attribute: str, why: str) -> None:
+def check_declared(attribute: str, why: str) -> None:
+    """Refuse a diffusers whose models do not declare an attribute.
+
+    Args:
+        attribute: The name of the attribute.
+        why: What it is needed for, as the error says it.
+
+    Raises:
+        UnsupportedError: This diffusers names it in another way.
+    """
     hook("diffusers", f"diffusers:ModelMixin.{attribute}", why, REQUIREMENT)
 
 

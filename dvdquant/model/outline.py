@@ -25,7 +25,15 @@ from dvdquant.model.families.configs import FIX
 from dvdquant.model.layers import empty_tensor
 from dvdquant.system.torch_hooks import FAKE_TENSOR_LOG, FakeTensorMode
 
-__all__ = ["LinearShape", "Outline", "diffusers_model", "outline_of", "with_placeholders"]
+__all__ = [
+    "LinearShape",
+    "Outline",
+    "diffusers_model",
+    "drop_repeated_blocks",
+    "forget_outlines",
+    "outline_of",
+    "with_placeholders",
+]
 
 _KEPT = 16  # outlines; one of a model with 2000 parameters takes about a megabyte
 
@@ -134,7 +142,7 @@ class Outline:
 
         for name, module in linears.items():
             module.register_forward_pre_hook(hook_of(name))
-        repeated = _drop_repeated_blocks(model)
+        repeated = drop_repeated_blocks(model)
         log = logging.getLogger(FAKE_TENSOR_LOG)
         level = log.level
         log.setLevel(logging.CRITICAL)  # this logger prints tracebacks of errors that are reported in words elsewhere
@@ -185,6 +193,12 @@ def outline_of(config: Mapping[str, Any], dtype: torch.dtype) -> Outline:
         while len(_outlines) > _KEPT:
             _outlines.popitem(last=False)
     return outline
+
+
+def forget_outlines() -> None:
+    """Forget the outlines that this process has made, so that the next ones are made anew."""
+    with _lock:
+        _outlines.clear()
 
 
 def _build(family: Family, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
@@ -279,8 +293,12 @@ def _in_block(name: str, stack: str, block: int) -> str:
     return f"{stack}.{block}.{name.removeprefix(f'{stack}.0.')}" if block else name
 
 
-def _drop_repeated_blocks(model: nn.Module) -> dict[str, int]:
-    """Keep only the first of every stack of blocks that are alike, and return their former numbers, by stack name."""
+def drop_repeated_blocks(model: nn.Module) -> dict[str, int]:
+    """Keep only the first of every stack of blocks that are alike, and return their former numbers, by stack name.
+
+    Args:
+        model: The model; it is changed.
+    """
     dropped = {}
     for name, stack in list(model.named_children()):
         if not isinstance(stack, nn.ModuleList) or len(stack) < 2:

@@ -32,6 +32,7 @@ __all__ = [
     "CudaKernels",
     "aligned",
     "kernels_for",
+    "notice_reference",
     "pointer_of",
     "reference_policy",
     "run_quant_linear",
@@ -429,7 +430,7 @@ def quant_linear_cuda(
             f"no CUDA kernel runs this layer: {reason}",
             fix='take reference_policy("log"), which computes such layers in PyTorch, or a recipe that the kernels serve',
         )
-    _notice(reason)
+    notice_reference(reason)
     return None
 
 
@@ -449,7 +450,12 @@ def reference_policy(policy: Literal["log", "raise"]) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=256)
-def _notice(reason: str) -> None:
+def notice_reference(reason: str) -> None:
+    """Warn once that layers are computed by the PyTorch reference on a GPU.
+
+    Args:
+        reason: Why no kernel runs them.
+    """
     log.warning("quant_linear computes the slow PyTorch reference on the GPU: %s", reason)
 
 

@@ -38,6 +38,7 @@ import numpy.typing as npt
 import torch
 
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.numerics.dtypes import E4M3_MAX
 from dvdquant.numerics.packing import expand_zero, pack_int4, unpack_int4
 
 __all__ = [
@@ -62,13 +63,13 @@ U8 = npt.NDArray[np.uint8]
 # In the order of dvdq_path in kernels/include/dvdquant/kernels.h.
 PATHS = ("s4_token", "s4_group", "s8_token", "s8_group", "s8_wgmma", "e4m3_group")
 # Up to 16 every integer is an e4m3 number, and 128 products with 4-bit codes stay below 2¹⁴; 448 is the largest.
-_EXACT_E4M3, _LARGEST_E4M3 = np.float32(16), np.float32(448)
+_EXACT_E4M3, _LARGEST_E4M3 = np.float32(16), np.float32(E4M3_MAX)
 _INT8 = np.float32(127)
 _ROW_FLOOR = np.float32(2.0**-100)
 # Sections of a prepared buffer start at multiples of this.
 ALIGNMENT = 256
-# Weights expanded to fp32 at a time.
-_BLOCK = 1 << 22
+EXPANDED_AT_ONCE = 1 << 22
+"""The number of weights that are expanded to fp32 at a time."""
 
 
 @dataclass(frozen=True)
@@ -388,6 +389,6 @@ def _decoded(codes: I8 | U8) -> F64:
 
 
 def _blocks(rows: int, features: int) -> Iterator[slice]:
-    step = max(1, _BLOCK // features)
+    step = max(1, EXPANDED_AT_ONCE // features)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

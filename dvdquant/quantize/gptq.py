@@ -21,7 +21,7 @@ from dvdquant.errors import ShapeError
 from dvdquant.numerics.packing import expand_zero
 from dvdquant.quantize.bgr import QuantizedWeight
 
-__all__ = ["ErrorFeedback", "output_energy", "gptq_round"]
+__all__ = ["ErrorFeedback", "gptq_round", "output_energy", "round_by_loops", "round_by_tensors"]
 
 F32 = npt.NDArray[np.float32]
 I8 = npt.NDArray[np.int8]
@@ -105,7 +105,7 @@ class ErrorFeedback:
             return QuantizedWeight(found, grid.scale, grid.group_scale, grid.zero)
         step = grid.scale[:, None] * (grid.group_scale.float() / 255)
         zero = expand_zero(grid.zero).float().expand(step.shape).contiguous()
-        rounded = _on_device if w.device.type != "cpu" else _compiled
+        rounded = round_by_tensors if w.device.type != "cpu" else round_by_loops
         codes = rounded(w, step, zero, self.factors.to(w.device))
         return QuantizedWeight(codes, grid.scale, grid.group_scale, grid.zero)
 
@@ -132,11 +132,17 @@ def _passed_on(hessian: Tensor, damping: float) -> Tensor:
     return unit.contiguous()  # LAPACK's are not, and the compiled loop runs along rows
 
 
-def _compiled(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
+def round_by_loops(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
     """Return codes [N, K], rounded block after block by compiled loops, in fp32 as in the kernel.
 
     fp32 is enough: an error is below a step, and a column takes up some hundreds of them. fp64 gives the same codes but
     for values within some 10⁻⁶ steps of a tie, and takes a quarter longer.
+
+    Args:
+        w: The rotated weight [N, K], floating, on the CPU.
+        step: fp32 [N, groups], the scale of each group.
+        zero: fp32 [N, groups], its zero-point, in steps.
+        factors: fp64 [K/b, b, b], unit upper triangular: :attr:`ErrorFeedback.factors`.
     """
     from dvdquant.quantize.backends.numba_rows import for_row_parts
 
@@ -172,11 +178,17 @@ def _round_rows(
     round_columns(left[rows], step[rows], zero[rows], group, first, factor, codes[rows], errors[rows])
 
 
-def _on_device(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
+def round_by_tensors(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
     """Return codes [N, K], rounded by tensor operations for a GPU, in fp64.
 
     It goes column by column for all rows and all blocks at once, as the start of a kernel takes as long as the
     arithmetic on a column.
+
+    Args:
+        w: The rotated weight [N, K], floating.
+        step: fp32 [N, groups], the scale of each group.
+        zero: fp32 [N, groups], its zero-point, in steps.
+        factors: fp64 [K/b, b, b], unit upper triangular: :attr:`ErrorFeedback.factors`, on the device of ``w``.
     """
     (count, size, _), group = factors.shape, w.shape[1] // step.shape[1]
     step, zero = step.double(), zero.double()

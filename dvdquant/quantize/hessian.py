@@ -31,6 +31,8 @@ from dvdquant.text import amount
 
 __all__ = [
     "InputHessian",
+    "LayerSums",
+    "move_buffers",
     "smooth_scale_of",
     "random_signs_of",
     "hessian_block",
@@ -217,7 +219,7 @@ def synthetic_hessians(
     """
     checkpoint.check_shapes(plan.shapes, set(plan.left_out(checkpoint.tensors)))
     _check_memory(plan)
-    collected = _Collected(plan)
+    collected = LayerSums(plan)
     with progress.stage("inputs", plan.all_weights, "weights") as stage, torch.inference_mode():
         unread = set(plan.shapes)
 
@@ -229,7 +231,7 @@ def synthetic_hessians(
 
         # 1. A model without weights, its inputs, and a hook at each layer that adds up what it gets.
         model = build_skeleton(plan.family.config, torch.float32)
-        _move_buffers(model, device)
+        move_buffers(model, device)
         inputs = {name: value.to(device) for name, value in synthetic_inputs(plan.family, levels, seed).items()}
         hooks = [
             model.get_submodule(spec.members[0]).register_forward_pre_hook(collected.watch(spec))
@@ -257,11 +259,14 @@ def synthetic_hessians(
     return {spec.name: collected.take(spec) for spec in plan.layers}
 
 
-class _Collected:
+class LayerSums:
     """Sums over the inputs and the weights of every layer.
 
     The sums lie in one allocation: many of a few megabytes, made between the passing ones of a forward, left holes that took
     as much memory as the sums did.
+
+    Args:
+        plan: The plan, whose layers are summed over.
     """
 
     def __init__(self, plan: ModelPlan) -> None:
@@ -280,14 +285,23 @@ class _Collected:
         return set(self._layer_of)
 
     def add_weight(self, name: str, value: Tensor) -> None:
-        """Add the squared norm of each column of a weight to its layer; other parameters are ignored."""
+        """Add the squared norm of each column of a weight to its layer; other parameters are ignored.
+
+        Args:
+            name: The name of the parameter.
+            value: Its values; of a weight [N, K].
+        """
         layer = self._layer_of.get(name)
         if layer is not None:
             energy = torch.linalg.vector_norm(value, dim=0).square().cpu()
             self._energy[layer] = self._energy[layer] + energy if layer in self._energy else energy
 
     def watch(self, spec: LayerSpec) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """Return a forward pre-hook for the first member of ``spec``."""
+        """Return a forward pre-hook for the first member of a layer, which adds the layer's inputs up.
+
+        Args:
+            spec: The layer.
+        """
         order, sums = hessian_block(spec), self._triangles[spec.name]
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -299,7 +313,11 @@ class _Collected:
         return hook
 
     def take(self, spec: LayerSpec) -> InputHessian:
-        """Return the result of one layer and forget it here; outside inference mode these are ordinary tensors."""
+        """Return the result of one layer and forget it here; outside inference mode these are ordinary tensors.
+
+        Args:
+            spec: The layer. Where its inputs were never seen, or their squares do not fit into fp32, the Hessian is the identity.
+        """
         energy = self._energy.pop(spec.name) / spec.out_features
         triangles, tokens = self._triangles.pop(spec.name), self._tokens[spec.name]
         mean = self._sums.pop(spec.name)
@@ -318,8 +336,13 @@ def _most_moment(spec: LayerSpec) -> float:
     return float(torch.finfo(torch.float32).max / (divided * order**1.5))
 
 
-def _move_buffers(model: nn.Module, device: torch.device | str) -> None:
-    """Move the buffers of a skeleton, which hold real values; moving a placeholder would give its elements memory."""
+def move_buffers(model: nn.Module, device: torch.device | str) -> None:
+    """Move the buffers of a skeleton, which hold real values; moving a placeholder would give its elements memory.
+
+    Args:
+        model: The skeleton, whose parameters have no memory.
+        device: Where its buffers go.
+    """
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))

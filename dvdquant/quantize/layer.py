@@ -23,7 +23,17 @@ from dvdquant.quantize.magnitudes import Magnitudes
 if TYPE_CHECKING:
     from dvdquant.checkpoint.reader import Checkpoint
 
-__all__ = ["CHUNK_WEIGHTS", "SAMPLED_ROWS", "quantize_layer", "read_counted", "rotate_rows", "rotated_weight", "zeroed"]
+__all__ = [
+    "CHUNK_WEIGHTS",
+    "SAMPLED_ROWS",
+    "pack_codes",
+    "quantize_layer",
+    "read_counted",
+    "rotate_rows",
+    "rotated_weight",
+    "stored_shift",
+    "zeroed",
+]
 
 # Weights rotated and refined at a time: 32 MiB of fp32.
 CHUNK_WEIGHTS = 1 << 23
@@ -99,7 +109,7 @@ def quantize_layer(
     if known is not None and device.type != "cpu":
         known = replace(known, smooth_scale=known.smooth_scale.to(device), hessian=known.hessian.to(device))
     # As the graph subtracts it, so that what is added to the bias is the same.
-    shift = None if known is None or known.shift is None else _shift(known.shift, plan.dtype).to(device)
+    shift = None if known is None or known.shift is None else stored_shift(known.shift, plan.dtype).to(device)
     sums = ErrorSums(known, max(1, spec.out_features // SAMPLED_ROWS))
     for member, rows, has_bias in zip(spec.members, spec.rows, spec.biases):
         weight, found = read_counted(checkpoint, f"{member}.weight", limits, allow_nonfinite)
@@ -121,7 +131,7 @@ def quantize_layer(
             if spec.regular:
                 quantized.codes.clamp_(min=-7)  # whose signs change on the way to the regular order: −8 has no opposite
             sums.add(rotated, quantized, plan, start)
-            packed.append(_packed(quantized.codes))
+            packed.append(pack_codes(quantized.codes))
             scales.append(quantized.scale)
             group_scales.append(quantized.group_scale)
             zeros.append(quantized.zero)
@@ -146,11 +156,15 @@ def quantize_layer(
     return tensors, sums.entry(checkpoint, spec), bad
 
 
-def _shift(mean: Tensor, dtype: torch.dtype) -> Tensor:
+def stored_shift(mean: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the constants [K] that are subtracted from a layer's inputs, as the graph has them; fp64.
 
     Any constants are correct. Channels whose mean is more than half of what ``dtype`` holds keep theirs (the constant
     is 0): what is left of them might not fit.
+
+    Args:
+        mean: fp32 [K], the predicted means of the inputs.
+        dtype: The dtype of the inputs, in which the constants are stored.
     """
     fits = mean.abs() <= torch.finfo(dtype).max / 2
     return torch.where(fits, mean, torch.zeros_like(mean)).to(dtype).double()
@@ -176,8 +190,15 @@ def rotate_rows(weight: Tensor, rotation: Rotation) -> Tensor:
     return weight
 
 
-def _packed(codes: Tensor) -> Tensor:
-    """Pack int8 [N, K] to int8 [N, K/2]; the codes come from our own solver, so their range is not checked again."""
+def pack_codes(codes: Tensor) -> Tensor:
+    """Pack the codes of a layer, two to a byte; they come from our own solver, so their range is not checked again.
+
+    Args:
+        codes: int8 [N, K], −8 to 7, K even.
+
+    Returns:
+        The packed codes, int8 [N, K/2].
+    """
     if codes.device.type != "cpu":
         return pack_int4(codes).view(torch.int8)
     packed = torch.empty(codes.shape[0], codes.shape[1] // 2, dtype=torch.int8)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dvdquant.model.families import Axis, Family, Sizes
 
-__all__ = ["smooth_field", "synthetic_inputs"]
+__all__ = ["smooth_field", "synthetic_inputs", "synthetic_sizes"]
 
 # Patches of one item (frames, rows, columns): 128 tokens.
 _PATCHES = (2, 8, 8)
@@ -36,7 +36,7 @@ def synthetic_inputs(family: Family, levels: int = 16, seed: int = 0) -> dict[st
         levels: Noise levels, one item of the batch each.
         seed: Seed of all random values.
     """
-    sizes, items = _sizes(family, levels)
+    sizes, items = synthetic_sizes(family, levels)
     sizes = Sizes(sizes.frames, sizes.height, sizes.width, sizes.text_tokens, batch=items)
     inputs = family.sample(sizes, torch.float32, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -65,8 +65,13 @@ def synthetic_inputs(family: Family, levels: int = 16, seed: int = 0) -> dict[st
     return inputs
 
 
-def _sizes(family: Family, levels: int) -> tuple[Sizes, int]:
-    """Return the sizes of one item, and the number of items."""
+def synthetic_sizes(family: Family, levels: int) -> tuple[Sizes, int]:
+    """Return the sizes of one item, in latents, and the number of items.
+
+    Args:
+        family: The model family.
+        levels: The number of noise levels that are wanted; long items mean fewer.
+    """
     patch, probe, config = family.patch(), family.probe(), family.config
     free = probe == tuple(2 * size for size in patch)
     frames, height, width = (count * size for count, size in zip(_PATCHES, patch)) if free else (patch[0], *probe[1:])

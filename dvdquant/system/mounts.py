@@ -7,7 +7,8 @@ from pathlib import Path
 
 __all__ = ["is_in_memory", "mounts_of"]
 
-_MOUNTS = Path("/proc/self/mountinfo")
+MOUNTS = Path("/proc/self/mountinfo")
+"""The table of mounts of this process."""
 _MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 
 
@@ -18,7 +19,7 @@ def mounts_of(device: int) -> list[tuple[str, str]]:
         device: The number of the device, ``st_dev`` of a file on it.
     """
     try:
-        lines = _MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     number = f"{os.major(device)}:{os.minor(device)}"

@@ -18,7 +18,8 @@ from dvdquant.text import amount, json_text, shown
 __all__ = ["LogFormat", "Pace", "Progress", "Stage", "count_text", "seconds_text"]
 
 LogFormat = Literal["text", "json", "quiet"]
-_JSON_INTERVAL = 1.0  # seconds between two lines of one stage
+JSON_INTERVAL = 1.0
+"""The seconds between two JSON lines of one stage."""
 _LINE_INTERVAL = 60.0  # seconds between two lines where no bar can be drawn
 _WORTH_A_LINE = 5.0  # seconds of a stage that is told where no bar can be drawn
 # A remaining time is told when this much of the work is done, so that it is never more than 19 times what went by.
@@ -182,7 +183,7 @@ class Stage:
             if now - self._printed >= _LINE_INTERVAL:
                 self._printed = now
                 self._owner.say(f"{self.name}: {self._words()}")
-        elif now - self._printed >= _JSON_INTERVAL:
+        elif now - self._printed >= JSON_INTERVAL:
             self._emit("progress")
 
     def _words(self) -> str:

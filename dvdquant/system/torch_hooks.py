@@ -97,7 +97,8 @@ def compiler_named(name: str) -> Callable[..., Any]:
     return found
 
 
-_EXAMPLE = "example_value"
+EXAMPLE_KEY = "example_value"
+"""Where torch.compile keeps the example tensor of a node, among what the node is marked with."""
 
 
 @functools.cache
@@ -121,7 +122,7 @@ def check_example_values() -> None:
 
     torch.compile(add, backend=note, fullgraph=True)(torch.zeros(2, device="cpu"))
     if not found or not all(isinstance(value, torch.Tensor) for value in found):
-        raise lost_hook("torch", f"meta[{_EXAMPLE!r}] in the nodes of a graph", "to fuse layers", REQUIREMENT)
+        raise lost_hook("torch", f"meta[{EXAMPLE_KEY!r}] in the nodes of a graph", "to fuse layers", REQUIREMENT)
 
 
 def example_value(node: fx.Node) -> Any:
@@ -130,7 +131,7 @@ def example_value(node: fx.Node) -> Any:
     Args:
         node: A node of a graph that torch.compile made, see :func:`check_example_values`.
     """
-    return node.meta.get(_EXAMPLE)
+    return node.meta.get(EXAMPLE_KEY)
 
 
 def set_example_value(node: fx.Node, value: Any) -> None:
@@ -140,7 +141,7 @@ def set_example_value(node: fx.Node, value: Any) -> None:
         node: The node.
         value: The tensor, or None.
     """
-    node.meta[_EXAMPLE] = value
+    node.meta[EXAMPLE_KEY] = value
 
 
 def trace_error() -> type[Exception]:

@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all: they are written beside their place and then renamed.
+"""Files and folders that appear whole or not at all: they are written beside their place and then renamed.
 
 The unfinished file is called ``.NAME.dvdq-XXXXXXXXXXXX.SUFFIX`` and is locked (``flock``) as long as its writer lives, so
-that the next one can tell what nobody will finish. The first six digits tell the machine: where a disk of a network keeps
+that the next one can tell what nobody will finish. An unfinished folder lies beside such a file, which has its lock, and has
+its name with ``.new`` behind. The first six digits tell the machine: where a disk of a network keeps
 locks to one machine, a file of another one is swept only when nobody has written to it for a day.
 """
 
@@ -14,6 +15,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import socket
 import stat
 import tempfile
@@ -25,7 +27,7 @@ from dvdquant.errors import OutputError
 from dvdquant.system.files import disk_error
 from dvdquant.system.network_disk import LIVE_SECONDS, Heartbeat, locks_stay_here
 
-__all__ = ["atomic_path", "check_replaceable", "check_writable", "sweep_unfinished", "write_whole"]
+__all__ = ["atomic_folder", "atomic_path", "check_replaceable", "check_writable", "sweep_unfinished", "write_whole"]
 
 UNFINISHED = re.compile(r"\..*\.dvdq-[0-9a-f]{12}(\.[^.]{0,12})?", re.DOTALL)
 _LONGEST_STEM = 40  # characters of the name that the unfinished file's name keeps; a name may have 255 bytes
@@ -60,6 +62,39 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # an encoder was interrupted and then failed
             raise KeyboardInterrupt from error
+        raise disk_error(error, path) from error
+    finally:
+        unfinished.remove()
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path`` that becomes ``path`` if the block ends well, and is deleted otherwise.
+
+    A folder that is there by then, and not empty, stays: another writer was first. Missing folders above are made. What
+    killed writers left there is deleted first.
+
+    Args:
+        path: The folder to make.
+
+    Raises:
+        OutputError: The folder above refuses, or ``path`` is a file.
+        ResourceError: The disk or a quota is full, or too many files are open.
+    """
+    unfinished = _UnfinishedFile(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep_unfinished(path.parent)
+        folder = _folder_of(unfinished.create())
+        folder.mkdir()
+        yield folder
+        try:
+            folder.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        _sync_folder(path.parent)
+    except OSError as error:
         raise disk_error(error, path) from error
     finally:
         unfinished.remove()
@@ -126,10 +161,10 @@ def check_writable(path: Path, *, make_folder: bool = True) -> None:
 
 
 def sweep_unfinished(folder: Path) -> None:
-    """Delete the files of this module's own names in ``folder`` that no living process locks.
+    """Delete the files of this module's own names in ``folder`` that no living process locks, and the folders beside them.
 
     Args:
-        folder: The folder that killed writers may have left files in. Errors are ignored.
+        folder: The folder that killed writers may have left something in. Errors are ignored.
     """
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
@@ -139,10 +174,10 @@ def sweep_unfinished(folder: Path) -> None:
 
 
 def _remove_if_abandoned(path: str) -> None:
-    """Delete an unfinished file if nobody holds its lock.
+    """Delete an unfinished file, and before it the folder beside it, if nobody holds its lock.
 
     Raises:
-        OSError: Its writer lives (BlockingIOError), or it cannot be opened or deleted.
+        OSError: Its writer lives (BlockingIOError), or one of them cannot be opened or deleted.
     """
     # The file is opened for writing, because NFS gives an exclusive lock only to such a descriptor.
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -150,9 +185,16 @@ def _remove_if_abandoned(path: str) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its writer lives
         foreign = f".dvdq-{_machine()}" not in os.path.basename(path) and locks_stay_here(descriptor)
         if not foreign or time.time() - os.fstat(descriptor).st_mtime >= LIVE_SECONDS:
+            if os.path.lexists(folder := _folder_of(Path(path))):
+                shutil.rmtree(folder)
             os.unlink(path)
     finally:
         os.close(descriptor)
+
+
+def _folder_of(temporary: Path) -> Path:
+    """Return the place of the unfinished folder that has its lock from an unfinished file."""
+    return temporary.with_name(f"{temporary.name}.new")
 
 
 def _machine() -> str:
@@ -201,10 +243,11 @@ class _UnfinishedFile:
             self.remove()  # a sweep deleted it before it was locked
 
     def remove(self) -> None:
-        """Delete the file if it is still there, and let go of its lock. Do nothing the second time."""
+        """Delete the file, and the folder beside it, if they are there, and let go of the lock. Do nothing the second time."""
         if self._heartbeat is not None:
             self._heartbeat.stop()
         if self._temporary is not None:
+            shutil.rmtree(_folder_of(self._temporary), ignore_errors=True)
             with contextlib.suppress(OSError):  # the cause is being reported already
                 self._temporary.unlink(missing_ok=True)
         if self._descriptor is not None:
@@ -227,7 +270,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
         there, mine = os.stat(path, follow_symlinks=False), os.fstat(descriptor)
     except FileNotFoundError:
         return False
-    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+    return os.path.samestat(there, mine)
 
 
 def _sync_folder(folder: Path) -> None:

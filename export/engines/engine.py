@@ -29,7 +29,7 @@ from dvdquant.system.files import disk_error, strict_json
 from dvdquant.system.out_of_memory import says_no_memory
 from dvdquant.system.whole_file import atomic_path
 
-__all__ = ["build_engine"]
+__all__ = ["ProcessWatch", "build_engine"]
 
 TAIL_LINES = 30
 # A builder that works uses a processor, writes its log or reports a step. A builder that uses less than a second of a
@@ -221,7 +221,7 @@ def _run(
             ) from error
         try:
             # 2. Read its output until the process closes it.
-            watch = _Watch(process, log)
+            watch = ProcessWatch(process, log)
             lines = _lines(process)
             while True:
                 try:
@@ -285,7 +285,7 @@ def _message(line: str) -> dict[str, Any] | None:
     return message if isinstance(message, dict) and isinstance(message.get("kind"), str) else None
 
 
-def _ended(process: subprocess.Popen[str], watch: _Watch) -> int | None:
+def _ended(process: subprocess.Popen[str], watch: ProcessWatch) -> int | None:
     """Return the exit code of a process that has closed its output, or None if it hangs on its way out."""
     while True:
         try:
@@ -296,7 +296,7 @@ def _ended(process: subprocess.Popen[str], watch: _Watch) -> int | None:
                 return None
 
 
-class _Watch:
+class ProcessWatch:
     """The signs of life of a process: it writes, or uses a processor.
 
     Args:
@@ -347,7 +347,7 @@ class _Watch:
         return times.user + times.system, os.fstat(self._log.fileno()).st_size
 
 
-def _hangs(request: BuildRequest, title: str, watch: _Watch, log_file: Path) -> EngineError:
+def _hangs(request: BuildRequest, title: str, watch: ProcessWatch, log_file: Path) -> EngineError:
     """Return the error for a process that hangs."""
     return EngineError(
         f"the {request.backend} builder process of {title} hangs: for {SILENT_SECONDS:.0f} s of {watch.running:.0f} s it "
@@ -418,7 +418,7 @@ class _Bar:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._bar.close()
 
-    def beat(self, watch: _Watch) -> None:
+    def beat(self, watch: ProcessWatch) -> None:
         """Show that the builder is still there, and for how long it has said nothing.
 
         Args:

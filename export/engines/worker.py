@@ -7,7 +7,6 @@ Everything else is the builder's log.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -31,12 +30,12 @@ from dvdquant.export.engines.report import (
     memory_advice,
 )
 from dvdquant.plugin_library import load_plugin
-from dvdquant.system.files import disk_error, read_limited
+from dvdquant.system.files import disk_error, hash_file, read_limited
 from dvdquant.system.gpu import read_gpu
 from dvdquant.system.out_of_memory import is_out_of_memory
 from dvdquant.system.whole_file import write_whole
 
-__all__ = ["build", "main"]
+__all__ = ["build", "check_device", "check_operators", "main"]
 
 _LOCK = threading.Lock()
 _LARGEST_CACHE = 1 << 31  # bytes of a timing cache
@@ -147,7 +146,7 @@ def _configure(backend: Backend, builder: Any, request: BuildRequest) -> Any:
     return config
 
 
-def _check_operators(backend: Backend, parser: Any) -> None:
+def check_operators(backend: Backend, parser: Any) -> None:
     """Refuse a version-compatible engine of a graph that needs operators from TensorRT's own plugin libraries.
 
     A session loads the plugin libraries that it is told, so such an engine would be built here and fail there.
@@ -247,7 +246,7 @@ def _peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _check_device(backend: Backend, sms: tuple[str, ...]) -> None:
+def check_device(backend: Backend, sms: tuple[str, ...]) -> None:
     """Check that the GPU a TensorRT engine is for is present; TensorRT-RTX builds without a GPU.
 
     Args:
@@ -295,7 +294,7 @@ def build(request: BuildRequest) -> BuildReport:
             available="tensorrt",
             fix="build it without --version-compatible, or with the tensorrt backend",
         )
-    _check_device(backend, request.sms)
+    check_device(backend, request.sms)
     # 2. Set the builder up.
     listing: list[str] = []
     warnings: list[str] = []
@@ -311,7 +310,7 @@ def build(request: BuildRequest) -> BuildReport:
     network, parser = parse_network(backend, builder, logger, model, maps)
     del model
     if request.version_compatible:
-        _check_operators(backend, parser)
+        check_operators(backend, parser)
     _check_profile(network, request)
     # 4. Build and write the engine.
     size = _build_plan(backend, builder, network, config, request, maps)
@@ -324,7 +323,7 @@ def build(request: BuildRequest) -> BuildReport:
         seconds=round(time.monotonic() - start, 3),
         bytes=size,
         peak_rss_bytes=_peak_rss(),
-        onnx_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        onnx_sha256=hash_file(path)["sha256"],
         products=products,
         constant_bytes=constants,
         attention=attention_summary(listing),

@@ -12,9 +12,9 @@ import onnx_ir as ir
 import torch
 
 from dvdquant.errors import UnsupportedError
+from dvdquant.numerics.dtypes import E4M3_MAX
 from dvdquant.numerics.hadamard import Rotation
 from dvdquant.onnx.schema import DOMAIN
-from dvdquant.ops.attention.definition import E4M3_MAX
 from dvdquant.ops.attention.static_scales import longest_row, pair_exponents
 from dvdquant.ops.reference import dequantize_weight, rotate_by_matrices
 

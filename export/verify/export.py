@@ -14,7 +14,7 @@ from dvdquant.model.plan import ModelPlan
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_reader import TensorInfo
 
-__all__ = ["verify_export"]
+__all__ = ["verify_export", "worst_layers"]
 
 WORST = 4  # this many layers with the largest weight errors are always judged
 
@@ -54,7 +54,7 @@ def verify_export(
     # 1. Find the graphs of every component and the layers to judge.
     known = list(graphs)
     of = {name: [g for g in known if Path(g["path"]).name.startswith(f"{name}_a")] for name in plans}
-    worst = _worst(plans, layers)
+    worst = worst_layers(plans, layers)
     # 2. Check the graphs of one component after another.
     runs = {name: [(entry, False, False) for entry in of[name]] for name in plans}
     more = sorted(change for change in changes if any(change))
@@ -88,10 +88,14 @@ def verify_export(
     return checks
 
 
-def _worst(plans: Mapping[str, ModelPlan], layers: Sequence[LayerEntry]) -> dict[str, list[str]]:
+def worst_layers(plans: Mapping[str, ModelPlan], layers: Sequence[LayerEntry]) -> dict[str, list[str]]:
     """Return the layers of each transformer with the largest weight errors.
 
     The table lists one transformer after the other: two of one model have layers of the same names.
+
+    Args:
+        plans: The plan of each transformer, by component.
+        layers: The entries of all their layers, as the manifest has them.
     """
     worst, first = {}, 0
     for component, plan in plans.items():

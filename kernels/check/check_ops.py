@@ -289,7 +289,7 @@ def check_model(bench: Bench) -> Iterator[Outcome]:
     Args:
         bench: The kernels and the device.
     """
-    yield from _compare_model(bench, "a stack of QuantLinear modules", *_stack(bench))
+    yield from compare_model(bench, "a stack of QuantLinear modules", *make_stack(bench))
     if importlib.util.find_spec("diffusers") is None:
         yield Outcome("tiny Wan (diffusers)", True, 0, note="not run: diffusers is not installed")
         return
@@ -297,10 +297,10 @@ def check_model(bench: Bench) -> Iterator[Outcome]:
     for bits in (8, 4):
         model = copy.deepcopy(tiny)
         set_activation(model, ActivationSpec(bits))
-        yield from _compare_model(bench, f"tiny Wan (diffusers), a{bits}", model, inputs)
+        yield from compare_model(bench, f"tiny Wan (diffusers), a{bits}", model, inputs)
 
 
-def _compare_model(bench: Bench, name: str, model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[Outcome]:
+def compare_model(bench: Bench, name: str, model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[Outcome]:
     """Yield the checks of one model.
 
     Args:
@@ -364,8 +364,12 @@ class _Stack(nn.Module):
         return (x,)
 
 
-def _stack(bench: Bench) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return the stack and its inputs."""
+def make_stack(bench: Bench) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return a stack of quantized modules on the CPU, and its inputs by name.
+
+    Args:
+        bench: The kernels and the device.
+    """
     x = make_tokens(LayerShape(256, 256), 97, torch.device("cpu"), seed=22)
     return _Stack(bench), {"x": x.to(DTYPES["bf16"])}
 

@@ -14,7 +14,7 @@ from check_compare import Verdict
 from check_kernels import Bench, GuardedKernels, Outcome, Tally
 from torch import Tensor
 
-from dvdquant.ops.attention.definition import E4M3_MAX
+from dvdquant.numerics.dtypes import E4M3_MAX
 from dvdquant.ops.attention.rope import Rope, apply_rope, run_rope_quantize
 from dvdquant.ops.packed_layer import DTYPES
 

@@ -141,13 +141,21 @@ class HostLibrary:
         plan = self.plan_layer(layer, sm)
         if plan.codes == "s4":
             raise UnsupportedError(f"path {plan.path} multiplies the packed weight itself: there is nothing to expand")
-        _write(prepared, size, self._expanded(layer, plan, weight, rows))
+        _write(prepared, size, self.expanded_bytes(layer, plan, weight, rows))
 
-    def _expanded(self, layer: LayerShape, plan: LayerPlan, weight: WeightPointers, rows: int) -> bytes:
-        codes = _view(weight.codes, (layer.n, layer.k // 2), torch.int8)
+    def expanded_bytes(self, layer: LayerShape, plan: LayerPlan, weight: WeightPointers, rows: int) -> bytes:
+        """Return the bytes of the prepared weight that a packed one expands to.
+
+        Args:
+            layer: The layer.
+            plan: Its plan for the GPU.
+            weight: The stored weight, in host memory.
+            rows: The address of its rows, as :meth:`make_rows` writes them.
+        """
+        codes = host_view(weight.codes, (layer.n, layer.k // 2), torch.int8)
         cells, (scales, zeros) = (layer.n, layer.weight_groups), group_bytes(layer)
-        group_scale = _view(weight.group_scale, cells, torch.uint8) if scales else None
-        zero = _view(weight.zero, cells, torch.uint8) if zeros else None
+        group_scale = host_view(weight.group_scale, cells, torch.uint8) if scales else None
+        zero = host_view(weight.zero, cells, torch.uint8) if zeros else None
         return to_bytes(expand(layer, plan.path, codes, ctypes.string_at(rows, rows_bytes(layer)), group_scale, zero))
 
     def packed_workspace_bytes(self, layer: LayerShape, sm: int, tokens: int) -> int:
@@ -188,7 +196,7 @@ class HostLibrary:
         if size < self.packed_workspace_bytes(layer, sm, m):
             raise ShapeError(f"a workspace of {size} bytes is too small")
         before = self.workspace_bytes(layer, sm, m)
-        raw = self._expanded(layer, plan, weight, rows)
+        raw = self.expanded_bytes(layer, plan, weight, rows)
         if plan.codes == "s4":
             held = ctypes.create_string_buffer(raw, len(raw))
             prepared = ctypes.addressof(held)
@@ -217,15 +225,15 @@ class HostLibrary:
             pre_quant: The address of the packed pre_quant_scale and pre_quant_shift [K/8, 2, 8]; 0 for none.
         """
         plan, dtype = self.plan_layer(layer, sm), DTYPES[layer.dtype]
-        tokens = _view(x, (m, layer.k), dtype)
+        tokens = host_view(x, (m, layer.k), dtype)
         if pre_quant:
-            tokens = apply_pre_quant(tokens, _view(pre_quant, (layer.k // 8, 2, 8), dtype))
+            tokens = apply_pre_quant(tokens, host_view(pre_quant, (layer.k // 8, 2, 8), dtype))
         values, scale = self.quantize(layer, tokens, self.outer(layer, outer))
-        _view(codes, (m, plan.codes_bytes_per_token), torch.uint8).copy_(encode_codes(values, plan.path))
-        _view(scales, (plan.scale_rows, m), torch.float32).copy_(scale.T)
+        host_view(codes, (m, plan.codes_bytes_per_token), torch.uint8).copy_(encode_codes(values, plan.path))
+        host_view(scales, (plan.scale_rows, m), torch.float32).copy_(scale.T)
         if sums:
             totals = values.reshape(m, plan.scale_rows, -1).sum(dim=-1)
-            _view(sums, (plan.scale_rows, m), torch.float32).copy_(totals.T)
+            host_view(sums, (plan.scale_rows, m), torch.float32).copy_(totals.T)
 
     def linear_gemm(
         self, layer: LayerShape, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int,
@@ -252,10 +260,10 @@ class HostLibrary:
         plan = self.plan_layer(layer, sm)
         if size < self.workspace_bytes(layer, sm, m):
             raise ShapeError(f"a workspace of {size} bytes is too small")
-        raw = _view(codes, (m, plan.codes_bytes_per_token), torch.uint8)
-        scale = _view(scales, (plan.scale_rows, m), torch.float32)
+        raw = host_view(codes, (m, plan.codes_bytes_per_token), torch.uint8)
+        scale = host_view(scales, (plan.scale_rows, m), torch.float32)
         buffer = ctypes.string_at(prepared, plan.prepared_bytes)
-        _view(y, (m, layer.n), DTYPES[layer.dtype]).copy_(self.multiply(layer, plan.path, raw, scale, buffer))
+        host_view(y, (m, layer.n), DTYPES[layer.dtype]).copy_(self.multiply(layer, plan.path, raw, scale, buffer))
 
     def quant_linear(
         self, layer: LayerShape, sm: int, x: int, outer: int, prepared: int, y: int, m: int, workspace: int, size: int,
@@ -384,13 +392,13 @@ class HostLibrary:
             if not address:
                 return None
             count = 1 if tokens == 0 else math.ceil(m / tokens)
-            flat = _view(address, ((count - 1) * stride + layer.k,), torch.float32)
+            flat = host_view(address, ((count - 1) * stride + layer.k,), torch.float32)
             return flat.as_strided((count, layer.k), (stride, 1))
 
         z, hidden = apply_prologue(
-            _view(x, (m, layer.k), dtype),
+            host_view(x, (m, layer.k), dtype),
             Prologue(
-                _view(prologue.y, (m, layer.k), dtype) if prologue.y else None,
+                host_view(prologue.y, (m, layer.k), dtype) if prologue.y else None,
                 rows(prologue.gate, prologue.gate_tokens, prologue.gate_stride),
                 rows(prologue.multiplier, prologue.modulate_tokens, prologue.modulate_stride),
                 rows(prologue.addend, prologue.modulate_tokens, prologue.modulate_stride),
@@ -400,7 +408,7 @@ class HostLibrary:
             ),
         )
         if prologue.hidden:
-            _view(prologue.hidden, (m, layer.k), dtype).copy_(hidden)
+            host_view(prologue.hidden, (m, layer.k), dtype).copy_(hidden)
         return z
 
     def rope_quantize(self, rope: RopePointers, x: int, out: int, m: int, stream: int) -> None:
@@ -414,15 +422,15 @@ class HostLibrary:
             stream: Ignored.
         """
         dtype, size = DTYPES[rope.dtype], rope.channels if rope.norm == "all" else rope.head
-        tokens = _view(x, ((m - 1) * rope.stride + rope.channels,), dtype).as_strided(
+        tokens = host_view(x, ((m - 1) * rope.stride + rope.channels,), dtype).as_strided(
             (m // rope.period, rope.period, rope.channels), (rope.period * rope.stride, rope.stride, 1)
         )
         table = (rope.rope_tokens, rope.rope_channels // (1 if rope.per_channel else 2))
         cosines, sines = (
-            _view(at, table, torch.float32) if rope.rope_channels else None for at in (rope.cosines, rope.sines)
+            host_view(at, table, torch.float32) if rope.rope_channels else None for at in (rope.cosines, rope.sines)
         )
-        weight, bias = (_view(at, (size,), torch.float32) if at else None for at in (rope.weight, rope.bias))
-        bound = _view(rope.bound, (1,), torch.float32) if rope.bound else None
+        weight, bias = (host_view(at, (size,), torch.float32) if at else None for at in (rope.weight, rope.bias))
+        bound = host_view(rope.bound, (1,), torch.float32) if rope.bound else None
         made = apply_rope(
             tokens,
             Rope(
@@ -430,7 +438,7 @@ class HostLibrary:
                 rope.per_channel,
             ),
         )  # fmt: skip
-        _view(out, tuple(made.shape), made.dtype).copy_(made)
+        host_view(out, tuple(made.shape), made.dtype).copy_(made)
 
     def search_grid(self, grid: GridShape, weight: int, out: GridPointers, stream: int) -> None:
         """Search the grid of a weight with the compiled loops.
@@ -443,7 +451,7 @@ class HostLibrary:
         """
         group = grid.k // grid.groups if grid.groups > 1 else 0
         spec = WeightSpec(group, grid.zero_point, grid.solver)  # type: ignore[arg-type]
-        found = quantize_weight(_view(weight, (grid.n, grid.k), torch.float32), spec)
+        found = quantize_weight(host_view(weight, (grid.n, grid.k), torch.float32), spec)
         for view, tensor in zip(_grid_views(grid, out), (found.codes, found.scale, found.group_scale, found.zero)):
             view.copy_(tensor)
 
@@ -461,8 +469,8 @@ class HostLibrary:
             stream: Ignored.
         """
         views = _grid_views(grid, out)
-        gptq = ErrorFeedback.of_factors(_view(factors, (grid.k // block, block, block), torch.float32).double())
-        w = _view(weight, (grid.n, grid.k), torch.float32)
+        gptq = ErrorFeedback.of_factors(host_view(factors, (grid.k // block, block, block), torch.float32).double())
+        w = host_view(weight, (grid.n, grid.k), torch.float32)
         views[0].copy_(gptq.round(w, QuantizedWeight(*views)).codes)
 
     def outer(self, layer: LayerShape, address: int) -> Tensor:
@@ -472,7 +480,7 @@ class HostLibrary:
             layer: The layer.
             address: The address of the matrix.
         """
-        return _view(address, (layer.outer, layer.outer), torch.float32) if layer.outer > 1 else torch.ones(1, 1)
+        return host_view(address, (layer.outer, layer.outer), torch.float32) if layer.outer > 1 else torch.ones(1, 1)
 
     def quantize(self, layer: LayerShape, x: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
         """Return the codes, int8 [M, K], and the scales, fp32 [M, groups].
@@ -507,11 +515,11 @@ def _stored(layer: LayerShape, weight: WeightPointers) -> tuple[Tensor | None, .
     n, groups = layer.n, layer.weight_groups
     zero_shape, zero_type = ((n, groups), torch.uint8) if layer.float_zero_point else ((n,), torch.float32)
     return (
-        _view(weight.codes, (n, layer.k // 2), torch.int8),
-        _view(weight.scale, (n,), torch.float32),
-        _view(weight.group_scale, (n, groups), torch.uint8),
-        _view(weight.zero, zero_shape, zero_type),
-        _view(weight.bias, (n,), torch.float32) if weight.bias else None,
+        host_view(weight.codes, (n, layer.k // 2), torch.int8),
+        host_view(weight.scale, (n,), torch.float32),
+        host_view(weight.group_scale, (n, groups), torch.uint8),
+        host_view(weight.zero, zero_shape, zero_type),
+        host_view(weight.bias, (n,), torch.float32) if weight.bias else None,
     )
 
 
@@ -520,10 +528,10 @@ def _grid_views(grid: GridShape, out: GridPointers) -> list[Tensor]:
     float_zero = grid.zero_point == "float"
     shape = (grid.n, grid.groups)
     return [
-        _view(out.codes, (grid.n, grid.k), torch.int8),
-        _view(out.scale, (grid.n,), torch.float32),
-        _view(out.group_scale, shape, torch.uint8),
-        _view(out.zero, shape if float_zero else (grid.n,), torch.uint8 if float_zero else torch.float32),
+        host_view(out.codes, (grid.n, grid.k), torch.int8),
+        host_view(out.scale, (grid.n,), torch.float32),
+        host_view(out.group_scale, shape, torch.uint8),
+        host_view(out.zero, shape if float_zero else (grid.n,), torch.uint8 if float_zero else torch.float32),
     ]
 
 
@@ -543,7 +551,7 @@ def _write(address: int, size: int, raw: bytes) -> None:
     ctypes.memmove(address, raw, len(raw))
 
 
-def _view(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def host_view(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return a tensor over host memory.
 
     Args:

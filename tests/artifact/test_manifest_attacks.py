@@ -15,13 +15,13 @@ import pytest
 from click.testing import CliRunner
 
 from dvdquant.artifact.manifest import MAX_VALUES, Manifest, load_manifest
-from dvdquant.cli.inspect import _summary
 from dvdquant.cli.inspect import main as inspect_main
+from dvdquant.cli.inspect import summary_text
 from dvdquant.cli.plan import main as plan_main
-from dvdquant.deploy.artifact import Artifact, _family_of
+from dvdquant.deploy.artifact import Artifact, family_of
 from dvdquant.deploy.generation.request import delta_for_average
 from dvdquant.deploy.report.charts import error_chart
-from dvdquant.deploy.report.page import _bars, _schedule, _worst
+from dvdquant.deploy.report.page import Report, render_report
 from dvdquant.deploy.report.text import commands, executions, kept_groups, python_lines, recipe_text, size_text
 from dvdquant.deploy.report.text import shown as shown_in_page
 from dvdquant.deploy.switching.schedule import Schedule
@@ -178,8 +178,9 @@ def test_fields_of_older_manifests_are_filled_in() -> None:
 def show(value: Manifest) -> None:
     """All that is shown of a manifest: the summary, the card, the words and charts of the page, the command."""
     for layers in (False, True):
-        _summary(Path("out"), value, layers)
+        summary_text(Path("out"), value, layers)
     model_card(value)
+    render_report(Report(value, "out", checkpoint_bytes=5, parameters=(3, 2)))
     page = Manifest(**shown_in_page({name: getattr(value, name) for name in Manifest.__dataclass_fields__}))
     for each in (value, page):
         recipe_text(each.recipe, each.family)
@@ -189,9 +190,6 @@ def show(value: Manifest) -> None:
         commands(each, "out", "a prompt", True)
         python_lines(each, "out", "a prompt", False)
         error_chart(each.layers, error_name(each.recipe))
-        _worst(each.layers)
-    report: Any = type("Report", (), {"checkpoint_bytes": 5})()
-    _bars(report, page, {"sixteen": 7, "packed": 3, "total": 9})
     artifact = Artifact(Path("out"), value, {name: {} for name in value.components})
     artifact.rebuild_command()
     for component in value.components:
@@ -222,7 +220,7 @@ class Read:
     def schedule(self, raw: bytes) -> None:
         self.path.write_bytes(raw)
         value = Schedule.load(self.path)
-        _schedule(value)
+        render_report(Report(self.manifest, "out", schedule=value))
         value.check(self.manifest)
         delta_for_average(value, 6.0)
 
@@ -234,7 +232,7 @@ class Read:
         except ValueError:
             return
         if isinstance(config, dict):
-            _family_of(config, "config.json")
+            family_of(config, "config.json")
 
 
 HOSTILE: list[Any] = [

@@ -158,7 +158,7 @@ def test_every_call_of_a_resumed_export_failing(memory: Path, caplog: pytest.Log
 def _after_the_decision(patch: pytest.MonkeyPatch, way: str, start: Callable[[], None]) -> None:
     """Have ``start`` called at the moment from which the new export counts."""
     commit = dvdquant.artifact.commit
-    real_roll, real_exchange = commit._roll_forward, commit.exchange
+    real_roll, real_exchange = commit.roll_forward, commit.exchange
 
     def roll_forward(folder: Folder) -> None:
         start()
@@ -170,7 +170,7 @@ def _after_the_decision(patch: pytest.MonkeyPatch, way: str, start: Callable[[],
 
     if way == "roll-forward":
         patch.setattr(commit, "exchange", no_exchange)
-        patch.setattr(commit, "_roll_forward", roll_forward)
+        patch.setattr(commit, "roll_forward", roll_forward)
     else:
         patch.setattr(commit, "exchange", exchange)
 

@@ -99,7 +99,7 @@ REMOTE = [f"org/name/{NAME}", f"org/name:{NAME}", "org/name"]
 def test_the_early_check_fetches_nothing(hub: list[dict[str, Any]], tmp_path: Path, model: str) -> None:
     assert is_remote(model)
     options = ExportOptions(model=model, out=tmp_path / "out", recipe=get_recipe("rtn"), revision="abc")
-    export_command._check_early(options)
+    export_command.check_early(options)
     assert hub == []
 
 

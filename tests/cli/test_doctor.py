@@ -71,7 +71,8 @@ def test_it_looks_at_everything() -> None:
 )
 def test_wsl_takes_the_driver_of_windows(release: str, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.release", lambda: release)
-    (found,) = diagnosis._gpus([])
+    monkeypatch.setattr(diagnosis, "installed_gpus", list)
+    found = next(each for each in diagnosis.diagnose(Path()) if each.name == "GPU")
     assert advice in found.fix
 
 
@@ -122,11 +123,11 @@ def test_broken_libraries_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
             f"{name} cannot be imported: libnvinfer.so.10: cannot open shared object file", fix="install it"
         )
 
-    def worse() -> object:
+    def worse() -> list[str]:
         raise ZeroDivisionError("in a library")
 
     monkeypatch.setattr("dvdquant.backends.load_backend", broken)
-    monkeypatch.setattr(diagnosis, "_onnxruntime", worse)
+    monkeypatch.setattr("onnxruntime.get_available_providers", worse)
     found = findings()
     assert found["TensorRT"]["state"] == found["TensorRT lean runtime"]["state"] == "missing"
     assert "tensorrt_lean cannot be imported" in found["TensorRT lean runtime"]["found"]

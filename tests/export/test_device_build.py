@@ -302,7 +302,7 @@ def test_the_engines_of_both_widths_share_what_is_not_quantized(
         total = there["weights"] + there["engines"]
         counted = held_weights(plan, 87, (4, 8), shared=artifact.kept_inputs("transformer", "tensorrt", (4, 8)))
         assert counted.plugin_bytes("packed") == total
-        said = needs._transformers(artifact, [request], "tensorrt", False, "8.7", "packed", {})  # type: ignore[list-item]
+        said = needs.transformer_bytes(artifact, [request], "tensorrt", False, "8.7", "packed", {})  # type: ignore[list-item]
         assert said == {Loaded("packed"): total}
     # 3. The graphs of such an export are made again for their builder, its weights are not.
     text = in_process(model, "-o", out, "--recipe", "rtn", "--target", "tensorrt", "--sm", "8.7", *RANGES)

@@ -13,7 +13,7 @@ from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.errors import ExportError, UnsupportedError
 from dvdquant.export import pipeline
 from dvdquant.model.plan import plan_model
-from dvdquant.quantize.hessian import _move_buffers, build_skeleton, streamed
+from dvdquant.quantize.hessian import build_skeleton, move_buffers, streamed
 from dvdquant.quantize.synthetic_inputs import synthetic_inputs
 from dvdquant.recipe import get_recipe
 from dvdquant.system.devices import resolve_device
@@ -137,7 +137,7 @@ def test_the_model_that_predicts_runs_there(model: Path) -> None:
     checkpoint = open_checkpoint(model)
     plan = plan_model(checkpoint.config, get_recipe("w4a4"), torch.bfloat16)
     skeleton = build_skeleton(plan.family.config, torch.float32)
-    _move_buffers(skeleton, "meta")
+    move_buffers(skeleton, "meta")
     inputs = {name: value.to("meta") for name, value in synthetic_inputs(plan.family, 2).items()}
     read: set[torch.device] = set()
     with streamed(skeleton, checkpoint, lambda name, value: read.add(value.device), "meta"), torch.inference_mode():

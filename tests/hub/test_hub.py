@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ from dvdquant.hub import push as room
 from dvdquant.hub.locate import locate_export
 from dvdquant.hub.names import is_hub_name, require_hub_name
 from dvdquant.system import hub_client
+from tests.support.children import in_child
 from tests.support.commands import environment, refused
 from tests.support.fake_hub import FAULTS, LARGE, TOKEN, FakeHub
 from tests.support.session_exports import copy_of, family_export
@@ -406,6 +408,24 @@ def test_what_was_downloaded_is_read_without_a_connection(
     verify_files(first, load_manifest(first))
     with pytest.raises(OutputError, match="HF_HUB_OFFLINE"):
         locate_export("somebody/unseen")
+
+
+def test_a_killed_download_leaves_nothing_for_ever(hub: FakeHub, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process ends while the files are compared with the manifest: the next download removes what it left."""
+    pushed(export)
+
+    def kill(folder: Path, manifest: Manifest) -> None:
+        assert (folder / "manifest.json").is_file()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(locate, "verify_files", kill)
+        assert in_child(lambda: print(locate_export(NAME))) == -signal.SIGKILL
+    (place,) = (Path(huggingface_hub.constants.HF_HOME) / "dvdquant").iterdir()
+    assert len(list(place.iterdir())) == 2, "the unfinished folder, and the file that has its lock"
+    whole = locate_export(NAME)
+    assert list(place.iterdir()) == [whole]
+    verify_files(whole, load_manifest(whole))
 
 
 def test_a_repository_that_is_no_export(hub: FakeHub) -> None:

@@ -84,12 +84,12 @@ def test_thread_order_does_not_matter(library: KernelLibrary) -> None:
     layer, x, prologue, pre_quant = make_fused(CASES[0], "bf16", CPU)
     expected = run_fused_quantize(GuardedKernels(library, HOPPER), layer, x, prologue, pre_quant)
     for seed in (1, 2, 3):
-        library._library.dvdq_emulator_schedule(ctypes.c_uint64(seed))
+        library.c_library.dvdq_emulator_schedule(ctypes.c_uint64(seed))
         for left, right in zip(
             expected, run_fused_quantize(GuardedKernels(library, HOPPER), layer, x, prologue, pre_quant)
         ):
             assert torch.equal(left, right)
-    library._library.dvdq_emulator_schedule(ctypes.c_uint64(0))
+    library.c_library.dvdq_emulator_schedule(ctypes.c_uint64(0))
 
 
 def test_a_layer_in_one_call(library: KernelLibrary) -> None:

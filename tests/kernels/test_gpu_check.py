@@ -227,16 +227,16 @@ def test_a_wrong_library_of_attention_fails() -> None:
 
 def test_a_stack_of_modules_runs_on_the_binding_and_a_wrong_product_fails() -> None:
     b = bench(HostLibrary())
-    row, same = check_ops._compare_model(b, "stack", *check_ops._stack(b))
+    row, same = check_ops.compare_model(b, "stack", *check_ops.make_stack(b))
     assert row.passed
     assert same.passed
     assert 0 < row.worst <= 1
     unbiased = bench(wrong.NoBias())
-    row, same = check_ops._compare_model(unbiased, "stack", *check_ops._stack(unbiased))
+    row, same = check_ops.compare_model(unbiased, "stack", *check_ops.make_stack(unbiased))
     assert not row.passed
     assert same.passed
     again = bench(wrong.PreparedTwice())
-    row, same = check_ops._compare_model(again, "stack", *check_ops._stack(again))
+    row, same = check_ops.compare_model(again, "stack", *check_ops.make_stack(again))
     assert row.passed
     assert not same.passed
 

@@ -178,10 +178,10 @@ def test_thread_order_does_not_matter(library: KernelLibrary, block: int, outer:
     x = token_rows(3, 3072)
     expected = _rotate_quantize(library, layer, AMPERE, x)
     for seed in (1, 2, 3):
-        library._library.dvdq_emulator_schedule(ctypes.c_uint64(seed))
+        library.c_library.dvdq_emulator_schedule(ctypes.c_uint64(seed))
         for left, right in zip(expected, _rotate_quantize(library, layer, AMPERE, x)):
             np.testing.assert_array_equal(left, right)
-    library._library.dvdq_emulator_schedule(ctypes.c_uint64(0))
+    library.c_library.dvdq_emulator_schedule(ctypes.c_uint64(0))
 
 
 def test_without_sums(library: KernelLibrary) -> None:

@@ -136,11 +136,11 @@ def test_the_order_of_threads_does_not_matter(library: KernelLibrary) -> None:
     size = library.plan_layer(layer, HOPPER).prepared_bytes
     found = set()
     for seed in (0, 1, 2):
-        library._library.dvdq_emulator_schedule(ctypes.c_uint64(seed))
+        library.c_library.dvdq_emulator_schedule(ctypes.c_uint64(seed))
         out = Buffer(size)
         library.expand_weight(layer, HOPPER, held, rows.address, out.address, size, 0)
         found.add(out.bytes.tobytes())
-    library._library.dvdq_emulator_schedule(ctypes.c_uint64(0))
+    library.c_library.dvdq_emulator_schedule(ctypes.c_uint64(0))
     assert len(found) == 1
 
 

@@ -62,10 +62,10 @@ def test_thread_order_does_not_matter(library: KernelLibrary) -> None:
     x, rope = make_rope(CASES[1], "bf16", CPU)
     expected = run_rope_quantize(GuardedKernels(library, 90), x, rope)
     for seed in (1, 2):
-        library._library.dvdq_emulator_schedule(ctypes.c_uint64(seed))
+        library.c_library.dvdq_emulator_schedule(ctypes.c_uint64(seed))
         out = run_rope_quantize(GuardedKernels(library, 90), x, rope)
         assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
-    library._library.dvdq_emulator_schedule(ctypes.c_uint64(0))
+    library.c_library.dvdq_emulator_schedule(ctypes.c_uint64(0))
 
 
 def test_tokens_may_lie_anywhere(library: KernelLibrary) -> None:

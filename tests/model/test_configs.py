@@ -10,7 +10,6 @@ import json
 import random
 import resource
 import time
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +235,7 @@ def plan_costs(names: tuple[str, ...], rows: Path) -> None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     plan(tiny.WAN)
-    outline._outlines.clear()  # of what this process planned before
+    outline.forget_outlines()  # of what this process planned before
     gc.freeze()
     gc.enable()  # as in every process that was not forked
     gc.set_threshold(700, 10, 10)
@@ -292,12 +291,15 @@ def test_repeated_blocks_are_planned_as_one_by_one(monkeypatch: pytest.MonkeyPat
     recipe = get_recipe("w4a4").with_globs(("*blocks.1.attn*.to_k", "*blocks.0.ff*"), ())
     configs = [with_changes(CONFIGS[n], num_layers=3) for n in ("wan-i2v", "hunyuan-video", "cogvideox", "ltx-video")]
     fast = [plan_model(config, recipe, torch.bfloat16) for config in configs]
-    monkeypatch.setattr(outline, "_drop_repeated_blocks", lambda model: {})
-    monkeypatch.setattr(outline, "_outlines", OrderedDict())
-    for config, made in zip(configs, fast):
-        whole = plan_model(config, recipe, torch.bfloat16)
-        assert made.layers == whole.layers
-        assert dict(made.kept) == dict(whole.kept)
+    monkeypatch.setattr(outline, "drop_repeated_blocks", lambda model: {})
+    outline.forget_outlines()
+    try:
+        for config, made in zip(configs, fast):
+            whole = plan_model(config, recipe, torch.bfloat16)
+            assert made.layers == whole.layers
+            assert dict(made.kept) == dict(whole.kept)
+    finally:
+        outline.forget_outlines()
         assert made.kept_linears == whole.kept_linears
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
+import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from dvdquant.errors import EngineError, ShapeError, UnsupportedError
+from dvdquant.hardware.capabilities import CAPABILITIES
 from dvdquant.numerics.hadamard import hadamard_matrix
 from dvdquant.ops.attention.definition import (
     FORMATS,
@@ -174,7 +177,7 @@ def test_long_rows_keep_their_small_weights(std: float) -> None:
 def test_q_in_parts_is_q_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = operands()
     whole = [quantized_attention(q, k, v, kind) for kind in FORMATS.values()]
-    monkeypatch.setattr("dvdquant.ops.attention.definition._SCORES", 6 * 150 * 7)
+    monkeypatch.setattr("dvdquant.ops.attention.definition.SCORES_AT_ONCE", 6 * 150 * 7)
     for wanted, kind in zip(whole, FORMATS.values()):
         assert torch.allclose(quantized_attention(q, k, v, kind), wanted, rtol=1e-10, atol=1e-12)
 
@@ -353,6 +356,25 @@ def test_ladders() -> None:
     words = "\n".join(ladders_text("int8"))
     assert all(f"{sm / 10}" in words for sm in LADDERS)
     assert "installed here" in words
+
+
+def test_the_page_names_what_is_tried_on_every_gpu() -> None:
+    """The table of docs/runtime.md against the ladders; a GPU with kernels and no library has a row that says so."""
+    page = (Path(__file__).parents[2] / "docs/runtime.md").read_text()
+    rows = re.findall(
+        r"^\| (\d[^|]*) \| ([^|]+) \| ([^|]+) \|$", page[page.index("## Attention in 8 bits") :], re.MULTILINE
+    )
+    told: dict[str, dict[str, str]] = {}
+    for sms, int8, fp8 in rows:
+        for sm in re.findall(r"\d+\.\d", sms):
+            assert sm not in told, sm
+            told[sm] = {"int8": int8, "fp8": int8 if fp8 == "the same" else fp8}
+    kernels = {sm for sm, facts in CAPABILITIES.items() if facts.kernels and not facts.refused}
+    assert told.keys() == kernels | {f"{sm / 10}" for sm in LADDERS}
+    for sm, formats in told.items():
+        for wanted, words in formats.items():
+            tried = ", ".join(library.name for library in ladder(wanted, round(10 * float(sm))))
+            assert words == tried if tried else words.startswith("none"), (sm, wanted)
 
 
 # ----------------------------------------------------------------------------------------------------------- operation

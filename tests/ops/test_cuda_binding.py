@@ -248,7 +248,7 @@ def test_layers_without_a_kernel_fall_back_once_logged(
 ) -> None:
     layer, packed = small_layer()
     x = make_tokens(layer, 5, CPU, 1)
-    cuda_linear._notice.cache_clear()
+    cuda_linear.notice_reference.cache_clear()
     monkeypatch.setattr(cuda_linear, "kernels_for", lambda device: None)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -329,7 +329,7 @@ def test_ops_refuse_what_they_cannot_hold() -> None:
 
 
 def test_a_compiled_module_calls_the_op() -> None:
-    model, inputs = check_ops._stack(bench(HostLibrary(), 90))
+    model, inputs = check_ops.make_stack(bench(HostLibrary(), 90))
     eager = model(**inputs)[0]
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs)[0]
     assert torch.equal(eager, compiled)

@@ -164,7 +164,7 @@ def test_buffers_round_trip_and_are_aligned(zero: str, groups: int, path: str) -
 def test_a_large_weight_is_expanded_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, packed = packed_layer("float", 4)
     whole = prepare(layer, "s8_token", *packed)
-    monkeypatch.setattr(repack, "_BLOCK", 5 * layer.k)
+    monkeypatch.setattr(repack, "EXPANDED_AT_ONCE", 5 * layer.k)
     parts = prepare(layer, "s8_token", *packed)
     np.testing.assert_array_equal(whole.codes, parts.codes)
     np.testing.assert_array_equal(whole.row_scale, parts.row_scale)

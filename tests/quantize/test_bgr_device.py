@@ -78,7 +78,7 @@ def test_hostile_rows(zero_point: str, group: int) -> None:
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     w = weights("heavy", 24, 256)
     whole = solve(w, "midrise", 64)
-    monkeypatch.setattr(torch_grid, "_LOOKUPS", 4096)
+    monkeypatch.setattr(torch_grid, "LOOKUPS_AT_ONCE", 4096)
     for a, b in zip(vars(whole).values(), vars(solve(w, "midrise", 64)).values()):
         assert torch.equal(a, b)
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from dvdquant.errors import ShapeError
 from dvdquant.numerics.packing import expand_zero
-from dvdquant.quantize import gptq as gptq
 from dvdquant.quantize.bgr import QuantizedWeight, quantize_weight
-from dvdquant.quantize.gptq import ErrorFeedback, gptq_round, output_energy
+from dvdquant.quantize.gptq import ErrorFeedback, gptq_round, output_energy, round_by_loops, round_by_tensors
 from dvdquant.recipe import WeightSpec
 
 
@@ -65,7 +64,7 @@ def test_equals_the_textbook_recursion(features: int) -> None:
 
 def test_factors_lie_row_by_row() -> None:
     """Column by column, as LAPACK leaves them, the compiled loop is not vectorized."""
-    assert gptq._passed_on(correlated(32, 5).expand(3, -1, -1), 0.05).is_contiguous()
+    assert ErrorFeedback(correlated(32, 5).expand(3, -1, -1)).factors.is_contiguous()
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -76,8 +75,8 @@ def test_the_form_for_a_gpu_gives_the_same_codes(spec: WeightSpec, blocks: int) 
     grid = quantize_weight(w, spec)
     step = grid.scale[:, None] * (grid.group_scale.float() / 255)
     zero = expand_zero(grid.zero).float().expand(step.shape).contiguous()
-    arguments = (w, step, zero, gptq._passed_on(hessian, 0.05))
-    assert torch.equal(gptq._on_device(*arguments), gptq._compiled(*arguments))
+    arguments = (w, step, zero, ErrorFeedback(hessian).factors)
+    assert torch.equal(round_by_tensors(*arguments), round_by_loops(*arguments))
 
 
 def test_lies_between_nearest_rounding_and_the_optimum() -> None:

@@ -177,7 +177,7 @@ def test_inputs(name: str) -> None:
 
 
 def sizes_of(family: Any) -> Any:
-    return synthetic._sizes(family, 16)[0]
+    return synthetic.synthetic_sizes(family, 16)[0]
 
 
 def test_condition_channels_stay_as_drawn() -> None:
@@ -337,7 +337,7 @@ def test_a_hessian_that_fits_until_it_is_rotated(size: float) -> None:
     """The Hessian of few inputs is finite, and its rotation beyond fp32: there is no prediction, and no failure later."""
     plan = plan_model(tiny.WAN, get_recipe("w4a4"), torch.bfloat16)
     spec = next(spec for spec in plan.layers if spec.features == 256)
-    collected = hessian._Collected(plan)
+    collected = hessian.LayerSums(plan)
     collected.add_weight(f"{spec.members[0]}.weight", torch.ones(spec.out_features, spec.features))
     collected.watch(spec)(nn.Identity(), (torch.full((2, spec.features), size),))
     found = collected.take(spec)

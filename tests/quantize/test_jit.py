@@ -286,7 +286,7 @@ def test_a_numba_without_the_hooks_compiles_without_the_cache(script: Path, tmp_
     missing = "Dispatcher._cache.load_overload"
     text = script.read_text()
     script.write_text(
-        f"from dvdquant.quantize.backends import jit\njit._missing_hooks = lambda compiled: {missing!r}\n{text}"
+        f"from dvdquant.quantize.backends import jit\njit.missing_hooks = lambda compiled: {missing!r}\n{text}"
     )
     cache = tmp_path / "cache"
     for _ in range(2):
@@ -304,10 +304,10 @@ def test_this_numba_has_the_hooks() -> None:
     from dvdquant.quantize.backends import jit as module
 
     compiled = njit(cache=True)(module.jit)
-    assert module._missing_hooks(compiled) == ""
-    assert module._missing_hooks(object()) == "Dispatcher.compile"
+    assert module.missing_hooks(compiled) == ""
+    assert module.missing_hooks(object()) == "Dispatcher.compile"
     compiled._cache = object()
-    assert module._missing_hooks(compiled) == "Dispatcher._cache.load_overload"
+    assert module.missing_hooks(compiled) == "Dispatcher._cache.load_overload"
 
 
 LOOP_FILES = ["numba_float_zero", "numba_gptq", "numba_rows", "numba_search", "torch_rows"]

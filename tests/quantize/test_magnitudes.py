@@ -17,7 +17,7 @@ from dvdquant.checkpoint.opening import open_checkpoint
 from dvdquant.errors import CheckpointError
 from dvdquant.model.plan import plan_model
 from dvdquant.quantize.checkpoint import PackedWeights, quantize_checkpoint
-from dvdquant.quantize.layer import _shift, rotated_weight
+from dvdquant.quantize.layer import rotated_weight, stored_shift
 from dvdquant.quantize.layer_inputs import LayerInputs
 from dvdquant.quantize.magnitudes import largest
 from dvdquant.recipe import get_recipe
@@ -145,8 +145,8 @@ def test_float64_beyond_float32(source: Path, tmp_path: Path) -> None:
 
 def test_the_shift_of_an_input_beyond_the_dtype() -> None:
     mean = torch.tensor([1.0, -2.5, 6e4, -1e9, 3e38])
-    assert _shift(mean, torch.float16).tolist() == [1.0, -2.5, 0.0, 0.0, 0.0]
-    assert bool(_shift(mean, torch.bfloat16).isfinite().all())
+    assert stored_shift(mean, torch.float16).tolist() == [1.0, -2.5, 0.0, 0.0, 0.0]
+    assert bool(stored_shift(mean, torch.bfloat16).isfinite().all())
 
 
 def test_a_bias_that_the_shift_makes_too_large(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ def test_neither_guards_nor_the_order_of_threads_matter(library: KernelLibrary, 
     sizes = (3 * 256, 4 * 3, 3 * groups, 3 * groups if zero_point == "float" else 4 * 3)
     seen = []
     for seed in (0, 1, 7):
-        library._library.dvdq_emulator_schedule(ctypes.c_uint64(seed))
+        library.c_library.dvdq_emulator_schedule(ctypes.c_uint64(seed))
         buffers = [np.full(size + 512, 0xAB, np.uint8) for size in sizes]
         pointers = GridPointers(*(int(b.ctypes.data) + 256 for b in buffers))
         library.search_grid(GridShape(3, 256, groups, zero_point, "search"), w.data_ptr(), pointers, 0)
@@ -113,7 +113,7 @@ def test_neither_guards_nor_the_order_of_threads_matter(library: KernelLibrary, 
             assert (buffer[:256] == 0xAB).all()
             assert (buffer[256 + size :] == 0xAB).all()
         seen.append([b.tobytes() for b in buffers])
-    library._library.dvdq_emulator_schedule(ctypes.c_uint64(0))
+    library.c_library.dvdq_emulator_schedule(ctypes.c_uint64(0))
     assert seen[0] == seen[1] == seen[2]
 
 

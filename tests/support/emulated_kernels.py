@@ -29,7 +29,7 @@ def library() -> Iterator[KernelLibrary]:
     # Not `import build`: a package of that name is installed beside the tests.
     opened = KernelLibrary(load_script(KERNELS / "build.py").build_emulated())
     yield opened
-    opened._library.dvdq_emulator_schedule(ctypes.c_uint64(0))
+    opened.c_library.dvdq_emulator_schedule(ctypes.c_uint64(0))
 
 
 @pytest.fixture(autouse=True)

@@ -168,18 +168,18 @@ def _decode(cases: range, seed: int, figures: int) -> None:
     from dvdquant.deploy.serve.request import decoding
 
     whole = pictures()
-    decoding._limit(PIXELS)
+    decoding.limit_process(PIXELS)
     before, refused, slowest = peak(), 0, 0.0
     for index in cases:
         raw = changed_picture(whole, random.Random(f"{seed} {index}"))
         started = time.monotonic()
         try:
-            file: IO[bytes] = io.BytesIO(decoding._answer(raw, NAME, PIXELS))
+            file: IO[bytes] = io.BytesIO(decoding.answer(raw, NAME, PIXELS))
         except Exception as error:
             raise AssertionError(f"case {index} of seed {seed}: {raw[:200]!r}") from error
         slowest = max(slowest, time.monotonic() - started)
         try:
-            decoding._result_of(file, NAME, PIXELS)
+            decoding.result_of(file, NAME, PIXELS)
         except decoding.ShapeError as error:
             refused += 1
             words = str(error)
@@ -195,7 +195,7 @@ def main(count: int, seed: int) -> int:
     """Decode so many cases, in processes one after the other; returns 1 where one of them failed."""
     from dvdquant.deploy.serve.request import decoding
 
-    decoding._prepare()
+    decoding.prepare()
     pictures()  # Pillow imports what it needs before the limits
     for first in range(0, count, IN_A_PROCESS):
         cases = range(first, min(count, first + IN_A_PROCESS))

@@ -20,7 +20,7 @@ from dvdquant.numerics.hadamard import Rotation
 from dvdquant.quantize.bgr import quantize_weight, refine_grid
 from dvdquant.quantize.error_table import squared_errors_of
 from dvdquant.quantize.gptq import gptq_round
-from dvdquant.quantize.layer import _packed, rotate_rows
+from dvdquant.quantize.layer import pack_codes, rotate_rows
 from dvdquant.recipe import SOLVERS, ZERO_POINTS, WeightSpec
 from tests.support.rare_collections import collect_rarely
 
@@ -57,7 +57,7 @@ def compile_loops(zero_points: Sequence[str]) -> None:
                     continue
                 quantized = quantize_weight(weight, WeightSpec(group, zero_point, solver))  # type: ignore[arg-type]
                 squared_errors_of(weight, quantized)
-                _packed(quantized.codes)
+                pack_codes(quantized.codes)
                 gptq_round(weight, quantized, torch.eye(256))
 
 

@@ -20,14 +20,14 @@ from dvdquant.ops.reference import rotate_by_matrices
 CHECK = Path(__file__).parents[2] / "kernels" / "check"
 sys.path.insert(0, str(CHECK))
 
-from host_library import HostLibrary, _view  # noqa: E402
+from host_library import HostLibrary, host_view  # noqa: E402
 
 
 class SwappedNibbles(HostLibrary):
     def rotate_quantize(self, layer: Any, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int, balance: int = 0) -> None:  # fmt: skip # noqa: E501
         super().rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream, balance)
         plan = self.plan_layer(layer, sm)
-        raw = _view(codes, (m, plan.codes_bytes_per_token), torch.uint8)
+        raw = host_view(codes, (m, plan.codes_bytes_per_token), torch.uint8)
         if plan.codes == "s4":
             raw.copy_((raw << 4) | (raw >> 4))
 
@@ -35,8 +35,8 @@ class SwappedNibbles(HostLibrary):
 class ExpandsWrongly(HostLibrary):
     """Loses the last code of an expanded weight."""
 
-    def _expanded(self, layer: Any, plan: Any, weight: Any, rows: int) -> bytes:
-        raw = bytearray(super()._expanded(layer, plan, weight, rows))
+    def expanded_bytes(self, layer: Any, plan: Any, weight: Any, rows: int) -> bytes:
+        raw = bytearray(super().expanded_bytes(layer, plan, weight, rows))
         raw[layer.n * (layer.k // 2 if plan.codes == "s4" else layer.k) - 1] ^= 64
         return bytes(raw)
 
@@ -48,7 +48,7 @@ class OneScratchForAll(HostLibrary):
     meeting = threading.Barrier(2)
 
     def packed_linear(self, layer: Any, sm: int, x: int, outer: int, weight: Any, rows: int, y: int, m: int, workspace: int, size: int, stream: int, balance: int = 0) -> None:  # fmt: skip # noqa: E501
-        raw = self._expanded(layer, self.plan_layer(layer, sm), weight, rows)
+        raw = self.expanded_bytes(layer, self.plan_layer(layer, sm), weight, rows)
         ctypes.memmove(self.scratch, raw, len(raw))
         with contextlib.suppress(threading.BrokenBarrierError):
             self.meeting.wait(1)
@@ -60,7 +60,7 @@ class UnbalancedTail(HostLibrary):
 
     def rotate_quantize(self, layer: Any, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int, balance: int = 0) -> None:  # fmt: skip # noqa: E501
         if balance and layer.k % 256:
-            rows = _view(balance, (layer.k // 8, 2, 8), DTYPES[layer.dtype]).clone()
+            rows = host_view(balance, (layer.k // 8, 2, 8), DTYPES[layer.dtype]).clone()
             rows[layer.k // 256 * 32 :, 0], rows[layer.k // 256 * 32 :, 1] = 1, 0
             balance = rows.data_ptr()
         super().rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream, balance)
@@ -70,7 +70,7 @@ class WrongSums(HostLibrary):
     def rotate_quantize(self, layer: Any, sm: int, x: int, outer: int, codes: int, scales: int, sums: int, m: int, stream: int, balance: int = 0) -> None:  # fmt: skip # noqa: E501
         super().rotate_quantize(layer, sm, x, outer, codes, scales, sums, m, stream, balance)
         if sums:
-            _view(sums, (self.plan_layer(layer, sm).scale_rows, m), torch.float32)[-1, -1] += 1
+            host_view(sums, (self.plan_layer(layer, sm).scale_rows, m), torch.float32)[-1, -1] += 1
 
 
 class Truncated(HostLibrary):
@@ -121,7 +121,7 @@ class UnwrittenTail(HostLibrary):
     def linear_gemm(self, layer: Any, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int, *rest: Any) -> None:  # fmt: skip # noqa: E501
         whole = m - m % 16 if m > 16 else m
         plan = self.plan_layer(layer, sm)
-        all_scales = _view(scales, (plan.scale_rows, m), torch.float32)[:, :whole].clone()
+        all_scales = host_view(scales, (plan.scale_rows, m), torch.float32)[:, :whole].clone()
         super().linear_gemm(layer, sm, codes, all_scales.data_ptr(), sums, prepared, y, whole, *rest)
 
 
@@ -161,7 +161,7 @@ class ScaleOffByOneBit(HostLibrary):
         super().prepare_weight(layer, sm, weight, prepared, size, stream)
         plan = self.plan_layer(layer, sm)
         width = layer.k // 2 if plan.codes == "s4" else layer.k
-        scale = _view(prepared + -(-layer.n * width // 256) * 256, (layer.n,), torch.int32)
+        scale = host_view(prepared + -(-layer.n * width // 256) * 256, (layer.n,), torch.int32)
         scale[-1] += 1
 
 
@@ -186,7 +186,7 @@ class WrapsRows(HostLibrary):
 
     def linear_gemm(self, layer: Any, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int, *rest: Any) -> None:  # fmt: skip # noqa: E501
         super().linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, *rest)
-        out = _view(y, (m, layer.n), torch.bfloat16)
+        out = host_view(y, (m, layer.n), torch.bfloat16)
         if m > 64:
             out[0] = out[-1]
 
@@ -196,7 +196,7 @@ class WrongAtTheTilesEdge(HostLibrary):
 
     def linear_gemm(self, layer: Any, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int, *rest: Any) -> None:  # fmt: skip # noqa: E501
         super().linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, *rest)
-        out = _view(y, (m, layer.n), DTYPES[layer.dtype])
+        out = host_view(y, (m, layer.n), DTYPES[layer.dtype])
         if m > 128:
             out[128] = out[127]
 
@@ -205,10 +205,10 @@ class SkipsOneToken(HostLibrary):
     """A token in the middle, which no float64 product looks at, stays unwritten."""
 
     def linear_gemm(self, layer: Any, sm: int, codes: int, scales: int, sums: int, prepared: int, y: int, m: int, *rest: Any) -> None:  # fmt: skip # noqa: E501
-        before = _view(y, (m, layer.n), DTYPES[layer.dtype]).clone()
+        before = host_view(y, (m, layer.n), DTYPES[layer.dtype]).clone()
         super().linear_gemm(layer, sm, codes, scales, sums, prepared, y, m, *rest)
         if m > 150:
-            _view(y, (m, layer.n), DTYPES[layer.dtype])[141] = before[141]
+            host_view(y, (m, layer.n), DTYPES[layer.dtype])[141] = before[141]
 
 
 class WidestGrid(HostLibrary):
@@ -219,12 +219,12 @@ class WidestGrid(HostLibrary):
 class OneCodeOff(HostLibrary):
     def search_grid(self, grid: Any, weight: int, out: Any, stream: int) -> None:
         super().search_grid(grid, weight, out, stream)
-        _view(out.codes, (grid.n, grid.k), torch.int8)[-1, -1] ^= 1
+        host_view(out.codes, (grid.n, grid.k), torch.int8)[-1, -1] ^= 1
 
 
 class ForgetsErrors(HostLibrary):
     def gptq_round(self, grid: Any, weight: int, out: Any, group_scales: int, block: int, stream: int) -> None:
-        _view(group_scales, (grid.k // block, block, block), torch.float32).copy_(torch.eye(block))
+        host_view(group_scales, (grid.k // block, block, block), torch.float32).copy_(torch.eye(block))
         super().gptq_round(grid, weight, out, group_scales, block, stream)
 
 
@@ -237,7 +237,7 @@ class PreparedTwice(HostLibrary):
     def prepare_weight(self, layer: Any, sm: int, weight: Any, prepared: int, size: int, stream: int) -> None:
         super().prepare_weight(layer, sm, weight, prepared, size, stream)
         if weight.codes in self.seen:
-            codes = _view(prepared, (layer.n, layer.k), torch.uint8)
+            codes = host_view(prepared, (layer.n, layer.k), torch.uint8)
             codes.copy_(codes.flip(0))
         self.seen.add(weight.codes)
 
@@ -259,7 +259,7 @@ class RoughGelu(HostLibrary):
         if not prologue.gelu:
             return super().prologue(layer, prologue, x, m)
         dtype = DTYPES[layer.dtype]
-        return torch.nn.functional.gelu(_view(x, (m, layer.k), dtype).float()).to(dtype)
+        return torch.nn.functional.gelu(host_view(x, (m, layer.k), dtype).float()).to(dtype)
 
 
 class OneGate(HostLibrary):

@@ -80,27 +80,31 @@ def test_the_original_checkpoint_goes_to_the_device_that_was_named(gpus: None, m
     table = object.__new__(generate.TableGenerator)
     pipeline = object.__new__(pipeline_generate.PipelineGenerator)
     artifact = SimpleNamespace(dtype=torch.bfloat16)
+    taken: dict[str, Any] = {"artifact": artifact, "check": lambda request: request, "lora": ()}
     vars(table).update(
-        artifact=artifact,
+        taken,
         options=SessionOptions(device="cuda:1"),
         table=SimpleNamespace(root="r"),
         component="t",
         _original=None,
+        _loading=threading.Lock(),
+        beside={"t": ()},
     )
-    vars(table).update(_loading=threading.Lock(), lora=(), beside={"t": ()})
     folder = SimpleNamespace(root="r", transformers=("transformer",))
     vars(pipeline).update(
-        artifact=artifact,
+        taken,
         options=SessionOptions(device="cuda:0"),
         folder=folder,
+        checker=SimpleNamespace(text=None, pipeline_of=lambda request: "WanPipeline"),
         _originals={},
-        lora=(),
+        _denoising=threading.RLock(),
+        _loading=threading.Lock(),
         beside={"transformer": ()},
     )
-    with pytest.raises(InterruptedError):
-        table._runner(GenerateRequest("a", mode="16"))
-    with pytest.raises(InterruptedError):
-        pipeline._originals_of()
+    monkeypatch.setattr(pipeline_generate.PipelineGenerator, "family", SimpleNamespace(name="wan"), raising=False)
+    for generator in (table, pipeline):
+        with pytest.raises(InterruptedError):
+            generator.prepare(GenerateRequest("a", mode="16"))
     assert [str(place) for place in places] == ["cuda:1", "cuda:0"]
 
 

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import re
 import sys
+import threading
 import tomllib
 import types
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from packaging.requirements import Requirement
 from torch import Tensor, nn
 
 from dvdquant.deploy.generation import in_pipeline, text_encoder, text_four_bits, transformers_hooks
+from dvdquant.deploy.generation.request import GenerateRequest
+from dvdquant.deploy.generation.session_options import SessionOptions
 from dvdquant.deploy.serve.http import uvicorn_hooks
 from dvdquant.deploy.sessions import attention, compiled, fusion
 from dvdquant.deploy.sessions import onnxruntime as onnxruntime_session
@@ -59,10 +62,10 @@ USE = re.compile(rf"\.({NAME})|[\"']({NAME})[\"']|\bimport\s+(?:\([^)]*?)?({NAME
 def asked_anew() -> Iterator[None]:
     """The checks remember what they found."""
     checks: tuple[Any, ...] = (
-        diffusers_hooks._check_declared,
+        diffusers_hooks.check_declared,
         diffusers_hooks.check_pipeline_hooks,
         diffusers_hooks.check_stage_hooks,
-        attention._registered,
+        attention.registered_backend,
         modelopt_hooks.check_nvfp4,
         torch_hooks.check_example_values,
         transformers_hooks.check_packing_hooks,
@@ -292,7 +295,7 @@ def test_a_pipeline_whose_stages_do_not_come_apart(name: str, monkeypatch: pytes
 def test_blocks_that_are_named_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the check other modules than the blocks would be compiled, and nothing would fail."""
     assert diffusers_hooks.repeated_block_names(diffusers.WanTransformer3DModel) == ("WanTransformerBlock",)
-    diffusers_hooks._check_declared.cache_clear()
+    diffusers_hooks.check_declared.cache_clear()
     monkeypatch.delattr(diffusers.ModelMixin, "_repeated_blocks")
     with pytest.raises(UnsupportedError) as caught:
         compiled.repeated_blocks(nn.Module())
@@ -424,7 +427,7 @@ def test_a_graph_without_example_tensors(monkeypatch: pytest.MonkeyPatch) -> Non
     new_backend = fusion.fusing_backend.__wrapped__
     new_backend(None)
     torch_hooks.check_example_values.cache_clear()
-    monkeypatch.setattr(torch_hooks, "_EXAMPLE", "another_value")
+    monkeypatch.setattr(torch_hooks, "EXAMPLE_KEY", "another_value")
     with pytest.raises(UnsupportedError) as caught:
         new_backend(None)
     refused(caught, "torch", "another_value")
@@ -470,7 +473,7 @@ def test_a_text_encoder_whose_layers_were_not_packed() -> None:
     with pytest.raises(UnsupportedError) as caught:
         text_four_bits.check_packed(encoder)
     refused(caught, "transformers", "Encoder")
-    text_four_bits._put_layers_in(encoder)
+    text_four_bits.put_layers_in(encoder)
     text_four_bits.check_packed(encoder)
 
 
@@ -533,16 +536,24 @@ def test_a_uvicorn_that_takes_signals_otherwise(monkeypatch: pytest.MonkeyPatch)
 def test_stages_are_checked_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """No transformer and no part is opened: the generator here has none."""
     generator = object.__new__(in_pipeline.PipelineGenerator)
-    generator.checker = types.SimpleNamespace(pipeline_of=lambda request: "LTXPipeline")  # type: ignore[assignment]
-    monkeypatch.setattr(in_pipeline.PipelineGenerator, "family", types.SimpleNamespace(name="ltx-video"), raising=False)
+    family = types.SimpleNamespace(name="ltx-video", image_tokens=lambda: 0)
+    monkeypatch.setattr(in_pipeline.PipelineGenerator, "family", family, raising=False)
+    vars(generator).update(
+        check=lambda request: request,
+        checker=types.SimpleNamespace(text=None, pipeline_of=lambda request: "LTXPipeline"),
+        folder=types.SimpleNamespace(parts=(), transformers=()),
+        _encoded={},
+        _encoding=threading.RLock(),
+        _denoising=threading.RLock(),
+        _loading=threading.Lock(),
+    )
     monkeypatch.delattr(diffusers.LTXPipeline, "_denormalize_latents")
-    request: Any = None
-    with pytest.raises(UnsupportedError) as caught:
-        generator._loaded(request)
-    refused(caught, "diffusers", "_denormalize_latents")
-    with pytest.raises(UnsupportedError) as caught:
-        generator._open("LTXPipeline", {}, torch.device("cpu"))
-    refused(caught, "diffusers", "_denormalize_latents")
+    # The whole pipeline, and the text encoder alone, before the transformer.
+    for alternate, begin in ((False, generator.prepare), (True, generator.encode_prompt)):
+        vars(generator).update(options=SessionOptions(device="cpu", alternate=alternate), _engines={}, _pipes={})
+        with pytest.raises(UnsupportedError) as caught:
+            begin(GenerateRequest("a cat"))
+        refused(caught, "diffusers", "_denormalize_latents")
 
 
 def test_nvfp4_is_checked_before_an_export_begins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

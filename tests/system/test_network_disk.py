@@ -27,7 +27,7 @@ def mounted_as(folder: Path, monkeypatch: pytest.MonkeyPatch, kind_and_options: 
     line = f"36 35 {os.major(device)}:{os.minor(device)} / {folder} rw shared:1 - {kind_and_options}\n"
     listed = folder / "mountinfo"
     listed.write_text("1 0 250:9 / / rw - nfs a rw,nolock\nout of form\n" + line)
-    monkeypatch.setattr(mounts, "_MOUNTS", listed)
+    monkeypatch.setattr(mounts, "MOUNTS", listed)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_which_disks_keep_locks_to_one_machine(
     mounted_as(tmp_path, monkeypatch, disk)
     with (tmp_path / "file").open("w") as file:
         assert locks_stay_here(file.fileno()) == stay
-    monkeypatch.setattr(mounts, "_MOUNTS", tmp_path / "missing")
+    monkeypatch.setattr(mounts, "MOUNTS", tmp_path / "missing")
     with (tmp_path / "file").open("w") as file:
         assert not locks_stay_here(file.fileno())
 

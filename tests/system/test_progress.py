@@ -19,7 +19,7 @@ def lines(stream: io.StringIO) -> list[dict[str, Any]]:
 
 
 def test_json_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress_module, "_JSON_INTERVAL", 0.0)
+    monkeypatch.setattr(progress_module, "JSON_INTERVAL", 0.0)
     stream = io.StringIO()
     progress = Progress("json", stream)
     with progress.stage("quantize", 100, "weights") as stage:
@@ -44,7 +44,7 @@ def test_json_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_json_is_not_flooded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress_module, "_JSON_INTERVAL", 1000.0)
+    monkeypatch.setattr(progress_module, "JSON_INTERVAL", 1000.0)
     stream = io.StringIO()
     with Progress("json", stream).stage("hash", 10_000, "B") as stage:
         for _ in range(10_000):

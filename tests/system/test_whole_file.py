@@ -16,7 +16,14 @@ import pytest
 from dvdquant.errors import DvdquantError, OutputError, ResourceError
 from dvdquant.system import whole_file
 from dvdquant.system.files import disk_error
-from dvdquant.system.whole_file import UNFINISHED, atomic_path, check_writable, sweep_unfinished, write_whole
+from dvdquant.system.whole_file import (
+    UNFINISHED,
+    atomic_folder,
+    atomic_path,
+    check_writable,
+    sweep_unfinished,
+    write_whole,
+)
 from tests.support.commands import environment
 
 WRITER = """
@@ -30,9 +37,9 @@ with atomic_path(Path(sys.argv[1])) as temporary:
 """
 
 
-def _writer(target: Path) -> tuple[subprocess.Popen[str], Path]:
+def _writer(target: Path, code: str = WRITER) -> tuple[subprocess.Popen[str], Path]:
     process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE, text=True, env=environment()
+        [sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE, text=True, env=environment()
     )
     assert process.stdout is not None
     return process, Path(process.stdout.readline().strip())
@@ -56,6 +63,61 @@ def test_the_next_writer_sweeps_what_a_killed_one_left_and_nothing_else(tmp_path
     living.wait()
     sweep_unfinished(tmp_path)
     assert not there.exists()
+
+
+FOLDER_WRITER = """
+import sys, time
+from pathlib import Path
+from dvdquant.system.whole_file import atomic_folder
+with atomic_folder(Path(sys.argv[1])) as folder:
+    (folder / "deep").mkdir()
+    (folder / "deep" / "half").write_bytes(b"half")
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_next_writer_sweeps_the_folder_that_a_killed_one_left(tmp_path: Path) -> None:
+    """And not that of a living one, nor folders that only look like one."""
+    killed, left = _writer(tmp_path / "0abc", FOLDER_WRITER)
+    living, there = _writer(tmp_path / "1def", FOLDER_WRITER)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert (left / "deep" / "half").is_file()
+    mine = tmp_path / ".2.dvdq-0123456789ab.new"
+    mine.mkdir()
+    with atomic_folder(tmp_path / "2abc") as folder:
+        assert not left.exists()
+        (folder / "whole").write_text("new")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"2abc", mine.name, there.name, there.name.removesuffix(".new")}
+    assert (tmp_path / "2abc" / "whole").read_text() == "new"
+    os.kill(living.pid, signal.SIGTERM)
+    living.wait()
+    sweep_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"2abc", mine.name}
+
+
+def test_a_folder_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
+    place = tmp_path / "above" / "folder"
+
+    def fail() -> None:
+        with atomic_folder(place) as folder:
+            (folder / "half").write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert list(place.parent.iterdir()) == []
+    with atomic_folder(place) as folder:
+        (folder / "file").write_text("first")
+    with atomic_folder(place) as folder:  # another writer was first
+        (folder / "file").write_text("second")
+    assert [path.read_text() for path in place.iterdir()] == ["first"]
+    assert list(place.parent.iterdir()) == [place]
+    with pytest.raises(OutputError, match="file"), atomic_folder(place / "file"):
+        pass
+    assert (place / "file").read_text() == "first"
 
 
 def test_a_stop_at_any_line_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:

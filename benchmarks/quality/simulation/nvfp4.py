@@ -13,8 +13,9 @@ from torch import Tensor
 
 from benchmarks.quality.simulation.grid import rotated_to_nvfp4
 from dvdquant.export.passes.lowering.common import split_rotation
-from dvdquant.export.passes.lowering.nvfp4 import E2M1_MAX, E4M3_MAX, NVFP4_BLOCK, nvfp4_weight
+from dvdquant.export.passes.lowering.nvfp4 import E2M1_MAX, NVFP4_BLOCK, nvfp4_weight
 from dvdquant.numerics.activation_grid import AMAX_FLOOR
+from dvdquant.numerics.dtypes import E4M3_MAX
 from dvdquant.numerics.hadamard import Rotation
 from dvdquant.ops.smooth import smooth_input
 

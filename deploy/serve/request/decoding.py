@@ -21,7 +21,7 @@ from typing import IO, Any
 from dvdquant.errors import DvdquantError, ResourceError, ShapeError
 from dvdquant.system.files import strict_json
 
-__all__ = ["DecodedPicture", "decode_picture"]
+__all__ = ["DecodedPicture", "answer", "decode_picture", "limit_process", "prepare", "result_of"]
 
 SECONDS = 20.0  # for one picture; the largest takes two or three
 _CPU_SECONDS = 15
@@ -87,11 +87,20 @@ def decode_picture(raw: bytes, name: str, pixels: int) -> DecodedPicture:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        return _result_of(result, name, pixels)
+        return result_of(result, name, pixels)
 
 
-def _result_of(result: IO[bytes], name: str, pixels: int) -> DecodedPicture:
-    """Read what the process wrote, which is as untrusted as the picture."""
+def result_of(result: IO[bytes], name: str, pixels: int) -> DecodedPicture:
+    """Read what the process wrote, which is as untrusted as the picture.
+
+    Args:
+        result: The file that it wrote.
+        name: What the picture is called in errors.
+        pixels: The most pixels it may have.
+
+    Raises:
+        ShapeError: The picture was refused, or the process did not come to an answer.
+    """
     result.seek(0)
     line = result.readline(_LONGEST_LINE)
     try:
@@ -117,8 +126,12 @@ def _result_of(result: IO[bytes], name: str, pixels: int) -> DecodedPicture:
 # ------------------------------------------------------------------------------------------------------- the process
 
 
-def _limit(pixels: int) -> None:
-    """Take away from this process what decoding does not need."""
+def limit_process(pixels: int) -> None:
+    """Take away from this process what decoding does not need.
+
+    Args:
+        pixels: The most pixels of a picture, by which memory is limited.
+    """
     import resource
 
     memory = _MEMORY + _PIXEL_BYTES * pixels
@@ -137,8 +150,14 @@ def _limit(pixels: int) -> None:
     os.nice(5)
 
 
-def _answer(raw: bytes, name: str, pixels: int) -> bytes:
-    """Return what the process says of a picture: a line of JSON, and the PNG behind it if it is one."""
+def answer(raw: bytes, name: str, pixels: int) -> bytes:
+    """Return what the process says of a picture: a line of JSON, and the PNG behind it if it is one.
+
+    Args:
+        raw: The bytes of the picture.
+        name: What it is called in errors.
+        pixels: The most pixels it may have.
+    """
     from dvdquant.deploy.generation.images import open_picture
 
     png = io.BytesIO()
@@ -159,19 +178,19 @@ def main(words: list[str]) -> None:
     Args:
         words: The name of the field, and the most pixels.
     """
-    _prepare()
+    prepare()
     name, pixels = words[0], int(words[1])
-    _limit(pixels)
+    limit_process(pixels)
     out = sys.stdout.buffer
-    out.write(_answer(sys.stdin.buffer.read(), name, pixels))
+    out.write(answer(sys.stdin.buffer.read(), name, pixels))
     out.flush()
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """Import what decodes, which opens more files than the limits allow."""
     from PIL import Image
 
-    import dvdquant.deploy.generation.images  # noqa: F401  (imported for _answer)
+    import dvdquant.deploy.generation.images  # noqa: F401  (imported for answer)
 
     Image.preinit()
 

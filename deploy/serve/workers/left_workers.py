@@ -20,7 +20,7 @@ from typing import Any
 
 from dvdquant.deploy.serve.workers.channel import Channel
 
-__all__ = ["Berth", "LeftWorker", "find_left", "remove"]
+__all__ = ["Berth", "LeftWorker", "find_left", "is_held", "remove"]
 
 _ANSWER_SECONDS = 5.0
 _LOOK = 0.02
@@ -130,7 +130,7 @@ class LeftWorker:
 
     def poll(self) -> int | None:
         """Return None while the process lives; then a number, because nobody knows its exit code."""
-        return None if _held(self.folder / f"{self.name}.lock") else -1
+        return None if is_held(self.folder / f"{self.name}.lock") else -1
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end of the process.
@@ -163,7 +163,7 @@ def find_left(folder: Path) -> list[LeftWorker]:
     """
     found = []
     for lock in sorted(folder.glob("*.lock")):
-        if _held(lock):
+        if is_held(lock):
             found.append(LeftWorker(folder, lock.stem))
         else:
             remove(folder, lock.stem)
@@ -182,7 +182,12 @@ def remove(folder: Path, name: str) -> None:
             (folder / f"{name}.{suffix}").unlink()
 
 
-def _held(lock: Path) -> bool:
+def is_held(lock: Path) -> bool:
+    """Return whether a process holds a lock file: the worker that made it lives.
+
+    Args:
+        lock: The path of the lock file.
+    """
     try:
         descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dvdquant.deploy.generation.session_options import WrapSession
     from dvdquant.deploy.switching.controller import StepRecord
 
-__all__ = ["BROKEN", "Worker", "memory_facts", "open_model"]
+__all__ = ["BROKEN", "DrawnClip", "HeldJob", "Worker", "memory_facts", "open_model"]
 
 BROKEN = 75  # exit code of a worker that cannot go on: EX_TEMPFAIL
 STALLED = 76
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Running:
+class HeldJob:
     """A job that this worker holds.
 
     Args:
@@ -56,6 +56,9 @@ class _Running:
         why: ``cancelled``, ``lost`` or ``released`` once ``stop`` is set.
         drawing: True until the frames are there.
         sign: The time of the last sign of life.
+        looked: The time of the last look at the store.
+        progress: The share of the steps that are done, in percent.
+        bits: The bits of the steps that are done, a letter or digit each.
     """
 
     job: Job
@@ -73,17 +76,28 @@ class _Running:
         return self.job.token or ""
 
     def end(self, why: str) -> None:
-        """Ask the drawing to stop."""
+        """Ask the drawing to stop.
+
+        Args:
+            why: ``cancelled``, ``lost`` or ``released``.
+        """
         if not self.stop.is_set():
             self.why = why
             self.stop.set()
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """A clip whose frames are there, on its way to the encoder."""
+class DrawnClip:
+    """A clip whose frames are there, on its way to the encoder.
 
-    running: _Running
+    Args:
+        running: The job.
+        result: The frames and how they were drawn.
+        fps: Frames a second.
+        seconds: How long it was drawn.
+    """
+
+    running: HeldJob
     result: GenerateResult
     fps: float
     seconds: float
@@ -120,10 +134,10 @@ class Worker:
         self.reloading = threading.Event()
         self._ready: dict[str, Any] | None = None
         self.code = 0
-        self._running: dict[str, _Running] = {}
+        self.held: dict[str, HeldJob] = {}
         self._holding = threading.Lock()
-        self._drawn: queue.Queue[_Drawn | None] = queue.Queue(2)  # frames of two clips wait at most
-        self._gone = threading.Event()
+        self.drawn: queue.Queue[DrawnClip | None] = queue.Queue(2)  # frames of two clips wait at most
+        self.gone = threading.Event()
 
     # ---------------------------------------------------------------------------------------------- what others call
 
@@ -156,7 +170,7 @@ class Worker:
         """Stop at once; jobs go back into the queue."""
         self.stop()
         with self._holding:
-            for running in self._running.values():
+            for running in self.held.values():
                 running.end("released")
 
     def cancel(self, video: str) -> None:
@@ -166,7 +180,7 @@ class Worker:
             video: The id of the job, ``video_…``.
         """
         with self._holding:
-            running = self._running.get(video)
+            running = self.held.get(video)
         if running is not None:
             self._beat(running)
 
@@ -229,7 +243,7 @@ class Worker:
 
     def run(self) -> int:
         """Draw jobs until :meth:`stop`; return the exit code of the process."""
-        threads = [threading.Thread(target=work, daemon=True) for work in (self._keep_leases, self._encode_all)]
+        threads = [threading.Thread(target=work, daemon=True) for work in (self.keep_leases, self.encode_all)]
         for thread in threads:
             thread.start()
         models = tuple(self.generators)
@@ -250,34 +264,47 @@ class Worker:
             if job is None:
                 self.awake.wait(IDLE_SECONDS)
                 continue
-            with self._hold(job) as running:
-                self._draw(running)
-        self._drawn.put(None)
+            with self.hold(job) as running:
+                self.draw(running)
+        self.drawn.put(None)
         threads[1].join()
-        self._gone.set()
+        self.gone.set()
         threads[0].join()
         return self.code
 
     @contextlib.contextmanager
-    def _hold(self, job: Job) -> Iterator[_Running]:
-        """Keep the lease of a job for the time of the block; afterwards the encoder has it, or nobody."""
-        running = _Running(job)
+    def hold(self, job: Job) -> Iterator[HeldJob]:
+        """Keep the lease of a job for the time of the block; afterwards the encoder has it, or nobody.
+
+        Args:
+            job: The job, which this worker has claimed.
+        """
+        running = HeldJob(job)
         with self._holding:
-            self._running[job.id] = running
+            self.held[job.id] = running
         try:
             yield running
         finally:
             if running.drawing:
-                self._drop(running)
+                self.drop(running)
 
-    def _drop(self, running: _Running) -> None:
+    def drop(self, running: HeldJob) -> None:
+        """Renew the lease of a claim no longer.
+
+        Args:
+            running: The job as it was claimed.
+        """
         with self._holding:
             # This worker may have claimed the job again, after its lease ran out: that claim goes on.
-            if self._running.get(running.job.id) is running:
-                del self._running[running.job.id]
+            if self.held.get(running.job.id) is running:
+                del self.held[running.job.id]
 
-    def _draw(self, running: _Running) -> None:
-        """Draw one job, on the main thread."""
+    def draw(self, running: HeldJob) -> None:
+        """Draw one job, on the main thread.
+
+        Args:
+            running: The job.
+        """
         job = running.job
         fields: dict[str, Any] = {
             "video": job.id,
@@ -301,7 +328,7 @@ class Worker:
             self._failed(running, error)
             return
         running.drawing = False
-        self._drawn.put(_Drawn(running, result, fps, time.perf_counter() - started))
+        self.drawn.put(DrawnClip(running, result, fps, time.perf_counter() - started))
 
     def _request(self, job: Job) -> GenerateRequest:
         """Return the request of a job for the generator, with its pictures."""
@@ -317,7 +344,7 @@ class Worker:
                 pictures[name] = picture
         return generate_request(job.what.request, self.generators[source.name].artifact.manifest, source, pictures)
 
-    def _admit(self, generator: Generator, request: GenerateRequest, running: _Running) -> None:
+    def _admit(self, generator: Generator, request: GenerateRequest, running: HeldJob) -> None:
         """Wait until there is memory for a job, for a time.
 
         Raises:
@@ -338,7 +365,7 @@ class Worker:
             if running.stop.wait(1):
                 raise Cancelled("the job was stopped")
 
-    def _step(self, running: _Running, record: StepRecord) -> None:
+    def _step(self, running: HeldJob, record: StepRecord) -> None:
         """Note one call of the transformer; Cancelled where the job must stop."""
         running.sign = time.monotonic()
         if record.step >= len(running.bits):
@@ -358,7 +385,7 @@ class Worker:
         if running.stop.is_set():
             raise Cancelled("the job was stopped")
 
-    def _failed(self, running: _Running, error: Exception) -> None:
+    def _failed(self, running: HeldJob, error: Exception) -> None:
         """Note how a job ended that has no clip, and end the process where the error means so."""
         fault = fault_of(error)
         try:
@@ -371,7 +398,7 @@ class Worker:
             self.code = BROKEN
             self.stop()
 
-    def _say_failed(self, running: _Running, error: Exception, fault: Fault) -> None:
+    def _say_failed(self, running: HeldJob, error: Exception, fault: Fault) -> None:
         """Say in the store how a job ended that has no clip."""
         job, keep = running.job, self.settings.keep
         fields: dict[str, Any] = {"video": job.id, "request": job.what.request_id, "attempt": job.attempts}
@@ -396,18 +423,23 @@ class Worker:
 
     # ---------------------------------------------------------------------------------------------------- the encoder
 
-    def _encode_all(self) -> None:
+    def encode_all(self) -> None:
         """Encode clips beside the engine, on a thread of its own."""
-        while (drawn := self._drawn.get()) is not None:
+        while (drawn := self.drawn.get()) is not None:
             try:
-                self._encode(drawn)
+                self.encode(drawn)
             except Exception as error:  # noqa: BLE001  one clip that cannot be written must not end the encoder
                 self._failed(drawn.running, error)
             finally:
-                self._drop(drawn.running)
+                self.drop(drawn.running)
                 del drawn
 
-    def _encode(self, drawn: _Drawn) -> None:
+    def encode(self, drawn: DrawnClip) -> None:
+        """Write a clip to its place and complete its job; the clip of a job that nobody wants any more is deleted.
+
+        Args:
+            drawn: The clip.
+        """
         from dvdquant.deploy.generation.video import write_mp4
 
         running, job = drawn.running, drawn.running.job
@@ -442,7 +474,7 @@ class Worker:
             **memory_facts(),
         )
 
-    def _delete_unwanted(self, running: _Running) -> None:
+    def _delete_unwanted(self, running: HeldJob) -> None:
         """Delete the clip of a job that it did not complete, unless the file is another claim's by now."""
         after = self.store.get(running.job.id)
         if after is None:
@@ -452,12 +484,12 @@ class Worker:
 
     # ----------------------------------------------------------------------------------------------------- the leases
 
-    def _keep_leases(self) -> None:
+    def keep_leases(self) -> None:
         """Renew the leases, ask whether a job is cancelled, and end the process where the engine hangs."""
         pause = min(0.5, self.settings.lease / 4)
-        while not self._gone.wait(pause):
+        while not self.gone.wait(pause):
             with self._holding:
-                held = list(self._running.values())
+                held = list(self.held.values())
             for running in held:
                 if running.drawing and time.monotonic() - running.sign > self.settings.stall:
                     log_event(
@@ -466,7 +498,7 @@ class Worker:
                     os._exit(STALLED)  # the engine does not answer, so nothing else would end the process
                 self._beat(running)
 
-    def _beat(self, running: _Running) -> None:
+    def _beat(self, running: HeldJob) -> None:
         try:
             answer = self.store.beat(running.job.id, running.token, self.settings.lease, running.progress, running.bits)
         except Exception:  # the lease lasts for some more tries
@@ -505,7 +537,7 @@ def _executed(generator: Generator) -> dict[str, Any]:
     return next((executed_session(session) for session in generator.sessions().values()), {})
 
 
-def _summary(drawn: _Drawn, size: int, encode_seconds: float) -> dict[str, Any]:
+def _summary(drawn: DrawnClip, size: int, encode_seconds: float) -> dict[str, Any]:
     """Return the figures of a clip that are kept with its job."""
     result = drawn.result
     computed = [record.bits for record in result.trace if record.bits is not None]

@@ -17,6 +17,7 @@ from dvdquant.checkpoint.formats.scheme import Piece, Scheme
 from dvdquant.checkpoint.formats.shapes import NEED_CONFIG, Shapes
 from dvdquant.checkpoint.formats.stored import ShardTensor, Stored, rows
 from dvdquant.checkpoint.formats.wan import WAN, is_original_config
+from dvdquant.checkpoint.untrusted import MAX_JSON
 from dvdquant.errors import CheckpointError
 from dvdquant.system.files import strict_json
 from dvdquant.system.recognize import PREFIXES, recognize_tensors
@@ -35,7 +36,6 @@ __all__ = [
 SCHEMES: tuple[Scheme, ...] = (WAN, HUNYUAN_VIDEO, LTX)
 OTHER_PARTS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.", "vocoder.")
 """Parts of files that hold a whole pipeline."""
-MAX_JSON = 1 << 20
 _PRECISIONS = {
     "F64": "fp64",
     "F32": "fp32",

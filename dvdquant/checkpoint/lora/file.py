@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dvdquant.checkpoint.untrusted import FileIdentity, UntrustedFolder, fix_of, reason_of
+from dvdquant.checkpoint.untrusted import MAX_JSON, FileIdentity, UntrustedFolder, fix_of, reason_of
 from dvdquant.errors import CheckpointError
-from dvdquant.system.files import strict_json
+from dvdquant.system.files import hash_descriptor, strict_json
 from dvdquant.system.recognize import SNIFFED, recognize_bytes
 from dvdquant.system.records import first_problem
 from dvdquant.system.safetensors_reader import Header, TensorInfo, read_header_from, read_tensor_from
@@ -27,8 +26,6 @@ __all__ = ["OWN_FUSE", "AdapterSettings", "LoraFile"]
 
 MAX_TENSORS = 50_000
 """More than any LoRA has: a file with three tensors for every layer of the largest models has some thousands."""
-MAX_SETTINGS = 1 << 20
-_BLOCK = 1 << 24
 _ADAPTER = "adapter_config.json"
 OWN_FUSE = "fuse it into the model with the tool that trained it, and export the folder without --lora"
 _CONVERT = (
@@ -135,16 +132,11 @@ class LoraFile:
 
     def digest(self) -> str:
         """Return the SHA-256 of the whole file. Raises as :meth:`read`."""
-        sha = hashlib.sha256()
         with self._same() as fd:
-            done = 0
             try:
-                while block := os.pread(fd, _BLOCK, done):
-                    sha.update(block)
-                    done += len(block)
+                return hash_descriptor(fd)["sha256"]
             except OSError as error:
                 raise _unreadable(self.path, error) from error
-        return sha.hexdigest()
 
     @contextmanager
     def _same(self) -> Iterator[int]:
@@ -193,15 +185,15 @@ def _settings(path: Path, header: Header, folder: UntrustedFolder) -> AdapterSet
     where = shown(path)
     if text := header.metadata.get("lora_adapter_metadata"):
         where += " (lora_adapter_metadata)"
-        if len(text) > MAX_SETTINGS:
-            raise CheckpointError(f"{where} has {len(text)} characters", available=f"up to {MAX_SETTINGS}")
+        if len(text) > MAX_JSON:
+            raise CheckpointError(f"{where} has {len(text)} characters", available=f"up to {MAX_JSON}")
         try:
             data = strict_json(text.encode())
         except ValueError as error:
             raise CheckpointError(f"{where} is no JSON: {error}", fix="save the LoRA again") from error
     elif path.name == "adapter_model.safetensors" and folder.has(_ADAPTER):
         where = shown(folder.root / _ADAPTER)
-        data = folder.json(_ADAPTER, MAX_SETTINGS, "get the LoRA's folder again")
+        data = folder.json(_ADAPTER, MAX_JSON, "get the LoRA's folder again")
     else:
         return None
     if not isinstance(data, dict):

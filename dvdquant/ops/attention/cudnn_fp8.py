@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dvdquant.ops.attention.definition import E4M3_MAX
+from dvdquant.numerics.dtypes import E4M3_MAX
 from dvdquant.ops.attention.e4m3 import e4m3_operands
 from dvdquant.system.devices import cuda_sm
 

@@ -22,17 +22,17 @@ import torch
 from torch import Tensor
 
 from dvdquant.errors import ShapeError
+from dvdquant.numerics.dtypes import E4M3_MAX
 from dvdquant.numerics.hadamard import kept_hadamard_matrix
 
-__all__ = ["E4M3_MAX", "FORMATS", "AttentionFormat", "e4m3_codes", "exact_attention", "quantized_attention"]
+__all__ = ["FORMATS", "AttentionFormat", "e4m3_codes", "exact_attention", "quantized_attention"]
 
-E4M3_MAX = 448.0
 # SageAttention's blocks of tokens; a scale serves all channels of a head in a block.
 Q_BLOCK, K_BLOCK = 128, 64
 # Keys that share a scale of p.
 P_TILE = 64
-# The number of scores held at a time: 64 MB in fp32.
-_SCORES = 1 << 24
+SCORES_AT_ONCE = 1 << 24
+"""The number of scores held at a time: 64 MB in fp32."""
 _TINY = 1e-30
 
 
@@ -208,7 +208,7 @@ def tile_grid(p: Tensor, tile: int) -> Tensor:
 
 def _rows(q: Tensor, k: Tensor) -> int:
     """Return how many rows of q are computed together."""
-    return max(1, _SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    return max(1, SCORES_AT_ONCE // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

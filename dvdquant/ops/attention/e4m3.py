@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dvdquant.numerics.dtypes import E4M3_MAX
 from dvdquant.numerics.hadamard import kept_hadamard_matrix
-from dvdquant.ops.attention.definition import E4M3_MAX, e4m3_codes
+from dvdquant.ops.attention.definition import e4m3_codes
 
 __all__ = ["e4m3_operands"]
 

@@ -144,7 +144,8 @@ def _reference(name: str) -> Callable[[], Kernel]:
     def load() -> Kernel:
         from torch import float8_e4m3fn
 
-        from dvdquant.ops.attention.definition import E4M3_MAX, FORMATS, quantized_attention
+        from dvdquant.numerics.dtypes import E4M3_MAX
+        from dvdquant.ops.attention.definition import FORMATS, quantized_attention
 
         def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> Tensor:
             form, dtype = FORMATS[name], v.dtype

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.numerics.dtypes import E4M3_MAX
 from dvdquant.numerics.hadamard import kept_hadamard_matrix
-from dvdquant.ops.attention.definition import E4M3_MAX, e4m3_codes
+from dvdquant.ops.attention.definition import e4m3_codes
 from dvdquant.ops.cuda.arguments import ROPE_NORMS, RopePointers
 from dvdquant.ops.cuda_linear import CudaKernels, aligned, pointer_of, require_kernels, stream_of
 from dvdquant.ops.packed_layer import DTYPE_NAMES

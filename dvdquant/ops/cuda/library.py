@@ -39,6 +39,10 @@ class KernelLibrary:
     Args:
         path: The shared library file.
 
+    Attributes:
+        c_library: The opened library, for functions of a build that are not in its interface, such as the emulator's.
+        architectures: The GPUs that it is built for, such as ``sm_90a``.
+
     Raises:
         KernelError: The file is no such library, or it has another ABI version.
     """
@@ -46,20 +50,20 @@ class KernelLibrary:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._library = ctypes.CDLL(str(path))
-            declare(self._library)
+            self.c_library = ctypes.CDLL(str(path))
+            declare(self.c_library)
         except (OSError, AttributeError) as error:
             raise KernelError(f"{path} is not a usable kernel library: {error}", fix=BUILD) from error
-        version = int(self._library.dvdq_abi_version())
+        version = int(self.c_library.dvdq_abi_version())
         if version != ABI_VERSION:
             raise KernelError(
                 f"{path} has ABI version {version}", available=f"this dvdquant speaks {ABI_VERSION}", fix=BUILD
             )
-        self.architectures = tuple(self._library.dvdq_architectures().decode().split(";"))
+        self.architectures = tuple(self.c_library.dvdq_architectures().decode().split(";"))
 
     def _check(self, status: int) -> None:
         if status:
-            text = self._library.dvdq_last_error().decode(errors="replace")
+            text = self.c_library.dvdq_last_error().decode(errors="replace")
             raise ERRORS.get(status, KernelError)(text or f"the kernel library answered status {status}")
 
     def _size(self, function: Any, *arguments: Any) -> int:
@@ -82,7 +86,7 @@ class KernelLibrary:
         Args:
             path: The number of the path.
         """
-        return str(self._library.dvdq_path_name(path).decode()).lower()
+        return str(self.c_library.dvdq_path_name(path).decode()).lower()
 
     def plan_layer(self, layer: LayerShape, sm: int) -> LayerPlan:
         """Return how ``layer`` runs on ``sm``; this needs no device.
@@ -96,7 +100,7 @@ class KernelLibrary:
             UnsupportedError: No path runs this layer on ``sm``.
         """
         plan = PlanStruct()
-        self._check(self._library.dvdq_plan_layer(layer_struct(layer), sm, ctypes.byref(plan)))
+        self._check(self.c_library.dvdq_plan_layer(layer_struct(layer), sm, ctypes.byref(plan)))
         return LayerPlan(
             self.path_name(plan.path),
             CODES[plan.codes],
@@ -114,7 +118,7 @@ class KernelLibrary:
             sm: major · 10 + minor of the device.
             tokens: Rows M of x.
         """
-        return self._size(self._library.dvdq_workspace_bytes, layer_struct(layer), sm, tokens)
+        return self._size(self.c_library.dvdq_workspace_bytes, layer_struct(layer), sm, tokens)
 
     def prepare_weight(
         self, layer: LayerShape, sm: int, weight: WeightPointers, prepared: int, prepared_bytes: int, stream: int
@@ -130,7 +134,7 @@ class KernelLibrary:
             stream: The CUDA stream.
         """
         self._check(
-            self._library.dvdq_prepare_weight(
+            self.c_library.dvdq_prepare_weight(
                 layer_struct(layer), sm, weight_struct(weight), prepared, prepared_bytes, stream
             )
         )
@@ -142,7 +146,7 @@ class KernelLibrary:
             layer: Shape and grids of the layer.
             sm: major · 10 + minor of the device.
         """
-        return self._size(self._library.dvdq_rows_bytes, layer_struct(layer), sm)
+        return self._size(self.c_library.dvdq_rows_bytes, layer_struct(layer), sm)
 
     def make_rows(
         self, layer: LayerShape, sm: int, weight: WeightPointers, rows: int, rows_bytes: int, stream: int
@@ -158,7 +162,7 @@ class KernelLibrary:
             stream: The CUDA stream.
         """
         self._check(
-            self._library.dvdq_make_rows(layer_struct(layer), sm, weight_struct(weight), rows, rows_bytes, stream)
+            self.c_library.dvdq_make_rows(layer_struct(layer), sm, weight_struct(weight), rows, rows_bytes, stream)
         )
 
     def expand_weight(
@@ -186,7 +190,7 @@ class KernelLibrary:
             UnsupportedError: The path multiplies the packed weight itself.
         """
         self._check(
-            self._library.dvdq_expand_weight(
+            self.c_library.dvdq_expand_weight(
                 layer_struct(layer), sm, weight_struct(weight), rows, prepared, prepared_bytes, stream
             )
         )
@@ -199,7 +203,7 @@ class KernelLibrary:
             sm: major · 10 + minor of the device.
             tokens: Rows M of x.
         """
-        return self._size(self._library.dvdq_packed_workspace_bytes, layer_struct(layer), sm, tokens)
+        return self._size(self.c_library.dvdq_packed_workspace_bytes, layer_struct(layer), sm, tokens)
 
     def packed_linear(
         self,
@@ -233,7 +237,7 @@ class KernelLibrary:
             pre_quant: Address of the packed pre-quant scale and offset, [K/8, 2, 8] of x's dtype; 0 for none.
         """
         self._check(
-            self._library.dvdq_packed_linear(
+            self.c_library.dvdq_packed_linear(
                 layer_struct(layer),
                 sm,
                 x,
@@ -277,7 +281,7 @@ class KernelLibrary:
             pre_quant: Address of the packed pre-quant scale and offset, [K/8, 2, 8] of x's dtype; 0 for none.
         """
         self._check(
-            self._library.dvdq_rotate_quantize(
+            self.c_library.dvdq_rotate_quantize(
                 layer_struct(layer), sm, x, pre_quant, outer, codes, scales, sums, tokens, stream
             )
         )
@@ -312,7 +316,7 @@ class KernelLibrary:
             stream: The CUDA stream.
         """
         self._check(
-            self._library.dvdq_linear_gemm(
+            self.c_library.dvdq_linear_gemm(
                 layer_struct(layer), sm, codes, scales, sums, prepared, y, tokens, workspace, workspace_bytes, stream
             )
         )
@@ -347,7 +351,7 @@ class KernelLibrary:
             pre_quant: Address of the packed pre-quant scale and offset, [K/8, 2, 8] of x's dtype; 0 for none.
         """
         self._check(
-            self._library.dvdq_quant_linear(
+            self.c_library.dvdq_quant_linear(
                 layer_struct(layer), sm, x, pre_quant, outer, prepared, y, tokens, workspace, workspace_bytes, stream
             )
         )
@@ -383,7 +387,7 @@ class KernelLibrary:
             UnsupportedError: The rotation has an outer factor, or a row is too long.
         """
         self._check(
-            self._library.dvdq_fused_quantize(
+            self.c_library.dvdq_fused_quantize(
                 layer_struct(layer), sm, prologue_struct(prologue), x, pre_quant, codes, scales, sums, tokens, stream
             )
         )
@@ -421,7 +425,7 @@ class KernelLibrary:
             UnsupportedError: The rotation has an outer factor, or a row is too long.
         """
         self._check(
-            self._library.dvdq_fused_linear(
+            self.c_library.dvdq_fused_linear(
                 layer_struct(layer), sm, prologue_struct(prologue), x, pre_quant, prepared, y, tokens, workspace, workspace_bytes,
                 stream,
             )
@@ -462,7 +466,7 @@ class KernelLibrary:
             UnsupportedError: The rotation has an outer factor, or a row is too long.
         """
         self._check(
-            self._library.dvdq_packed_fused_linear(
+            self.c_library.dvdq_packed_fused_linear(
                 layer_struct(layer), sm, prologue_struct(prologue), x, pre_quant, weight_struct(weight), rows, y, tokens,
                 workspace, workspace_bytes, stream,
             )
@@ -482,7 +486,7 @@ class KernelLibrary:
             ShapeError: The sizes do not fit each other.
             UnsupportedError: Heads of another size, or too many channels.
         """
-        self._check(self._library.dvdq_rope_quantize(ctypes.byref(rope_struct(rope)), x, out, tokens, stream))
+        self._check(self.c_library.dvdq_rope_quantize(ctypes.byref(rope_struct(rope)), x, out, tokens, stream))
 
     def search_grid(self, grid: GridShape, weight: int, out: GridPointers, stream: int) -> None:
         """Search the grid of a weight and write it with its nearest codes.
@@ -497,7 +501,7 @@ class KernelLibrary:
             UnsupportedError: The kernels have no such solver or zero-point.
         """
         self._check(
-            self._library.dvdq_search_grid(grid_struct(grid), weight, ctypes.byref(grid_out_struct(out)), stream)
+            self.c_library.dvdq_search_grid(grid_struct(grid), weight, ctypes.byref(grid_out_struct(out)), stream)
         )
 
     def gptq_round(
@@ -517,7 +521,7 @@ class KernelLibrary:
             UnsupportedError: The kernels have no such solver or zero-point.
         """
         self._check(
-            self._library.dvdq_gptq_round(
+            self.c_library.dvdq_gptq_round(
                 grid_struct(grid), weight, ctypes.byref(grid_out_struct(out)), factors, block, stream
             )
         )

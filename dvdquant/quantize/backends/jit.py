@@ -20,7 +20,7 @@ from numba import njit
 from dvdquant.errors import ResourceError
 from dvdquant.text import shown
 
-__all__ = ["jit", "jit_part"]
+__all__ = ["jit", "jit_part", "missing_hooks"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,7 +79,7 @@ def _compiled(function: Callable[P, R], *, forceinline: bool) -> Callable[P, R]:
         # in every process takes seconds; a shared temporary folder would let others plant machine code.
         compiled = njit(**options)(function)
     else:
-        missing = _missing_hooks(compiled)
+        missing = missing_hooks(compiled)
         if missing:
             _say_no_cache(missing)
             compiled = njit(**options)(function)
@@ -88,8 +88,12 @@ def _compiled(function: Callable[P, R], *, forceinline: bool) -> Callable[P, R]:
     return cast(Callable[P, R], compiled)
 
 
-def _missing_hooks(compiled: Any) -> str:
-    """Return the name of what `_compile_in_turn` needs and this numba lacks; empty where it has all."""
+def missing_hooks(compiled: Any) -> str:
+    """Return the name of what keeping compiled code between processes needs and this numba lacks; empty where it has all.
+
+    Args:
+        compiled: A function that numba compiles, with a cache.
+    """
     if not callable(getattr(compiled, "compile", None)):
         return "Dispatcher.compile"
     store = getattr(compiled, "_cache", None)

@@ -25,8 +25,8 @@ __all__ = ["quantize_rows", "solves"]
 # Smallest row scale, as in numba_search; times 1/255 it is still a normal fp32 number.
 SCALE_FLOOR = 2.0**-118
 _LOW, _HIGH = -8.0, 7.9375
-# Look-ups at a time: bounds the memory of one block of segments to a few hundred megabytes.
-_LOOKUPS = 1 << 23
+LOOKUPS_AT_ONCE = 1 << 23
+"""The number of look-ups at a time: it bounds the memory of one block of segments to a few hundred megabytes."""
 # Scales scanned of a row and of a group, which is searched again afterwards as it is stored; descents from the best of them.
 _SCALES, _GROUP_SCALES, _STARTS, _STEPS = 192, 64, 8, 12
 # Zero-points tried with each scale in the scan of a float zero-point, and the narrowest scale of a short segment.
@@ -131,7 +131,7 @@ def quantize_rows(w: Tensor, groups: int, zero_point: str, solver: str) -> tuple
     """
     rows, features = w.shape
     per_segment = (_WINDOW + _GROUP_SCALES) if groups > 1 else _SCALES * _PLACES
-    step = max(1, _LOOKUPS // max(features, per_segment * groups))
+    step = max(1, LOOKUPS_AT_ONCE // max(features, per_segment * groups))
     parts = [_quantize_block(w[i : i + step], groups, zero_point, solver) for i in range(0, rows, step)]
     codes, scale, group_scale, zero = (torch.cat(p) for p in zip(*parts))
     return codes, scale, group_scale, zero

@@ -13,12 +13,13 @@ from dvdquant.export.passes.lowering.common import Emitter, QuantLinearNode, low
 from dvdquant.export.passes.lowering.modelopt_hooks import nvfp4_bytes
 from dvdquant.export.passes.lowering.store import TensorStore
 from dvdquant.numerics.activation_grid import AMAX_FLOOR
+from dvdquant.numerics.dtypes import E4M3_MAX
 from dvdquant.ops.reference import dequantize_weight
 
 __all__ = ["NVFP4_BLOCK", "WeightSource", "lower_nvfp4", "nvfp4_weight"]
 
 NVFP4_BLOCK = 16
-E2M1_MAX, E4M3_MAX = 6.0, 448.0
+E2M1_MAX = 6.0
 CHUNK_ROWS = 1024
 
 WeightSource = Callable[[str], torch.Tensor]

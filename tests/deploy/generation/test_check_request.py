@@ -155,7 +155,7 @@ def test_defaults_are_those_of_the_installed_pipelines() -> None:
 def test_a_class_that_is_not_in_the_source_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     from dvdquant.deploy.pipelines import call_defaults as module
 
-    monkeypatch.setattr(module, "_sources", list)
+    monkeypatch.setattr(module, "pipeline_sources", list)
     module.call_defaults.cache_clear()
     try:
         assert module.call_defaults("WanPipeline")["num_inference_steps"] == 50

@@ -9,6 +9,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -137,7 +138,6 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(monkeypatch: pyte
     """The same frames, bit by bit; and never both in memory."""
     from dvdquant.deploy.generation import in_pipeline
     from dvdquant.deploy.generation import session_options as module
-    from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
 
     out, pipeline = wan_pipeline()
     artifact = Artifact.open(out)
@@ -146,10 +146,10 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(monkeypatch: pyte
         expected = [generator.generate(request).frames for request in _requests()]
     encoders: list[weakref.ref[Any]] = []
     opened = []
-    whole, session = PipelineGenerator._open, module.open_session
+    whole, session = diffusers.WanPipeline.from_pretrained, module.open_session
 
-    def open_pipeline(self: Any, *args: Any) -> Any:
-        pipe = whole(self, *args)
+    def open_pipeline(*args: Any, **more: Any) -> Any:
+        pipe = whole(*args, **more)
         if pipe.text_encoder is not None:
             encoders.append(weakref.ref(pipe.text_encoder))
         return pipe
@@ -161,7 +161,7 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(monkeypatch: pyte
         opened.append(session(*args, **more))
         return opened[-1]
 
-    monkeypatch.setattr(PipelineGenerator, "_open", open_pipeline)
+    monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", open_pipeline)
     monkeypatch.setattr(module, "open_session", open_session)
     with open_generator(artifact, alternate=True, **options) as generator:
         generator.encode_ahead([generator.check(request) for request in _requests()])
@@ -173,7 +173,7 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(monkeypatch: pyte
         assert (len(encoders), len(opened)) == (2, 2)
         assert opened[0].closed
         # Of the texts before, those stay that are asked for again.
-        monkeypatch.setattr(in_pipeline, "_MOST_ENCODED", 1)
+        monkeypatch.setattr(in_pipeline, "MOST_ENCODED", 1)
         asked = [generator.check(GenerateRequest(text, steps=2, mode="a8")) for text in ("a blue dog", "a green bird")]
         generator.encode_ahead(asked)
         assert [key[0] for key in generator._encoded] == ["a blue dog", "a green bird"]  # type: ignore[attr-defined]

@@ -50,7 +50,7 @@ def test_a_layer_multiplies_its_dequantized_weight(bias: bool, monkeypatch: pyte
     assert bool(((held - weight).reshape(37, 3, 32).abs() <= 1.1 * step[..., None]).all())
     assert float((held - weight).norm() / weight.norm()) < 0.1
     wanted = nn.functional.linear(x.double(), held.double(), None if layer.bias is None else layer.bias.double())
-    monkeypatch.setattr(text_four_bits, "_PART", 8 * 96)
+    monkeypatch.setattr(text_four_bits, "EXPANDED_AT_ONCE", 8 * 96)
     torch.testing.assert_close(layer(x).double(), wanted, rtol=1e-5, atol=1e-5)
     assert layer(x.bfloat16()).dtype == torch.bfloat16
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -82,17 +82,17 @@ def test_memory_is_asked_for_while_another_thread_closes(
 
 def test_closing_waits_for_a_running_pass(session: EngineSession, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = session.family.sample(session.sizes, session.dtype, 0)
-    expected, real = session.run(inputs, 8), session._run
+    expected, real = session.run(inputs, 8), session.check_inputs
     running, go = threading.Event(), threading.Event()
 
-    def slow(ready: dict[str, Tensor], bits: int) -> Tensor:
+    def slow(given: Mapping[str, Tensor]) -> None:
         running.set()
         assert go.wait(60)
-        return real(ready, bits)
+        real(given)
 
     lock = WatchedLock(session._lock)
     monkeypatch.setattr(session, "_lock", lock)
-    monkeypatch.setattr(session, "_run", slow)
+    monkeypatch.setattr(session, "check_inputs", slow)
     with ThreadPoolExecutor(2) as pool:
         pass_ = pool.submit(session.run, inputs, 8)
         assert running.wait(60)

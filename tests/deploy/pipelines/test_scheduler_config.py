@@ -274,7 +274,7 @@ VALUES: list[Any] = [
     5e-324, float("nan"), float("inf"), "", "linear", "zero", "epsilon", "v_prediction", "sample", "flow_prediction", "linspace",
     "leading", "trailing", "exponential", "bh1", "heun", "sde-dpmsolver++", [], [0.1, 0.2], [0], {}, {"a": 1}, "\u202e\x1b[2J",
 ]  # fmt: skip
-FIELDS = sorted(schedulers._Config.__annotations__)
+FIELDS = sorted(schedulers.SchedulerConfig.__annotations__)
 
 
 def fuzz(count: int, seed: int) -> dict[str, int]:

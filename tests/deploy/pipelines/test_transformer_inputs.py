@@ -59,7 +59,7 @@ def given_to(known: Family, batch: int) -> dict[str, Any]:
 
 def batched(adapter: Adapter) -> list[tuple[str, int]]:
     """Inputs that have a row for every sample, but for the latents, and how many."""
-    rows = [(spec.name, adapter._each(spec)) for spec in adapter.specs if spec.name != "hidden_states"]
+    rows = [(spec.name, adapter.rows_per_sample(spec)) for spec in adapter.specs if spec.name != "hidden_states"]
     return [(name, each) for name, each in rows if each is not None]
 
 

@@ -26,7 +26,7 @@ from tests.support.running import PROMPT, short_wan_export
 
 OPTIONS: dict[str, Any] = {"backend": "onnxruntime", "device": "cpu"}
 FAILING: set[float] = set()
-COMMAND = other_process._COMMAND
+COMMAND = other_process.COMMAND
 
 
 def _breakable(session: EngineSession) -> EngineSession:
@@ -49,7 +49,7 @@ def double() -> Iterator[Generator]:
     """Two, the second in another process: a fork, for its command is started by the test of errors."""
     options: dict[str, Any] = {**OPTIONS, "wrap_session": _breakable, "cfg_parallel": "process:cpu"}
     with (
-        mock.patch.object(other_process, "_COMMAND", forked_process("session")),
+        mock.patch.object(other_process, "COMMAND", forked_process("session")),
         open_generator(Artifact.open(short_wan_export()), **options) as generator,
     ):
         generator.prepare(GenerateRequest(PROMPT, steps=2))
@@ -121,7 +121,7 @@ def test_a_partner_that_dies_is_an_error_of_the_clip_and_not_of_the_step(plain: 
 
 def test_errors_of_the_other_process_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """And its command starts, which is no fork here."""
-    monkeypatch.setattr(other_process, "_COMMAND", COMMAND)
+    monkeypatch.setattr(other_process, "COMMAND", COMMAND)
     artifact = Artifact.open(short_wan_export())
     with pytest.raises(UnsupportedError, match="unknown device"):
         open_session(artifact, device="process:gpu")

@@ -274,7 +274,7 @@ def test_engines_read_a_lora_where_the_session_writes_it(
         # Reserved inputs and what stays in 16 bit lie beside the engines, once for both.
         there = session.resident_bytes()
         request: Any = SimpleNamespace(mode="a8")
-        counted = needs._transformers(artifact, [request], "tensorrt_rtx", False, None, "auto", {})
+        counted = needs.transformer_bytes(artifact, [request], "tensorrt_rtx", False, None, "auto", {})
         assert counted[Loaded("engines", (4, 8))] == there["weights"] + there["engines"]
 
         def seen(bits: int = 8) -> dict[str, Tensor]:

@@ -16,8 +16,8 @@ from diffusers.models.transformers.transformer_ltx import apply_rotary_emb as ro
 from torch import Tensor
 
 from dvdquant.deploy.sessions.rope_fusion import fuse_attention
+from dvdquant.numerics.dtypes import E4M3_MAX
 from dvdquant.ops.attention import operation
-from dvdquant.ops.attention.definition import E4M3_MAX
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.prepared_linear import handle_of
 

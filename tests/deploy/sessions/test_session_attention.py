@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from dvdquant.cli.inspect import _summary
+from dvdquant.cli.inspect import summary_text
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import attention as taken_over
 from dvdquant.deploy.sessions import compiled, open_session
@@ -117,7 +117,7 @@ def test_folding_norms_changes_no_bit(name: str) -> None:
     model = made.quantized_model(artifact, "transformer", 8)
     generator = torch.Generator().manual_seed(1)
     modules = self_attentions(model)
-    norms: list[Any] = [n for m in modules for pair in taken_over._norms(m) for n in pair]
+    norms: list[Any] = [n for m in modules for pair in taken_over.norm_pairs(m) for n in pair]
     for norm in norms:
         size = (torch.rand(norm.weight.shape, generator=generator) * 8 - 4).exp2()
         norm.weight.data = (size * norm.weight.float()).to(norm.weight.dtype)
@@ -132,9 +132,9 @@ def test_folding_norms_changes_no_bit(name: str) -> None:
     assert any(not torch.equal(norm.weight, weight) for norm, weight in zip(norms, old))
     assert torch.equal(before, after)
     for module in modules:
-        pairs = taken_over._norms(module)
+        pairs = taken_over.norm_pairs(module)
         if len(pairs) == 1:
-            q, k = (taken_over._pair_size(norm) for norm in pairs[0])
+            q, k = (taken_over.pair_sizes(norm) for norm in pairs[0])
             assert (q / k).log2().abs().max() <= 1.001
         bounds = norm_bounds(module)
         assert bounds is not None
@@ -273,8 +273,8 @@ def test_an_engine_says_what_it_does_instead(tmp_path: Path) -> None:
 def test_inspect_says_what_is_tried() -> None:
     artifact = Artifact.open(made.deep_export("wan"))
     manifest = artifact.manifest
-    assert "attention of long sequences" not in _summary(artifact.root, manifest, False)
+    assert "attention of long sequences" not in summary_text(artifact.root, manifest, False)
     chosen = dataclasses.replace(manifest, recipe={**manifest.recipe, "attention": "fp8"})
-    words = _summary(artifact.root, chosen, False)
+    words = summary_text(artifact.root, chosen, False)
     assert "SM 9.0: fa3-fwd, cudnn, sageattention-2, comfy-kitchen" in words
     assert "installed here" in words

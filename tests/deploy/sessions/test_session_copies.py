@@ -6,6 +6,8 @@ import gc
 import hashlib
 import mmap
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,7 +210,7 @@ def test_a_seal_is_tried_again_while_the_kernel_moves_pages(tmp_path: Path, monk
             raise OSError(16, "Device or resource busy")
         return real(fd, command, argument)
 
-    monkeypatch.setattr(copies, "_SEAL_PAUSE", 0.0)
+    monkeypatch.setattr(copies, "SEAL_PAUSE", 0.0)
     monkeypatch.setattr(copies.fcntl, "fcntl", fcntl)
     copy = private_copy(tmp_path, path.name, entry, in_memory=True)
     assert not busy
@@ -234,18 +236,48 @@ def test_what_has_no_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         private_copy(tmp_path, path.name, entry, in_memory=True)
     # Without a room in memory alone, the disk takes it; without such memory, too.
     monkeypatch.undo()
-    monkeypatch.setattr(copies, "_memory_file", lambda name, size: None)
-    assert private_copy(tmp_path, path.name, entry, in_memory=True).map()[:] == path.read_bytes()
+    reserve = os.posix_fallocate
+
+    def full_in_memory(fd: int, offset: int, size: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:"):
+            full(fd, offset, size)
+        reserve(fd, offset, size)
+
+    def missing(name: str, flags: int) -> int:
+        raise OSError(38, "Function not implemented")
+
+    for name, fails in (("posix_fallocate", full_in_memory), ("memfd_create", missing)):
+        with monkeypatch.context() as patch:
+            patch.setattr(copies.os, name, fails)
+            copy = private_copy(tmp_path, path.name, entry, in_memory=True)
+        assert not copy.in_memory, name
+        assert copy.map()[:] == path.read_bytes()
+        del copy  # the next one would share it
 
 
-def test_a_forked_child_opens_files_of_its_own(tmp_path: Path) -> None:
-    """A thread of the parent held the lock while it forked."""
+def test_a_forked_child_opens_files_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of the parent copies a file while another forks."""
     path, entry = a_file(tmp_path)
-    with copies._lock:
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if private_copy(tmp_path, path.name, entry, in_memory=True).map()[:1] else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    copying, forked, read = threading.Event(), threading.Event(), os.preadv
+
+    def waiting(fd: int, buffers: Any, offset: int) -> int:
+        copying.set()
+        assert forked.wait(60)
+        return read(fd, buffers, offset)
+
+    monkeypatch.setattr(copies.os, "preadv", waiting)
+    thread = threading.Thread(target=private_copy, args=(tmp_path, path.name, entry, True))
+    thread.start()
+    assert copying.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os.preadv = read
+        os._exit(0 if private_copy(tmp_path, path.name, entry, in_memory=True).map()[:1] else 1)
+    status = os.waitpid(child, 0)[1]
+    forked.set()
+    thread.join(60)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_files_that_are_no_regular_ones(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from dvdquant.artifact.manifest import Manifest
 from dvdquant.backends import Backend, load_backend
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import engine_choice, engines, open_session
-from dvdquant.deploy.sessions.engine_binding import BoundEngine, EngineLog
+from dvdquant.deploy.sessions.engine_binding import EngineLog
 from dvdquant.deploy.sessions.engine_choice import FoundEngines
 from dvdquant.deploy.sessions.engines import TensorRTSession, deserialize, make_runtime, select_engine
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
@@ -32,7 +32,7 @@ from dvdquant.model import weight_choice
 from dvdquant.model.held_weights import held_weights
 from dvdquant.model.weight_choice import choose_weights
 from tests.support import session_exports as made
-from tests.support.engine_double import BF16, HOST, DoubleContext, Library
+from tests.support.engine_double import BF16, HOST, DoubleContext, DoubleEngine, Library
 
 
 @pytest.fixture(scope="module")
@@ -367,13 +367,13 @@ def test_how_the_plugin_holds_weights(
 
     monkeypatch.setattr(engines, "find_engines", as_plugin)
     told: list[str | None] = []
-    make = BoundEngine._make_context
+    make = DoubleEngine.create_execution_context
 
-    def context(self: BoundEngine, *arguments: Any) -> Any:
+    def context(self: DoubleEngine, how: Any) -> Any:
         told.append(os.environ.get("DVDQUANT_WEIGHTS"))
-        return make(self, *arguments)
+        return make(self, how)
 
-    monkeypatch.setattr(BoundEngine, "_make_context", context)
+    monkeypatch.setattr(DoubleEngine, "create_execution_context", context)
     held = held_weights(artifact.plan("transformer"), 89, (4, 8), artifact.sizes)
     # So few tokens, that the count says expanded; the user's own word comes before it.
     for asked, variable, form in (
@@ -487,6 +487,12 @@ class Device:
         made_one = self.streams[len(self.streams)] = DeviceStream(self, len(self.streams))
         return made_one
 
+    def forget(self) -> None:
+        """Begin with nothing queued."""
+        self.order.clear()
+        for stream in self.streams.values():
+            stream.seen.clear()
+
     @contextlib.contextmanager
     def use(self, stream: DeviceStream) -> Iterator[None]:
         before = self.current
@@ -551,7 +557,6 @@ def test_passes_and_what_surrounds_them_are_in_order(
     )
     on_the_host(monkeypatch, library)
     session = TensorRTSession(artifact, device=HOST)
-    session.run(sample, 4)  # binds shapes and scratch; nothing of it counts
     device = Device(monkeypatch)
     lane = session._lane
     lane.own, lane._done = device.stream(), DeviceEvent()
@@ -566,12 +571,15 @@ def test_passes_and_what_surrounds_them_are_in_order(
 
     monkeypatch.setattr(DoubleContext, "execute_async_v3", passing)
     if replays:
-        held = {name: tensor.clone() for name, tensor in sample.items()}
-        output = sample["hidden_states"].float()
-        graph = SimpleNamespace(replay=lambda: device.queue("pass"))
+        captured = SimpleNamespace(replay=lambda: device.queue("pass"))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: captured)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         monkeypatch.setattr(session, "_cuda_graphs", True)
         monkeypatch.setattr(session, "_library", SimpleNamespace(takes_plugins=True))
-        session._captures[4] = engines._Capture(graph, held, output, session._scratch.generation)
+    session.run(sample, 4)  # binds shapes and scratch, and captures; nothing of it counts
+    device.forget()
+    lane._done = DeviceEvent()
     others = [device.stream(), device.stream()]
     with Watch(device):
         for caller in (device.streams[0], others[0], device.streams[0], device.streams[0], others[1], others[0]):

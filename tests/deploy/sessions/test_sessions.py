@@ -24,6 +24,7 @@ from dvdquant.deploy.timing.bench import bench
 from dvdquant.errors import DvdquantError, EngineError, ShapeError, UnsupportedError
 from dvdquant.export.verify.graph import ATOL, FACTOR
 from dvdquant.model.families import Sizes
+from dvdquant.model.layers import QuantLinear
 from dvdquant.onnx.runtime_options import runtime_options
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.recipe import get_recipe
@@ -295,7 +296,7 @@ def test_what_runs_where_no_engine_fits(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_four_bits_are_advised_against_where_they_gain_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    pytorch_module._say_once.cache_clear()  # a test before may have had such a GPU
+    pytorch_module.warn_once.cache_clear()  # a test before may have had such a GPU
     plain, grouped = get_recipe("w4a4"), get_recipe("w4a4-g64")
     assert bits_advice(89, plain) is None
     assert "save no time here" in str(bits_advice(120, grouped))
@@ -332,13 +333,16 @@ def test_an_onnxruntime_that_is_too_old_is_refused_before_anything_is_read(monke
 
 def test_a_failing_backend_is_an_engine_error(session: EngineSession, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend's own exception is the cause, and the session goes on."""
+    import onnxruntime
+
     cause = RuntimeError("device fell off")
 
-    def fail(inputs: object, bits: int) -> Tensor:
+    def fail(*_: object) -> Tensor:
         raise cause
 
+    called = {"onnxruntime": (onnxruntime.InferenceSession, "run_with_iobinding"), "pytorch": (QuantLinear, "forward")}
     with monkeypatch.context() as patched:
-        patched.setattr(session, "_run", fail)
+        patched.setattr(*called[session.backend], fail)
         with pytest.raises(EngineError, match="failed in transformer a4: device fell off") as caught:
             session.run(sample(session.artifact), 4)
         assert caught.value.__cause__ is cause

@@ -125,7 +125,7 @@ def test_every_session_says_where_its_weights_go(module: Any, opening: Any, monk
 
     monkeypatch.setattr(module, "WeightFiles", opened)
     monkeypatch.setattr(pytorch, "usable_kernels", lambda device: double(87))
-    monkeypatch.setattr(onnxruntime, "_check_cuda", lambda *_: None)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
     gpu_double(monkeypatch, True, unused=GIB, available=5 * GIB)
     artifact = Artifact.open(made.weights_export("wan", "w4a4"))
     with pytest.raises(_Opened):

@@ -8,14 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
-import dvdquant.deploy.sessions.onnxruntime as onnx_session
 from dvdquant.cli.bench import main
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 from dvdquant.deploy.timing.bench import Timing, bench, executed_text
 from dvdquant.errors import EngineError
 from dvdquant.ops import cuda_linear
@@ -37,13 +38,13 @@ def run(*arguments: object) -> Result:
 
 def test_the_widths_take_turns_and_the_warm_up_is_not_counted(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[int] = []
-    real = onnx_session.OnnxRuntimeSession._run
+    real = OnnxRuntimeSession.run
 
     def counted(self: Any, inputs: Mapping[str, Tensor], bits: int) -> Tensor:
         called.append(bits)
-        return real(self, dict(inputs), bits)
+        return real(self, inputs, bits)
 
-    monkeypatch.setattr(onnx_session.OnnxRuntimeSession, "_run", counted)
+    monkeypatch.setattr(OnnxRuntimeSession, "run", counted)
     result = bench(Artifact.open(out), **ONE, warm_up=1, repeats=3, which="min")
     assert called == [4, 8] * 5
     assert [(t.component, t.bits, len(t.seconds)) for t in result.timings] == [
@@ -136,10 +137,10 @@ def test_what_is_not_there_is_an_error(arguments: tuple[object, ...], words: str
 
 
 def test_a_call_that_fails_names_the_width(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(self: Any, inputs: Mapping[str, Tensor], bits: int) -> Tensor:
+    def fails(self: Any, binding: Any) -> None:
         raise RuntimeError("a kernel failed")
 
-    monkeypatch.setattr(onnx_session.OnnxRuntimeSession, "_run", fails)
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", fails)
     with pytest.raises(EngineError, match="a4"):
         bench(Artifact.open(out), backend="onnxruntime", device="cpu")
 

@@ -23,7 +23,7 @@ from dvdquant.export.engines import engine as engine_module
 from dvdquant.export.engines.network import WeightMaps, check_custom_ops
 from dvdquant.export.engines.precision import RTX_SMS, plan_engines
 from dvdquant.export.engines.stage import run_builder
-from dvdquant.export.engines.worker import _check_device, _check_operators
+from dvdquant.export.engines.worker import check_device, check_operators
 from dvdquant.plugin_library import load_plugin
 from dvdquant.recipe import ActivationSpec
 from dvdquant.system.progress import Progress
@@ -259,7 +259,7 @@ def test_a_builder_that_works_in_silence_is_not_ended(tmp_path: Path, monkeypatc
     monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setattr(engine_module, "psutil", SimpleNamespace(Process=lambda pid: process, Error=psutil.Error))
     with (tmp_path / "log").open("wb") as log:
-        watch = engine_module._Watch(SimpleNamespace(pid=1), log)
+        watch = engine_module.ProcessWatch(SimpleNamespace(pid=1), log)
 
         def later(part: float, used: float, written: bytes = b"") -> bool:
             clock.now += part * engine_module.SILENT_SECONDS
@@ -401,9 +401,9 @@ def test_version_compatible_engines_that_cannot_be(tmp_path: Path) -> None:
     backend = Backend("tensorrt", None, "11.4.0.106")
     parser = load_backend("rtx").module.OnnxParser
     assert callable(parser.get_used_vc_plugin_libraries)
-    _check_operators(backend, SimpleNamespace(get_used_vc_plugin_libraries=list))
+    check_operators(backend, SimpleNamespace(get_used_vc_plugin_libraries=list))
     with pytest.raises(EngineError, match=r"takes from libnvinfer_vc_plugin\.so\.11, which no session loads"):
-        _check_operators(
+        check_operators(
             backend, SimpleNamespace(get_used_vc_plugin_libraries=lambda: ["/usr/lib/libnvinfer_vc_plugin.so.11"])
         )
 
@@ -511,8 +511,8 @@ def test_tensorrt_builds_for_the_gpu_it_has() -> None:
 
     present = torch.cuda.is_available() and "{}.{}".format(*torch.cuda.get_device_capability())
     with pytest.raises(EngineError, match=r"cannot build for SM 7\.0 here" if present else "this machine has none"):
-        _check_device(as_tensorrt(), ("7.0",))
-    _check_device(load_backend("rtx"), ("7.0",))
+        check_device(as_tensorrt(), ("7.0",))
+    check_device(load_backend("rtx"), ("7.0",))
 
 
 @pytest.mark.tensorrt

@@ -17,8 +17,7 @@ from dvdquant.artifact.entries import LayerEntry
 from dvdquant.errors import ExportError, OutputError
 from dvdquant.export.verify import graph as verify
 from dvdquant.export.verify import layers as verify_layers
-from dvdquant.export.verify.export import _worst as worst_layers
-from dvdquant.export.verify.export import verify_export
+from dvdquant.export.verify.export import verify_export, worst_layers
 from dvdquant.export.verify.graph import BetweenCheck, GraphCheck, Verifier
 from dvdquant.export.verify.intermediates import add_intermediates, cut_out, find_intermediates, load_graph, run_graph
 from dvdquant.export.verify.layers import LayerCheck, LayersCheck, choose_layers, token_step

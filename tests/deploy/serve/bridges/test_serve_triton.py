@@ -128,10 +128,10 @@ def test_the_text_of_a_failure_is_in_the_log_and_not_in_the_answer(
     models = _models(monkeypatch)
     with caplog.at_level("WARNING"):
         refused = ShapeError("no such size in /srv/out/x", available="24x24", fix="ask for it")
-        assert models._error(refused) == ("no such size in x; available: 24x24; fix: ask for it", "INVALID_ARG")
-        assert models._error(Cancelled("it was cancelled"))[1] == "CANCELLED"
+        assert models.triton_error(refused) == ("no such size in x; available: 24x24; fix: ask for it", "INVALID_ARG")
+        assert models.triton_error(Cancelled("it was cancelled"))[1] == "CANCELLED"
         assert caplog.text == ""
-        assert models._error(RuntimeError("a secret of the device")) == ("RuntimeError", "INTERNAL")
+        assert models.triton_error(RuntimeError("a secret of the device")) == ("RuntimeError", "INTERNAL")
     assert "a secret of the device" in caplog.text
 
 

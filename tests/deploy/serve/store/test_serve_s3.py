@@ -276,7 +276,7 @@ def test_addresses_that_are_refused(address: str, server: str | None, said: str,
 def test_a_server_leaves_clips_of_others_and_expires_its_own(objects: ClipFiles, tmp_path: Path) -> None:
     """Of a shared place nobody knows whose a clip is; what expires is deleted there, too."""
     from dvdquant.deploy.serve.expiry import expire_for_ever
-    from dvdquant.deploy.serve.server import _Run
+    from dvdquant.deploy.serve.server import ServerRun
 
     store = SqliteStore(tmp_path / "jobs.sqlite", keep=HOUR)
     store.create(WHAT, 10)
@@ -285,7 +285,7 @@ def test_a_server_leaves_clips_of_others_and_expires_its_own(objects: ClipFiles,
     for video in (job.id, other := new_video_id()):
         objects.write(video, lambda path: write_whole(path, CLIP))
     assert store.complete(job.id, job.token or "", {}, 0.0, "8")
-    run = _Run(ServerSettings(models=(), data=tmp_path, devices=()), store, objects, ServerMetrics(), ())
+    run = ServerRun(ServerSettings(models=(), data=tmp_path, devices=()), store, objects, ServerMetrics(), ())
     run.recover()
     assert sorted(objects.ids()) == sorted([job.id, other])
 

@@ -27,7 +27,7 @@ from dvdquant.deploy.serve.store.files import FolderFiles
 from dvdquant.deploy.serve.store.sqlite_store import SqliteStore
 from dvdquant.deploy.serve.workers import left_workers
 from dvdquant.deploy.serve.workers.channel import Channel
-from dvdquant.deploy.serve.workers.worker import BROKEN, Worker, _Drawn, _Running
+from dvdquant.deploy.serve.workers.worker import BROKEN, DrawnClip, HeldJob, Worker
 from dvdquant.system.whole_file import write_whole
 
 WHAT = NewJob("wan", {"prompt": "a cat"}, 4, (24, 16), 2.0, "request-1")
@@ -65,9 +65,9 @@ def _claimed(store: SqliteStore, lease: float = 60, worker: str = "w") -> Job:
     return job
 
 
-def _drawn(job: Job, frames: bytes = b"mine") -> _Drawn:
+def _drawn(job: Job, frames: bytes = b"mine") -> DrawnClip:
     result: Any = SimpleNamespace(frames=frames, trace=[], executed={})
-    return _Drawn(_Running(job, drawing=False), result, 8.0, 1.0)
+    return DrawnClip(HeldJob(job, drawing=False), result, 8.0, 1.0)
 
 
 def _bytes(files: FolderFiles, video: str) -> bytes | None:
@@ -81,14 +81,14 @@ def _bytes(files: FolderFiles, video: str) -> bytes | None:
 def test_an_old_claim_leaves_the_renewal_of_the_next_one(worker: Worker, store: SqliteStore) -> None:
     """The worker claims a job again while its clip of the first claim is still encoded."""
     store.create(WHAT, 10)
-    old = _Running(_claimed(store, lease=-1), drawing=False)
-    new = _Running(_claimed(store), drawing=True)
+    old = HeldJob(_claimed(store, lease=-1), drawing=False)
+    new = HeldJob(_claimed(store), drawing=True)
     assert old.job.id == new.job.id
-    worker._running[new.job.id] = new
-    worker._drop(old)
-    assert worker._running == {new.job.id: new}
-    worker._drop(new)
-    assert worker._running == {}
+    worker.held[new.job.id] = new
+    worker.drop(old)
+    assert worker.held == {new.job.id: new}
+    worker.drop(new)
+    assert worker.held == {}
 
 
 def test_a_frozen_worker_leaves_the_clip_of_the_next_claim(
@@ -97,12 +97,12 @@ def test_a_frozen_worker_leaves_the_clip_of_the_next_claim(
     store.create(WHAT, 10)
     frozen = _claimed(store, lease=-1)
     second = _claimed(store, worker="v")
-    worker._encode(_drawn(frozen))
+    worker.encode(_drawn(frozen))
     assert _bytes(files, frozen.id) == b"mine"  # the second claim draws, and puts its own in the place
     assert second.token is not None
     files.write(second.id, lambda path: write_whole(path, b"whole"))
     assert store.complete(second.id, second.token, {}, HOUR, "8")
-    worker._encode(_drawn(frozen, b"whole"))
+    worker.encode(_drawn(frozen, b"whole"))
     assert _bytes(files, frozen.id) == b"whole"
     after = store.get(second.id)
     assert after is not None
@@ -120,7 +120,7 @@ def test_a_clip_that_nobody_wants_is_deleted(end: str, worker: Worker, store: Sq
         store.delete(job.id)
     else:
         store.fail(job.id, job.token, Failure("engine_error", "it failed"), HOUR, final=True)
-    worker._encode(_drawn(job))
+    worker.encode(_drawn(job))
     assert _bytes(files, job.id) is None
     assert list(files.ids()) == []
 
@@ -130,7 +130,7 @@ def test_a_completed_job_names_the_bits_of_its_last_steps(worker: Worker, store:
     store.create(WHAT, 10)
     drawn = _drawn(_claimed(store))
     drawn.running.bits = "8844"
-    worker._encode(drawn)
+    worker.encode(drawn)
     job = store.get(drawn.running.job.id)
     assert job is not None
     assert (job.status, job.bits) == ("completed", "8844")
@@ -146,19 +146,19 @@ def test_the_encoder_outlives_a_store_that_is_away(
     for _ in range(2):
         store.create(WHAT, 10)
     first, second = _drawn(_claimed(store, lease=0.5)), _drawn(_claimed(store))
-    worker._running = {each.running.job.id: each.running for each in (first, second)}
+    worker.held = {each.running.job.id: each.running for each in (first, second)}
     with monkeypatch.context() as away:
         away.setattr(store, "complete", _raising(GONE))
         away.setattr(store, "fail", _raising(GONE))
-        encoder = threading.Thread(target=worker._encode_all, daemon=True)
+        encoder = threading.Thread(target=worker.encode_all, daemon=True)
         encoder.start()
-        worker._drawn.put(first)
-        _until(lambda: first.running.job.id not in worker._running)
+        worker.drawn.put(first)
+        _until(lambda: first.running.job.id not in worker.held)
     assert "how a job ended could not be kept" in caplog.text
-    keeper = threading.Thread(target=worker._keep_leases, daemon=True)
+    keeper = threading.Thread(target=worker.keep_leases, daemon=True)
     keeper.start()
-    worker._drawn.put(second)
-    worker._drawn.put(None)
+    worker.drawn.put(second)
+    worker.drawn.put(None)
     encoder.join(60)
     assert not encoder.is_alive()
     done = store.get(second.running.job.id)
@@ -170,7 +170,7 @@ def test_the_encoder_outlives_a_store_that_is_away(
     again = found[-1]
     assert again is not None
     assert (again.id, again.attempts) == (first.running.job.id, 2)
-    worker._gone.set()
+    worker.gone.set()
     keeper.join(60)
 
 
@@ -184,10 +184,10 @@ def test_drawing_outlives_a_store_that_is_away_and_a_broken_device_does_not(
     text = "CUDA error: an illegal memory access was encountered" if lasting else "the clip is not finite"
     worker.generators["wan"] = _Failing(RuntimeError(text))  # type: ignore[assignment]
     worker.settings = dataclasses.replace(worker.settings, models=(ModelSource("wan", "out"),))
-    with worker._hold(job) as running:
-        worker._draw(running)
+    with worker.hold(job) as running:
+        worker.draw(running)
     assert "how a job ended could not be kept" in caplog.text
-    assert worker._running == {}
+    assert worker.held == {}
     assert (worker.stopping.is_set(), worker.code) == (lasting, BROKEN if lasting else 0)
 
 
@@ -248,7 +248,7 @@ def test_a_worker_that_ends_while_the_next_server_looks_for_it_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     berth = left_workers.Berth(tmp_path, "cpu-0-1")
-    held = left_workers._held
+    held = left_workers.is_held
 
     def held_until_now(lock: Path) -> bool:
         found = held(lock)
@@ -256,7 +256,7 @@ def test_a_worker_that_ends_while_the_next_server_looks_for_it_is_gone(
         return found
 
     with monkeypatch.context() as moment:
-        moment.setattr(left_workers, "_held", held_until_now)
+        moment.setattr(left_workers, "is_held", held_until_now)
         (left,) = left_workers.find_left(tmp_path)
     assert (left.pid, left.ask("let_go"), left.poll()) == (0, None, -1)
     assert left.wait(0) == -1
