@@ -376,12 +376,20 @@ def _build_locked(
         DvdquantError: See :func:`build_on_device`.
     """
     out, manifest, result = plan.out, plan.manifest, DeviceResult(plan, plan.manifest)
-    # 1. Nothing is built from files that are not those of the export.
+    # 1. Nothing is built from files that are not those of the export, and no engine is entered again that is not its own.
     own = [name for name in manifest.files if not name.startswith("engines/")]
-    with progress.stage("check", sum(manifest.files[name]["bytes"] for name in own), "B") as stage:
+    others = [entry["path"] for entry in manifest.engines if entry["path"] not in settings]
+    damaged = set()
+    with progress.stage("check", sum(manifest.files[name]["bytes"] for name in (*own, *others)), "B") as stage:
         verify_files(out, manifest, own, stage.update)
+        for name in others:
+            try:
+                verify_files(out, manifest, [name], stage.update)
+            except OutputError as error:
+                damaged.add(name)
+                progress.say(f"the engine is left out: {error.what}")
     # 2. Build each engine as a step of its own.
-    engines = {entry["path"]: entry for entry in manifest.engines}
+    engines = {entry["path"]: entry for entry in manifest.engines if entry["path"] not in damaged}
     with progress.stage("engines", len(plan.builds), "engine") as bar:
         for entry in plan.builds:
             bar.update(0, entry["engine"])

@@ -31,7 +31,7 @@ from dvdquant.deploy.sessions.engine_binding import (
 from dvdquant.deploy.sessions.engine_choice import build_target, device_sm, find_engines, select_engine
 from dvdquant.deploy.sessions.lora_inputs import LoraInputs
 from dvdquant.deploy.sessions.replay import capture_step, failure_text
-from dvdquant.deploy.sessions.weight_form import choose_form
+from dvdquant.deploy.sessions.weight_form import choose_form, claim
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, OutputError, UnsupportedError
 from dvdquant.hardware.capabilities import sm_number
@@ -45,6 +45,8 @@ module_log = logging.getLogger(__name__)
 _PLUGINS: set[tuple[str, Path]] = set()
 # What the plugin reads when a context is made: packed or expanded.
 FORM_VARIABLE = "DVDQUANT_WEIGHTS"
+# Before the names of the layers to expand, with commas between them.
+MIXED = "mixed:"
 _form_lock = threading.Lock()
 
 
@@ -88,7 +90,7 @@ class TensorRTSession(EngineSession):
         cuda_graphs: True replays passes of the same shapes as a CUDA graph, which saves kernel launches. Where a pass cannot
             be captured, the log says why, and passes run as usual.
         weights: ``auto``, ``packed`` or ``expanded``: how the plugin holds weights. ``auto`` follows ``DVDQUANT_WEIGHTS``
-            where it is set, and else the count of :class:`.HeldWeights`.
+            where it is set (there ``mixed:`` and the names of layers, too), and else the count of :class:`.HeldWeights`.
 
     Attributes:
         entries: The manifest's entry of each bit-width's engine.
@@ -143,6 +145,8 @@ class TensorRTSession(EngineSession):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # weights were copied on this thread's stream; passes may use others
         self._drop_files()
+        self._ran: set[int] = set()
+        claim(self, self._plugin_bytes)
 
     def _form(self, policy: WeightPolicy, entries: Mapping[int, EngineEntry]) -> tuple[str, frozenset[str]]:
         """Return how weights are held and which layers are expanded, and count what the plugin holds beside its inputs."""
@@ -154,10 +158,14 @@ class TensorRTSession(EngineSession):
                     fix="leave the policy out",
                 )
             return super().weights, frozenset()
-        if policy == "auto":
-            policy = check_policy(os.environ.get(FORM_VARIABLE) or policy)
+        named = None
+        if policy == "auto" and (word := os.environ.get(FORM_VARIABLE)):
+            if word.startswith(MIXED):
+                named = frozenset(name for name in word.removeprefix(MIXED).split(",") if name)
+            else:
+                policy = check_policy(word)
         shared = [entry.get("kept_inputs", 0) for entry in entries.values()]
-        choice = choose_form(self, sm_number(device_sm(self.device)), policy, shared=shared)
+        choice = choose_form(self, sm_number(device_sm(self.device)), policy, shared=shared, named=named)
         self._plugin_bytes = choice.beside
         return choice.form, choice.expanded
 
@@ -225,6 +233,9 @@ class TensorRTSession(EngineSession):
                 output = self._replay(engine, inputs, bits, stream)
             else:
                 output = engine.enqueue(inputs, self.device, 0 if stream is None else stream.cuda_stream)
+        self._ran.add(bits)
+        if self._ran.issuperset(self.bits):
+            claim(self, 0)  # the plugin has made what it holds
         # The cast runs after the pass: it is queued on torch's current stream, which waits for the pass from here on.
         return output.to(self.dtype)
 
@@ -302,7 +313,7 @@ def plugin_form(form: str, expanded: Collection[str] = ()) -> Iterator[None]:
         return
     with _form_lock:
         before = os.environ.get(FORM_VARIABLE)
-        os.environ[FORM_VARIABLE] = form if form != "mixed" else "mixed:" + ",".join(sorted(expanded))
+        os.environ[FORM_VARIABLE] = form if form != "mixed" else MIXED + ",".join(sorted(expanded))
         try:
             yield
         finally:

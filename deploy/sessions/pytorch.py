@@ -18,11 +18,18 @@ from dvdquant.deploy.sessions.compiled import compile_blocks
 from dvdquant.deploy.sessions.fusion import kernel_layers, why_not_fused
 from dvdquant.deploy.sessions.lora_branches import LoraBranches
 from dvdquant.deploy.sessions.replay import GraphReplay, why_not
-from dvdquant.deploy.sessions.weight_form import choose_form
+from dvdquant.deploy.sessions.weight_form import choose_form, claim
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, UnsupportedError
 from dvdquant.hardware.weights import HeldForm, WeightPolicy, check_policy, slower_in_int8
-from dvdquant.model.layers import QuantLinear, forget_stored, make_weights, prepare_layers, set_activation
+from dvdquant.model.layers import (
+    QuantLinear,
+    forget_stored,
+    make_weights,
+    prepare_layers,
+    prepared_bytes,
+    set_activation,
+)
 from dvdquant.model.loading import GraphWrapper, fill_quantized
 from dvdquant.model.plan import ModelPlan, quantized_skeleton
 from dvdquant.model.weight_choice import WeightChoice
@@ -149,6 +156,8 @@ class PyTorchSession(EngineSession):
             self._files.drop_pages()
         elif self.device.type != "cpu":
             self._files.close()
+        self._planned = 0 if choice is None else choice.made
+        self._claim_the_rest(model)
 
     def _choice(self, policy: WeightPolicy, kernels: CudaKernels | None) -> WeightChoice | None:
         """Return how the kernels' device holds weights; None without kernels, where they are packed."""
@@ -209,6 +218,7 @@ class PyTorchSession(EngineSession):
             self._ran.add(bits)
             if self._prepared:
                 self._let_files_go(model)
+                self._claim_the_rest(model)
         # A copy made outside of inference mode is an ordinary tensor, which schedulers may change in place.
         return output.to(self.dtype, copy=True)
 
@@ -227,6 +237,11 @@ class PyTorchSession(EngineSession):
         """See :meth:`EngineSession.follow_attention`."""
         if self.attention is not None:
             self.attention.follow(choice)
+
+    def _claim_the_rest(self, model: nn.Module) -> None:
+        """Note what is planned and not made yet, so that a session that is opened meanwhile leaves room for it."""
+        made = bool(self._ran) if self.weights == "packed" else self._ran.issuperset(self.bits)
+        claim(self, 0 if made else self._planned - prepared_bytes(model))
 
     def set_loras(self, specs: Sequence[LoraSpec]) -> None:
         """See :class:`EngineSession`. Each costs rank · (K + N) · 2 bytes a layer, and as many products for every token.

@@ -37,6 +37,7 @@ __all__ = [
     "install_quant_linears",
     "make_weights",
     "prepare_layers",
+    "prepared_bytes",
     "set_activation",
 ]
 
@@ -501,3 +502,13 @@ def forget_stored(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, QuantLinear) and module.kernel is not None:
             module.kernel.forget_stored()
+
+
+def prepared_bytes(model: nn.Module) -> int:
+    """Return the bytes of the weights that the kernels of all layers of ``model`` have made so far.
+
+    Args:
+        model: The quantized model.
+    """
+    layers = (module for module in model.modules() if isinstance(module, QuantLinear))
+    return sum(layer.kernel.nbytes for layer in layers if layer.kernel is not None)

@@ -7,12 +7,13 @@ first, and among them the large ones, since what a small weight is expanded into
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from dvdquant.hardware.weights import COST_LIMIT, HeldForm, WeightPolicy
 from dvdquant.model.held_weights import HeldLayer, HeldWeights
 
-__all__ = ["WeightChoice", "choose_weights"]
+__all__ = ["WeightChoice", "choose_weights", "expand_named"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class WeightChoice:
         nbytes: What is held in all.
         beside: What of it the plugin holds beside an engine's inputs; 0 for a PyTorch session.
         cost: The modelled share of the slowest width's step that expanding the others takes; 0 without a size.
+        made: What of all is made in the first passes: the quantized layers, or what the plugin holds beside its inputs.
     """
 
     form: HeldForm
@@ -34,6 +36,7 @@ class WeightChoice:
     nbytes: int
     beside: int
     cost: float
+    made: int = 0
 
 
 def choose_weights(
@@ -56,19 +59,36 @@ def choose_weights(
         chosen = list(held.layers)
     else:
         chosen = _enough(held, room, plugin)
-    names = frozenset(layer.name for layer in chosen)
-    beside = sum(layer.plugin_expanded if layer.name in names else layer.rows for layer in held.layers) if plugin else 0
+    choice = expand_named(held, [layer.name for layer in chosen], plugin)
+    return replace(choice, form="expanded") if policy == "expanded" else choice
+
+
+def expand_named(held: HeldWeights, names: Collection[str], plugin: bool = False) -> WeightChoice:
+    """Return how weights are held where the layers of some names are expanded, and the others stay packed.
+
+    Args:
+        held: The bytes of the transformer on the GPU.
+        names: Names of layers; those of other transformers change nothing.
+        plugin: Whether engines with the TensorRT plugin hold them.
+    """
+    chosen = [layer for layer in held.layers if layer.name in names]
+    expanded = frozenset(layer.name for layer in chosen)
+    beside = (
+        sum(layer.plugin_expanded if layer.name in expanded else layer.rows for layer in held.layers) if plugin else 0
+    )
     packed = held.plugin_bytes("packed") if plugin else held.nbytes("packed")
+    nbytes = packed + sum(layer.added(plugin) for layer in chosen)
     # A layer that no path expands is the same in both forms.
-    rest = [layer for layer in held.layers if layer.name not in names and layer.scratch]
-    form: HeldForm = "expanded" if policy == "expanded" else "packed" if not names else "mixed" if rest else "expanded"
+    rest = [layer for layer in held.layers if layer.name not in expanded and layer.scratch]
+    form: HeldForm = "packed" if not expanded else "mixed" if rest else "expanded"
     return WeightChoice(
         form,
-        names,
+        expanded,
         sum(layer.packed for layer in chosen) / max(1, held.packed),
-        packed + sum(layer.added(plugin) for layer in chosen),
+        nbytes,
         beside,
-        _cost(held, names),
+        _cost(held, expanded),
+        beside if plugin else nbytes - held.kept,
     )
 
 

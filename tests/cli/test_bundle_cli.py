@@ -214,7 +214,13 @@ def test_the_page_asks_for_what_the_engines_need(made: Path, tmp_path: Path) -> 
         "TensorRT's own builder has not been measured",
     ):
         assert text in page, page
-    # 2. With one.
+    assert "the line ends with it" not in page
+    # 2. With one, and for two GPUs.
+    both = export_for("11.0", made, tmp_path / "both")
+    builds = (*load_manifest(made).builds, *load_manifest(both).builds)
+    (both / "manifest.json").write_text(dataclasses.replace(load_manifest(both), builds=builds).to_json())
+    pack(both, target)
+    assert "does not say the GPU's SM, the line ends with it: 8.7 or 11.0." in page_of(target)
     pack(made, target, "--plugin", plugin_library(tmp_path / "arm.so", machine="aarch64"))
     page = page_of(target)
     assert "3. `dvdq-build a.tar -o a --plugin bundled`" in page

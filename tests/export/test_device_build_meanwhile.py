@@ -134,6 +134,22 @@ def test_a_file_that_was_changed_before_the_lock_is_found(
     assert (out / "manifest.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("damage", ["a changed byte", "a missing file"])
+def test_a_damaged_engine_of_another_width_is_left_out(
+    damage: str, out: Path, plugin: Path, tensorrt: None, quick_builder: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be entered again with the hash that it had; missing, it would end the work after the build."""
+    build_of(out, plugin, 4)
+    flip_last_bit(out / A4) if damage == "a changed byte" else (out / A4).unlink()
+    done = build_here(monkeypatch, out, "--plugin", plugin, "--no-check", "--bits", 8)
+    assert done.returncode == 0, done.stderr
+    assert f"the engine is left out: {out} does not match its manifest: {A4} " in done.stderr
+    manifest = load_manifest(out)
+    verify_files(out, manifest)
+    assert [e["path"] for e in manifest.engines] == [A8]
+    assert not (out / A4).exists()
+
+
 def test_others_read_the_graphs_while_engines_are_judged(
     out: Path, plugin: Path, tensorrt: None, quick_builder: None
 ) -> None:

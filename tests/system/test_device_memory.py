@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from dvdquant.cli.clips import run_memory
 from dvdquant.deploy.generation.device_fit import DEVICES, DeviceSize
 from dvdquant.deploy.sessions import weight_form
+from dvdquant.deploy.sessions.weight_form import claim
 from dvdquant.hardware.gpus import GPUS
 from dvdquant.hardware.shared_memory import SEEN, seen_bytes
 from dvdquant.model.families import get_family
@@ -70,6 +72,56 @@ def test_the_choice_of_weights_asks_for_the_same_memory(monkeypatch: pytest.Monk
     work = step_bytes(family, 60)
     assert work > 0
     assert asked == [6 * GIB - work, None]
+
+
+class Opened:
+    """A session for the GPU, as far as the choice of its weights looks at it."""
+
+    def __init__(self, device: torch.device) -> None:
+        family = get_family(tiny.WAN_ONE)
+        self.artifact = SimpleNamespace(plan=lambda component: None, family=lambda component: family)
+        self.component, self.bits, self.sizes, self.device, self.closed = (
+            "transformer",
+            (4,),
+            tiny.RANGES,
+            device,
+            False,
+        )
+
+
+def test_what_an_open_session_will_take_yet_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two transformers, the second is opened before the first has made its weights."""
+    asked: list[int] = []
+
+    def choose(held: Any, policy: Any, free: int, plugin: bool) -> WeightChoice:
+        asked.append(free)
+        return WeightChoice("packed", frozenset(), 0.0, held.nbytes("packed"), 0, 0.0)
+
+    monkeypatch.setattr(weight_form, "choose_weights", choose)
+    monkeypatch.setattr(weight_form, "held_weights", lambda *_: HeldWeights(1000, ()))
+    gpu_double(monkeypatch, False, unused=5 * GIB, available=GIB)
+    first: Any = Opened(torch.device("cuda:0"))
+    elsewhere: Any = Opened(torch.device("cuda:1"))
+    second: Any = Opened(GPU)
+    weight_form.choose_form(second, 89, "auto")
+    claim(first, 2 * GIB)
+    claim(elsewhere, GIB)
+    weight_form.choose_form(second, 89, "auto")
+    assert asked[0] - asked[1] == 2 * GIB
+    claim(first, GIB)  # a part is made, and so not free any more
+    weight_form.choose_form(second, 89, "auto")
+    assert asked[0] - asked[2] == GIB
+    claim(first, 9 * GIB)
+    weight_form.choose_form(second, 89, "auto")
+    assert asked[3] == 0
+    first.closed = True
+    weight_form.choose_form(second, 89, "auto")
+    assert asked[4] == asked[0]
+    first.closed = False
+    del first
+    gc.collect()
+    weight_form.choose_form(second, 89, "auto")
+    assert asked[5] == asked[0]
 
 
 def test_what_a_module_is_sold_with_is_not_what_its_system_sees() -> None:

@@ -84,8 +84,11 @@ def bundle_page(
             "slower, and none has run yet.",
             "",
             f"By hand, without Python: `{by_hand}`, with TensorRT's `trtexec` in the PATH. It loads "
+            + (f"`{PLUGIN_PLACE}`." if library else f"`{PLUGIN_PLACE}`, which is missing: put the library there first.")
             + (
-                f"`{PLUGIN_PLACE}`." if library else f"`{PLUGIN_PLACE}`, which is missing: put the library there first."
+                f" Where `nvidia-smi` does not say the GPU's SM, the line ends with it: {' or '.join(tensorrt)}."
+                if len(tensorrt) > 1
+                else ""
             ),
         ]
     lines += [

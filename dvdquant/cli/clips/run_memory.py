@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dvdquant.deploy.generation.memory_plan import MemoryPlan
     from dvdquant.deploy.generation.request import GenerateRequest
 
-__all__ = ["ArrangedRun", "Place", "arrange_run", "memory_text", "place_of", "plan_run"]
+__all__ = ["ArrangedRun", "Place", "arrange_run", "memory_text", "place_of", "plan_run", "sm_of_kernels"]
 
 LEAST_BASE = 512 << 20
 
@@ -82,7 +82,7 @@ def plan_run(
         memory: Bytes that the run may take; None takes the options as they are, and refuses what is more than what is free.
         place: The device.
         backend: The backend that runs.
-        sm: Its compute capability where our kernels run on it, see :func:`_sm_of_kernels`.
+        sm: Its compute capability where our kernels run on it, see :func:`sm_of_kernels`.
 
     Raises:
         ResourceError: It does not fit; the error says what does.
@@ -143,10 +143,15 @@ def _backend(settings: RunOptions, generator: Generator, device: torch.device) -
     return best_backend(artifact, artifact.components[0], None, device)[0] if name == "auto" else name
 
 
-def _sm_of_kernels(device: torch.device, place: Place, backend: str) -> str | None:
+def sm_of_kernels(device: torch.device, place: Place, backend: str) -> str | None:
     """Return the compute capability of a device on which our kernels hold the weights of a backend, else None.
 
     Without them, PyTorch keeps what the files hold, also on a GPU that they do not run on.
+
+    Args:
+        device: The device.
+        place: What is known of it.
+        backend: The backend that runs.
     """
     from dvdquant.ops.cuda_linear import usable_kernels
 
@@ -204,7 +209,7 @@ def arrange_run(
     device = resolve_device(settings.device)
     place, backend = place_of(device), _backend(settings, generator, device)
     limit = place.free if memory == "auto" else memory
-    sm = _sm_of_kernels(device, place, backend)
+    sm = sm_of_kernels(device, place, backend)
     plan = plan_run(settings, generator, requests[0], limit, place, backend, sm)
     if limit is None:
         return ArrangedRun(generator, requests, plan, place, backend, sm, None)

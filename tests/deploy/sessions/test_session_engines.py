@@ -24,13 +24,14 @@ from dvdquant.deploy.sessions.engine_binding import EngineLog
 from dvdquant.deploy.sessions.engine_choice import FoundEngines
 from dvdquant.deploy.sessions.engines import TensorRTSession, deserialize, make_runtime, select_engine
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
+from dvdquant.deploy.sessions.weight_form import claimed_bytes
 from dvdquant.deploy.switching.controller import StepController
 from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.errors import DvdquantError, EngineError, UnsupportedError
 from dvdquant.export.verify.graph import ATOL, FACTOR
 from dvdquant.model import weight_choice
 from dvdquant.model.held_weights import held_weights
-from dvdquant.model.weight_choice import choose_weights
+from dvdquant.model.weight_choice import choose_weights, expand_named
 from tests.support import session_exports as made
 from tests.support.engine_double import BF16, HOST, DoubleContext, DoubleEngine, Library
 
@@ -351,7 +352,7 @@ def test_packed_weights_as_inputs(
 
 
 def test_how_the_plugin_holds_weights(
-    artifact: Artifact, sample: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    artifact: Artifact, sample: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The form reaches the plugin where contexts are made, and nowhere else; what it holds is counted."""
     library = Library(BF16, lambda inputs, name: inputs["hidden_states"])
@@ -386,7 +387,14 @@ def test_how_the_plugin_holds_weights(
         with TensorRTSession(artifact, device=HOST, weights=asked) as session:  # type: ignore[arg-type]
             assert session.weights == form
             assert told == [form, form]
-            assert session.resident_bytes()["weights"] == choose_weights(held, form, plugin=True).beside  # type: ignore[arg-type]
+            beside = choose_weights(held, form, plugin=True).beside  # type: ignore[arg-type]
+            assert session.resident_bytes()["weights"] == beside
+            # The plugin makes it in the first passes: until then it looks free to a session that is opened.
+            assert claimed_bytes(HOST) == beside
+            for bits in (8, 4):
+                assert claimed_bytes(HOST) == beside
+                session.run(sample, bits)
+            assert claimed_bytes(HOST) == 0
         assert os.environ.get("DVDQUANT_WEIGHTS") == variable
         assert session.resident_bytes()["weights"] == 0
     # Some layers so and some so: the plugin is told the names of those that are expanded.
@@ -398,6 +406,21 @@ def test_how_the_plugin_holds_weights(
         assert (session.weights, told[0]) == ("mixed", "mixed:" + ",".join(sorted(choice.expanded)))
         assert session.resident_bytes()["weights"] == choice.beside
     assert "DVDQUANT_WEIGHTS" not in os.environ
+    # The names may come from the user, as the plugin takes them; the session is told its own word before that.
+    for names in (sorted(choice.expanded)[:2], []):
+        variable = "mixed:" + ",".join([*names, "no.such.layer"])
+        monkeypatch.setenv("DVDQUANT_WEIGHTS", variable)
+        told.clear()
+        caplog.clear()
+        with TensorRTSession(artifact, device=HOST) as session:
+            wanted = expand_named(held, names, plugin=True)
+            assert session.weights == wanted.form == ("mixed" if names else "packed")
+            assert told == 2 * ["mixed:" + ",".join(names) if names else "packed"]
+            assert session.resident_bytes()["weights"] == wanted.beside
+        assert os.environ["DVDQUANT_WEIGHTS"] == variable
+        assert "no quantized layer is named no.such.layer" in caplog.text
+        with TensorRTSession(artifact, device=HOST, weights="expanded") as session:
+            assert session.weights == "expanded"
     monkeypatch.setenv("DVDQUANT_WEIGHTS", "thin")
     with pytest.raises(UnsupportedError, match="unknown weights 'thin'"):
         TensorRTSession(artifact, device=HOST)

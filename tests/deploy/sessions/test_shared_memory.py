@@ -21,8 +21,10 @@ from dvdquant.deploy.sessions import engines, onnxruntime, private_copy, pytorch
 from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 from dvdquant.deploy.sessions.private_copy import bytes_beside, fits_in_memory
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
+from dvdquant.deploy.sessions.weight_form import claimed_bytes
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import UnsupportedError
+from dvdquant.model.held_weights import held_weights
 from dvdquant.model.layers import QuantLinear
 from dvdquant.recipe import ActivationSpec
 from dvdquant.system import mounts
@@ -138,13 +140,19 @@ def test_the_copy_is_closed_when_the_device_has_made_all(form: Any, monkeypatch:
     """Packed weights need it for the first pass, expanded ones until every width has run; passes go on all the same."""
     artifact = Artifact.open(made.weights_export("wan", "w4a4"))
     inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
-    monkeypatch.setattr(pytorch, "usable_kernels", lambda device: double(90))
+    monkeypatch.setattr(pytorch, "usable_kernels", lambda device: double(80))
     with PyTorchSession(artifact, weights=form) as session:
         assert session._files.nbytes > 0
+        counted, start = held_weights(artifact.plan(), 80, (4, 8), artifact.sizes), session.resident_bytes()["weights"]
+        planned = counted.packed if form == "packed" else counted.expanded
+        assert claimed_bytes(CPU) == planned > 0
         eight = session.run(inputs, 8)
+        made_now = session.resident_bytes()["weights"] - start
+        assert claimed_bytes(CPU) == (0 if form == "packed" else planned - made_now) < planned
         assert (session._files.nbytes > 0) == (form == "expanded")
         four = session.run(inputs, 4)
         assert session._files.nbytes == 0
+        assert claimed_bytes(CPU) == 0
         assert torch.equal(session.run(inputs, 8), eight)
         assert torch.equal(session.run(inputs, 4), four)
         layers = [layer for layer in session._model.modules() if isinstance(layer, QuantLinear)]  # type: ignore[union-attr]
