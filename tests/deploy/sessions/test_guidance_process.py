@@ -145,7 +145,7 @@ sys.exit(main())
 
 def test_attention_across_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other process computes by what this one has chosen, refuses where it cannot, and tells what it did."""
-    monkeypatch.setattr(other_process, "_COMMAND", (sys.executable, "-c", _SHORT))
+    monkeypatch.setattr(other_process, "COMMAND", (sys.executable, "-c", _SHORT))
     monkeypatch.setattr(ladder, "MIN_TOKENS", 16)
     artifact = Artifact.open(weights_export("wan", ranges=False))
     options: dict[str, Any] = {"backend": "pytorch", "attention": "int8", "attention_backend": "reference"}
