@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from benchmarks.step_cases import Flavour
 from dvdquant.deploy.sessions.attention import MASK, AttentionState, install_attention
 from dvdquant.deploy.sessions.compiled import compile_blocks
-from dvdquant.deploy.sessions.fusion import kernel_layers, why_not_fused
+from dvdquant.deploy.sessions.fusion_check import kernel_layers, why_not_fused
 from dvdquant.deploy.sessions.pytorch import wanted_attention
 from dvdquant.deploy.sessions.replay import GraphReplay, why_not
 from dvdquant.errors import UnsupportedError

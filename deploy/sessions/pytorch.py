@@ -15,7 +15,7 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.attention import MASK, check_attention, install_attention
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.compiled import compile_blocks
-from dvdquant.deploy.sessions.fusion import kernel_layers, why_not_fused
+from dvdquant.deploy.sessions.fusion_check import kernel_layers, why_not_fused
 from dvdquant.deploy.sessions.lora_branches import LoraBranches
 from dvdquant.deploy.sessions.replay import GraphReplay, why_not
 from dvdquant.deploy.sessions.weight_form import choose_form, claim

@@ -18,7 +18,7 @@ from benchmarks import step_budget as budget
 from benchmarks import step_model, step_time
 from benchmarks.step_cases import CASES, FLAVOURS, Flavour, select_cases, with_libraries
 from benchmarks.step_profile import class_of
-from dvdquant.deploy.sessions import compiled, fusion, replay
+from dvdquant.deploy.sessions import compiled, fusion_check, replay
 from dvdquant.errors import UnsupportedError
 from dvdquant.ops.attention import ladder
 from dvdquant.ops.cuda_linear import CudaKernels
@@ -237,7 +237,7 @@ def test_a_flavour_that_would_run_as_another_one_does_is_refused(
 ) -> None:
     """Long steps are not captured, and layers are not fused by kernels that fail their self-test, nor without kernels."""
     fused = Flavour(8, fused=True)
-    monkeypatch.setattr(fusion, "kernels_fuse", lambda *_: "its codes differ")
+    monkeypatch.setattr(fusion_check, "kernels_fuse", lambda *_: "its codes differ")
     refused = row("5x34x60", fused).refused
     assert "fused" in refused
     assert "its codes differ" in refused, "why the self-test failed"

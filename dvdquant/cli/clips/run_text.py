@@ -162,7 +162,7 @@ def asked_text(generator: Generator, backend: str) -> list[str]:
     Raises:
         UnsupportedError: The library of attention is not possible here.
     """
-    from dvdquant.deploy.sessions.fusion import fusion_text
+    from dvdquant.deploy.sessions.fusion_check import fusion_text
     from dvdquant.deploy.sessions.options_text import attention_text, graphs_text
 
     how = generator.options
