@@ -18,6 +18,7 @@ from dvdquant.deploy.switching.gbs import relative_change, switch_bits
 from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.deploy.switching.step_cache import StepCachePolicy
 from dvdquant.errors import EngineError, ShapeError, UnsupportedError
+from dvdquant.model.layers import QuantLinear
 from dvdquant.ops.cuda.errors import KernelError
 from tests.support.bounds import UNIT
 from tests.support.session_exports import family_export, recipe_export, weights_export
@@ -324,18 +325,19 @@ def test_a_fault_at_any_low_step_is_retried_on_the_high_engine(
 def test_an_error_of_the_kernels_is_one_of_the_engine(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step of the low engine runs again on the high one; there it is an EngineError, which says what the kernels said."""
     failing = [4]
+    forward = QuantLinear.forward
+
+    def failing_forward(layer: QuantLinear, x: Tensor) -> Tensor:
+        if layer.act_bits in failing:
+            raise KernelError(text, fix="another GPU", out_of_memory="memory" in text)
+        return forward(layer, x)
+
     with PyTorchSession(Artifact.open(weights_export("wan", ranges=False))) as session:
-        run = session._run
-
-        def failing_run(inputs: dict[str, Tensor], bits: int) -> Tensor:
-            if bits in failing:
-                raise KernelError(text, fix="another GPU", out_of_memory="memory" in text)
-            return run(inputs, bits)
-
-        monkeypatch.setattr(session, "_run", failing_run)
-        runner = StepRunner(session, StepController("fixed", bits=4))
         inputs = session.family.sample(session.sizes, session.dtype)
-        assert torch.equal(runner.run(inputs, step=0), run(inputs, 8))
+        eight = session.run(inputs, 8)
+        monkeypatch.setattr(QuantLinear, "forward", failing_forward)
+        runner = StepRunner(session, StepController("fixed", bits=4))
+        assert torch.equal(runner.run(inputs, step=0), eight)
         assert runner.summary()["retries"] == 1
         with pytest.raises(EngineError, match=text) as caught:
             session.run(inputs, 4)
