@@ -28,6 +28,7 @@ from dvdquant.deploy.generation.request import DISTILLED, GenerateRequest, Gener
 from dvdquant.deploy.generation.session_options import SessionOptions
 from dvdquant.deploy.sessions import EngineSession, best_backend, full_name
 from dvdquant.deploy.sessions.lora_needs import read_beside, without_place
+from dvdquant.deploy.sessions.weight_form import claimed_bytes
 from dvdquant.deploy.switching.controller import StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.errors import UnsupportedError
@@ -325,7 +326,10 @@ class Generator(ABC):
             DvdquantError: See :meth:`check`.
         """
         request = self.check(request)
-        self.admission.check(request, *device_memory(resolve_device(self.options.device)))
+        device = resolve_device(self.options.device)
+        free, total = device_memory(device)
+        # What open sessions make in their first passes looks free until then.
+        self.admission.check(request, max(0, free - claimed_bytes(device)), total)
         return request
 
     @contextlib.contextmanager

@@ -17,6 +17,8 @@ from dvdquant.deploy.generation.admission import Admission, estimated_need
 from dvdquant.deploy.generation.check import open_checker
 from dvdquant.deploy.generation.generate import GenerateRequest, open_generator, reload_generator
 from dvdquant.deploy.generation.in_pipeline import PipelineGenerator
+from dvdquant.deploy.sessions import open_session
+from dvdquant.deploy.sessions.weight_form import claim
 from dvdquant.errors import EngineError, OutputError, ResourceError, ShapeError
 from dvdquant.system.device_memory import device_memory
 from tests.support import tiny_pipelines
@@ -154,6 +156,15 @@ def test_the_generators_admission(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_generator(Artifact.open(short_wan_export()), device="cpu", backend="onnxruntime") as generator:
         filled = generator.admit(GenerateRequest(PROMPT))
         assert filled == generator.check(GenerateRequest(PROMPT))
+        need = generator.admission.need(filled)
+        monkeypatch.setattr("dvdquant.deploy.generation.generator.device_memory", lambda device: (need, total))
+        assert generator.admit(GenerateRequest(PROMPT)) == filled
+        # What a session will take of the device yet is not free.
+        with open_session(Artifact.open(short_wan_export()), device="cpu", backend="onnxruntime") as session:
+            claim(session, 1)
+            with pytest.raises(ResourceError):
+                generator.admit(GenerateRequest(PROMPT))
+        assert generator.admit(GenerateRequest(PROMPT)) == filled
         monkeypatch.setattr("dvdquant.deploy.generation.generator.device_memory", lambda device: (1, total))
         with pytest.raises(ResourceError):
             generator.admit(GenerateRequest(PROMPT))
