@@ -87,6 +87,7 @@ def address(site: Path) -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scripts", "largest"), [(True, 6), (False, None), pytest.param(True, None, marks=pytest.mark.stress)]
 )

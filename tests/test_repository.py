@@ -156,6 +156,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert f"{info}/licenses/LICENSE" in archive.namelist()
 
 
+@pytest.mark.slow
 def test_installed_wheel_works_without_the_checkout(installed: Path, tmp_path: Path) -> None:
     """Imports from the target folder; -S leaves out this environment's own (editable) dvdquant."""
     code = """

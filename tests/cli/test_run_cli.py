@@ -230,6 +230,7 @@ def _shows(generator: Generator, prompt: str, seed: int, mode: str) -> None:
     assert (np.median(columns) > 10.5) == (size == "large"), (prompt, mode, columns)
 
 
+@pytest.mark.slow
 def test_a_clip_shows_what_was_asked_for() -> None:
     """The model as it was trained, switching. PyTorch reads the weights alone, and a trace of six blocks takes long."""
     with open_generator(

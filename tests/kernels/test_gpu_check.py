@@ -241,6 +241,7 @@ def test_a_stack_of_modules_runs_on_the_binding_and_a_wrong_product_fails() -> N
     assert not same.passed
 
 
+@pytest.mark.slow
 def test_tiny_wan_runs_on_the_binding() -> None:
     rows = list(check_ops.check_model(bench(HostLibrary())))
     assert [r.name for r in rows[2::2]] == ["tiny Wan (diffusers), a8", "tiny Wan (diffusers), a4"]

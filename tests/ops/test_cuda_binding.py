@@ -167,7 +167,9 @@ def test_emulated_kernels_are_chosen_as_on_the_gpu(library: KernelLibrary, sm: i
     assert [r for r in rows if not r.passed] == []
 
 
-@pytest.mark.parametrize("sm", [90, *(pytest.param(sm, marks=pytest.mark.stress) for sm in (89, 120))])
+@pytest.mark.parametrize(
+    "sm", [pytest.param(90, marks=pytest.mark.slow), *(pytest.param(sm, marks=pytest.mark.stress) for sm in (89, 120))]
+)
 def test_emulated_kernels_pass_gpu_check(library: KernelLibrary, sm: int) -> None:
     """The very checks of ``make gpu-check``, on small shapes: our own device code, CUTLASS products by their reference."""
     checks = [

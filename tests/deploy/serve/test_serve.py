@@ -549,6 +549,7 @@ def _made_up(stub: ServerProcess, count: int) -> None:
     assert {200, 400, 404} & set(statuses)
 
 
+@pytest.mark.slow
 def test_changed_bytes(stub: ServerProcess) -> None:
     _changed(stub, 400)
 

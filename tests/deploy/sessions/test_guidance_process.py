@@ -143,6 +143,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_attention_across_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other process computes by what this one has chosen, refuses where it cannot, and tells what it did."""
     monkeypatch.setattr(other_process, "COMMAND", (sys.executable, "-c", _SHORT))

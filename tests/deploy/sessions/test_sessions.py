@@ -33,6 +33,7 @@ from tests.support.exporting import REPOSITORY
 from tests.support.running import short_wan_export
 
 CASES = [("wan", "fp16"), ("wan", "bf16"), ("hunyuan-video", "bf16"), ("cogvideox", "bf16"), ("ltx-video", "bf16")]
+MARKS = {case: [pytest.mark.stress] for case in CASES} | {CASES[0]: [pytest.mark.slow], CASES[1]: []}
 
 
 def sample(artifact: Artifact, which: str = "opt", seed: int = 0) -> dict[str, Tensor]:
@@ -45,7 +46,7 @@ def sample(artifact: Artifact, which: str = "opt", seed: int = 0) -> dict[str, T
 @pytest.mark.parametrize(
     # The steps of the others in a pipeline are judged as strictly (test_pipelines.py), and their graphs by the exporter.
     ("name", "dtype"),
-    [pytest.param(*case, id="-".join(case), marks=[] if case[0] == "wan" else [pytest.mark.stress]) for case in CASES],
+    [pytest.param(*case, id="-".join(case), marks=MARKS[case]) for case in CASES],
 )
 def test_every_family_on_both_backends(name: str, dtype: str) -> None:
     """At three sizes where there are ranges: in bf16."""
