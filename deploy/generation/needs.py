@@ -209,8 +209,9 @@ def transformer_bytes(
     # 3. Our kernels: packed once for all widths, expanded, or some layers so and some so.
     policies: tuple[WeightPolicy, ...] = ("auto", "packed") if weights == "auto" else (weights,)
     found: dict[Loaded, int] = {}
-    for policy in policies:
-        held = [_held_by_kernels(artifact, component, backend, sm, policy) for component in artifact.components]
+    by_component = [_held_by_kernels(artifact, name, backend, sm, policies) for name in artifact.components]
+    for i in range(len(policies)):
+        held = [choices[i] for choices in by_component]
         forms = {form for form, _ in held}
         form = forms.pop() if len(forms) == 1 else "mixed"
         found.setdefault(Loaded(form), beside + sum(nbytes for _, nbytes in held))
@@ -218,19 +219,19 @@ def transformer_bytes(
 
 
 def _held_by_kernels(
-    artifact: Artifact, component: str, backend: str, sm: str, policy: WeightPolicy
-) -> tuple[HeldForm, int]:
-    """Return how our kernels hold one transformer under a policy, and the bytes, those of engines with the plugin included."""
+    artifact: Artifact, component: str, backend: str, sm: str, policies: Sequence[WeightPolicy]
+) -> list[tuple[HeldForm, int]]:
+    """Return how our kernels hold one transformer under each policy, and the bytes, those of engines with the plugin included."""
     from dvdquant.model.held_weights import held_weights
     from dvdquant.model.weight_choice import choose_weights
 
     bits, plugin = artifact.bits(component), _has_plugin(artifact, component, backend)
     shared = artifact.kept_inputs(component, backend, bits) if plugin else None
     held = held_weights(artifact.plan(component), sm_number(sm), bits, artifact.sizes, shared)
-    choice = choose_weights(held, policy, plugin=plugin)
+    choices = [choose_weights(held, policy, plugin=plugin) for policy in policies]
     # The files of engines hold their constants, which the count of weights has, too.
     engines = _engine_bytes(artifact, component, backend, bits) - held.constants if plugin else 0
-    return choice.form, choice.nbytes + engines
+    return [(choice.form, choice.nbytes + engines) for choice in choices]
 
 
 def _pipeline_parts(checker: RequestChecker, requests: Sequence[GenerateRequest]) -> dict[str, list[TensorInfo]]:
@@ -295,7 +296,7 @@ def _executed(
     bits = artifact.bits(component)
     engines = _engine_bytes(artifact, component, backend, bits) if backend in _ENGINES else 0
     if sm is not None and (plugin or backend not in _ENGINES):
-        form, held = _held_by_kernels(artifact, component, backend, sm, policy)
+        ((form, held),) = _held_by_kernels(artifact, component, backend, sm, [policy])
         return f"{'engines, ' if plugin else ''}{Loaded(form)}", packed + engines, held
     if backend not in _ENGINES:
         return str(PACKED), packed, packed

@@ -28,9 +28,9 @@ from dvdquant.errors import ChoiceError, UnsupportedError
 
 __all__ = ["GuidancePair", "paired"]
 
-# What the branches of a step share in every family; their other inputs belong to the text or do not change in a request.
 log = logging.getLogger(__name__)
 
+# What the branches of a step share in every family; their other inputs belong to the text or do not change in a request.
 _SHARED = ("hidden_states", "timestep")
 Inputs = Mapping[str, Tensor]
 

@@ -217,11 +217,7 @@ class Attention:
                 if exact_output is None:  # where this does not fit, no step does
                     exact_output = exact(q, k, v, scale)
                     exact_seconds = seconds(lambda: exact(q, k, v, scale), q.device)
-                try:
-                    kernel = library.load()
-                    reason = self._tested(library, kernel, (q, k, v, scale, bounds), exact_output, exact_seconds)
-                except Exception as error:  # noqa: BLE001 - a library that fails is not taken, whatever it raises
-                    reason = f"it fails: {_error_text(error)}"
+                reason = self._tested(library, (q, k, v, scale, bounds), exact_output, exact_seconds)
             if reason is None:
                 break
             self.passed_over.append((library.name, reason))
@@ -240,23 +236,7 @@ class Attention:
         Raises:
             ChoiceError: It is not, or that session has not chosen yet.
         """
-        reason: str | None = None
-        if self._lead is None:
-            reason = "the first session has not chosen yet"
-        elif self._lead != SIXTEEN:
-            library = next((rung for rung in self.rungs if rung.name == self._lead), None)
-            if library is None:
-                failed = [why for name, why in self.passed_over if name == self._lead]
-                reason = failed[-1] if failed else f"{self._lead} is none of its libraries"
-            else:
-                reason = library.refused(self.sm, q.shape[-1])
-            if reason is None and library is not None:
-                exact_output = exact(q, k, v, scale)
-                try:
-                    kernel = library.load()
-                    reason = self._tested(library, kernel, (q, k, v, scale, bounds), exact_output, None)
-                except Exception as error:  # noqa: BLE001 - a library that fails is not taken, whatever it raises
-                    reason = f"it fails: {_error_text(error)}"
+        reason = self._take_the_lead(q, k, v, scale, bounds)
         if reason is not None:
             raise ChoiceError(
                 f"{self.name} cannot compute attention as the first session does: {reason}",
@@ -265,7 +245,35 @@ class Attention:
         self.decided = True
         log.info("%s: attention of long sequences: %s", self.name, self.words())
 
+    def _take_the_lead(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> str | None:
+        """Take the library that the other session has taken; return why that is not possible."""
+        if self._lead is None:
+            return "the first session has not chosen yet"
+        if self._lead == SIXTEEN:
+            return None
+        library = next((rung for rung in self.rungs if rung.name == self._lead), None)
+        if library is None:
+            failed = [why for name, why in self.passed_over if name == self._lead]
+            return failed[-1] if failed else f"{self._lead} is none of its libraries"
+        reason = library.refused(self.sm, q.shape[-1])
+        if reason is not None:
+            return reason
+        return self._tested(library, (q, k, v, scale, bounds), exact(q, k, v, scale), None)
+
     def _tested(
+        self,
+        library: Library,
+        operands: tuple[Tensor, Tensor, Tensor, float, Tensor | None],
+        exact_output: Tensor,
+        exact_seconds: float | None,
+    ) -> str | None:
+        """Take the library if it is right and faster (without the time of 16 bit: if it is right); else return why not."""
+        try:
+            return self._compared(library, library.load(), operands, exact_output, exact_seconds)
+        except Exception as error:  # noqa: BLE001 - a library that fails is not taken, whatever it raises
+            return f"it fails: {_error_text(error)}"
+
+    def _compared(
         self,
         library: Library,
         kernel: Kernel,
@@ -273,7 +281,7 @@ class Attention:
         exact_output: Tensor,
         exact_seconds: float | None,
     ) -> str | None:
-        """Take the library if it is right and faster (without the time of 16 bit: if it is right); else return why not."""
+        """See :meth:`_tested`; whatever the library raises comes through."""
         q = operands[0]
         output = kernel(*operands)
         if output.shape != q.shape or output.dtype != q.dtype:
