@@ -33,12 +33,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows behind those of a file in one call, so that lines of two processes do not mix.
+    """Write rows behind those of a file, all or none, in one call, so that lines of two processes do not mix.
 
     Args:
         path: The file; it need not exist.
         rows: The rows.
+
+    Raises:
+        OSError: They cannot be written: the disk is full, for instance.
     """
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with open(path, "ab") as file:
-        file.write(text.encode())
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    with open(path, "ab", buffering=0) as file:
+        start, written = file.seek(0, os.SEEK_END), 0
+        try:
+            while written < len(data):
+                written += file.write(data[written:])
+        except OSError:
+            # Some of the rows would look like all of them. What another process wrote meanwhile stays.
+            if file.seek(0, os.SEEK_END) == start + written:
+                file.truncate(start)
+            raise

@@ -62,6 +62,16 @@ def test_remedies_name_options_and_commands_that_exist(entries: list[Any]) -> No
     assert options <= known | OTHER_PROGRAMS, options - known
 
 
+def test_a_narrower_error_is_listed_as_the_one_that_it_is(entries: list[Any]) -> None:
+    """Of ffmpeg, EncoderError, which is an OutputError."""
+    assert {entry.kind for entry in entries if "ffmpeg" in entry.what} == {"OutputError"}
+
+
+def test_errors_stand_under_their_own_class(entries: list[Any]) -> None:
+    """A public class that is narrower than another one has a section of its own, which is not empty."""
+    assert "ChoiceError" in {entry.kind for entry in entries}
+
+
 def test_few_errors_have_only_a_general_remedy(entries: list[Any]) -> None:
     """Whoever adds an error says what helps against it, or lists what there is."""
     without = [entry for entry in entries if not entry.fix]

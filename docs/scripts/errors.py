@@ -50,7 +50,7 @@ def narrower(nodes: Iterable[ast.AST]) -> dict[str, str]:
     Args:
         nodes: The syntax of the source.
     """
-    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.bases]
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.bases and node.name not in CLASSES]
     return {node.name: base for node in classes if (base := ast.unparse(node.bases[0])) in CLASSES}
 
 

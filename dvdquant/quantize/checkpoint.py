@@ -29,7 +29,7 @@ from dvdquant.system.safetensors_writer import StreamingWriter
 if TYPE_CHECKING:
     from dvdquant.checkpoint.reader import Checkpoint
 
-__all__ = ["PackedWeights", "check_weights", "left_out_text", "plan_shards", "quantize_checkpoint"]
+__all__ = ["PackedWeights", "check_weights", "left_out_text", "plan_shards", "quantize_checkpoint", "read_kept"]
 
 SHARD_BYTES = 5 << 30
 # Kept tensors journaled together.
@@ -159,7 +159,7 @@ def quantize_checkpoint(
             if not files.finished(step, batch):
                 kept, bad = {}, []
                 for name in batch:
-                    kept[name], found = _converted(checkpoint, name, limits, allow_nonfinite, plan.kept[name][0])
+                    kept[name], found = read_kept(checkpoint, name, limits, allow_nonfinite, plan.kept[name][0])
                     bad += found
                 files.store(step, kept, {"nonfinite": bad})
             nonfinite += transaction.data(step)["nonfinite"]
@@ -250,9 +250,17 @@ def _batches(plan: ModelPlan) -> Iterator[list[str]]:
         yield batch
 
 
-def _converted(
+def read_kept(
     checkpoint: Checkpoint, name: str, limits: Magnitudes, allow_nonfinite: bool, dtype: torch.dtype
 ) -> tuple[Tensor, list[str]]:
-    """Read one tensor that stays, in the dtype it is stored in; return it, and its name if it had NaN or infinities."""
+    """Read one tensor that stays, in the dtype it is stored in; return it, and its name if it had NaN or infinities.
+
+    Args:
+        checkpoint: The open checkpoint.
+        name: The name of the tensor.
+        limits: The magnitudes that kernels can handle.
+        allow_nonfinite: Whether NaN and infinities count as 0.
+        dtype: The dtype that it is stored in.
+    """
     tensor, found = read_counted(checkpoint, name, limits, allow_nonfinite)
     return tensor.to(dtype), found

@@ -183,13 +183,14 @@ def show(value: Manifest) -> None:
     render_report(Report(value, "out", checkpoint_bytes=5, parameters=(3, 2)))
     page = Manifest(**shown_in_page({name: getattr(value, name) for name in Manifest.__dataclass_fields__}))
     for each in (value, page):
-        recipe_text(each.recipe, each.family)
-        size_text(each.shapes)
-        kept_groups(each)
-        executions(each)
         commands(each, "out", "a prompt", True)
         python_lines(each, "out", "a prompt", False)
-        error_chart(each.layers, error_name(each.recipe))
+    # The page has these of its own copy.
+    recipe_text(value.recipe, value.family)
+    size_text(value.shapes)
+    kept_groups(value)
+    executions(value)
+    error_chart(value.layers, error_name(value.recipe))
     artifact = Artifact(Path("out"), value, {name: {} for name in value.components})
     artifact.rebuild_command()
     for component in value.components:

@@ -232,14 +232,14 @@ def test_svdquant_is_modelopts_own_layer(modules: SimpleNamespace, monkeypatch: 
     And its smoothing and its SVD are those it finds with a quantizer for activations in the configuration.
     """
     peers = modules.peers
-    own, configs, calibrate = [], [], peers._modelopt_linear
+    own, configs, calibrate = [], [], peers.modelopt_linear
 
     def keep(layer: Any, config: dict[str, Any]) -> Any:
         configs.append(config)
         own.append(calibrate(layer, config))
         return own[-1]
 
-    monkeypatch.setattr(peers, "_modelopt_linear", keep)
+    monkeypatch.setattr(peers, "modelopt_linear", keep)
     layer = layer_of(modules, (192,), 256, outliers=15)
     sim = peer(modules, SVD)(layer, 4)
     with torch.no_grad():

@@ -233,7 +233,7 @@ def test_the_compiled_model_is_the_model(
 def test_products_of_bf16_are_rounded_once(monkeypatch: pytest.MonkeyPatch, layers: list[Any], wide: bool) -> None:
     """In whichever dtype a machine multiplies: the sum of exact products, then one rounding to bf16."""
     simulate = script("simulate")
-    monkeypatch.setattr(simulate, "_WIDE_PRODUCTS", wide)
+    monkeypatch.setattr(simulate, "WIDE_PRODUCTS", wide)
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(2, 24, 256, generator=draw).to(torch.bfloat16)
     layer = next(each for each in layers if each.weight.shape[1] == 256 and each.bias is not None)

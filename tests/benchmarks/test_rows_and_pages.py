@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
 
 from benchmarks.page import PageError, replace_block
 from benchmarks.quality.run import finished
-from benchmarks.rows import read_rows
+from benchmarks.rows import append_rows, read_rows
 from benchmarks.serving import results
 from benchmarks.switching.measure import load_rows
 from dvdquant.text import markdown_table
+from tests.support.children import in_child
 
 
 def test_rows_survive_kills(tmp_path: Path) -> None:
@@ -27,6 +29,20 @@ def test_rows_survive_kills(tmp_path: Path) -> None:
         file.write('{"key": "k", "name": "d", "job": "three"}\n')
     assert finished(path) == {"one", "two", "three"}
     assert list(load_rows(path)["k"]) == ["a\u2028b", "c", "d"]
+
+
+def test_rows_that_do_not_fit_leave_none(tmp_path: Path) -> None:
+    """Half of a job's rows would count as the job."""
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [{"job": "one"}])
+
+    def fill_the_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        with pytest.raises(OSError, match="File too large"):
+            append_rows(path, [{"job": "two", "row": number} for number in range(100)])
+
+    assert in_child(fill_the_disk) == 0
+    assert read_rows(path) == [{"job": "one"}]
 
 
 def test_a_block_is_written_between_its_marks_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

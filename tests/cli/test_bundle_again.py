@@ -16,16 +16,13 @@ from dvdquant.artifact.manifest import Manifest, load_manifest
 from dvdquant.artifact.verify_files import verify_files
 from dvdquant.export import build_room
 from dvdquant.system.files import hash_file
-from tests.support.device_build import A4, A8, build_here, flip_last_bit, pack, plugin_library
+from tests.support.commands import digests
+from tests.support.device_build import A4, A8, build_here, flip_last_bit, pack
 from tests.support.device_build import made as made
+from tests.support.device_build import plugin as plugin
 from tests.support.device_build import quick_builder as quick_builder
 
 WEIGHTS = "onnx/transformer.safetensors"
-
-
-@pytest.fixture
-def plugin(tmp_path: Path) -> Path:
-    return plugin_library(tmp_path / "libdvdquant_plugins.so")
 
 
 @pytest.fixture
@@ -59,16 +56,12 @@ def become_another(folder: Path) -> Manifest:
     )
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_another_export_is_replaced_only_where_that_is_asked_for(
     bundle: Path, there: Path, plugin: Path, quick_builder: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     become_another(there)
     assert build_here(monkeypatch, there, "--plugin", plugin, "--no-check").returncode == 0
-    before = contents(there)
+    before = digests(there)
     assert {A4, A8} <= before.keys()
     for more in ((), ("--dry-run",)):
         done = build_here(monkeypatch, bundle, "-o", there, "--plugin", plugin, *more)
@@ -76,7 +69,7 @@ def test_another_export_is_replaced_only_where_that_is_asked_for(
         assert f"{there} holds a finished export" in done.stderr
         assert "model: someone/else before" in done.stderr
         assert "give --replace to put the new export in its place" in done.stderr
-        assert contents(there) == before
+        assert digests(there) == before
     done = build_here(monkeypatch, bundle, "-o", there, "--plugin", plugin, "--no-check", "--bits", 8, "--replace")
     assert done.returncode == 0, done.stderr
     assert "has engines of other graphs or weights, which are replaced with the rest: 2" in done.stderr
@@ -106,7 +99,7 @@ def test_an_export_that_comes_while_the_bundle_is_read_is_not_replaced(
     """The folder is empty when it is asked, and another export is put there before its lock."""
     away, require_disk = there.with_name("away"), bundles.require_disk
     become_another(there)
-    before = contents(there)
+    before = digests(there)
     there.rename(away)
 
     def first(*arguments: Any) -> None:
@@ -117,7 +110,7 @@ def test_an_export_that_comes_while_the_bundle_is_read_is_not_replaced(
     done = build_here(monkeypatch, bundle, "-o", there, "--plugin", plugin)
     assert done.returncode == 2
     assert "give --replace" in done.stderr
-    assert {name: data for name, data in contents(there).items() if name != ".lock"} == before
+    assert {name: data for name, data in digests(there).items() if name != ".lock"} == before
 
 
 @pytest.mark.parametrize("damage", ["a changed byte", "a missing file"])

@@ -21,18 +21,14 @@ from dvdquant.export.on_device import DeviceResult, build_on_device, plan_on_dev
 from dvdquant.system.files import hash_file
 from dvdquant.system.progress import Progress
 from tests.support.commands import in_process
-from tests.support.device_build import A4, A8, ORIN, build_here, flip_last_bit, plugin_library
+from tests.support.device_build import A4, A8, ORIN, build_here, flip_last_bit
 from tests.support.device_build import made as made
 from tests.support.device_build import model as model
 from tests.support.device_build import out as out
+from tests.support.device_build import plugin as plugin
 from tests.support.device_build import quick_builder as quick_builder
 from tests.support.device_build import tensorrt as tensorrt
 from tests.support.session_exports import RANGES
-
-
-@pytest.fixture
-def plugin(tmp_path: Path) -> Path:
-    return plugin_library(tmp_path / "libdvdquant_plugins.so")
 
 
 @pytest.fixture

@@ -333,7 +333,7 @@ def test_resume_after_several_interruptions(
     model: Path, whole: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantize_module, "BATCH_BYTES", 20_000)
-    for target, calls in (("quantize_layer", 3), ("quantize_layer", 4), ("_converted", 20)):
+    for target, calls in (("quantize_layer", 3), ("quantize_layer", 4), ("read_kept", 20)):
         undo = stop_after(monkeypatch, target, calls)
         with pytest.raises(Interrupted):
             quantize(model, tmp_path / "cut", plan(), resume=True)
@@ -342,7 +342,7 @@ def test_resume_after_several_interruptions(
     assert digests(tmp_path / "cut/tree") == digests(whole.folder)
 
 
-@pytest.mark.parametrize(("target", "calls"), [("quantize_layer", 6), ("_converted", 0)])
+@pytest.mark.parametrize(("target", "calls"), [("quantize_layer", 6), ("read_kept", 0)])
 def test_a_tensor_that_did_not_reach_the_disk_is_written_again(
     target: str, calls: int, model: Path, whole: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

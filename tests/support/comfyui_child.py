@@ -257,8 +257,12 @@ def to_prompt(graph: dict[str, Any], classes: dict[str, Any]) -> dict[str, Any]:
         for name, spec in {**declared.get("required", {}), **declared.get("optional", {})}.items():
             kind = spec[0]
             if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
-                # A workflow that was saved before an input was there lacks its value: the editor gives its default.
-                inputs[name] = next(values, spec[1].get("default", kind[0] if isinstance(kind, list) else None))
+                if name in declared.get("optional", {}):
+                    # A workflow that was saved before the input was there lacks its value: the editor gives its default.
+                    first = kind[0] if isinstance(kind, list) else None
+                    inputs[name] = next(values, dict(*spec[1:]).get("default", first))
+                else:
+                    inputs[name] = next(values)
                 if name == "seed":
                     next(values)  # what happens to the seed after a run
             if name in wired:

@@ -144,6 +144,12 @@ def plugin_library(path: Path, major: int | None = 11, machine: str | None = Non
     return path
 
 
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    """A file that ``--plugin`` takes."""
+    return plugin_library(tmp_path / "libdvdquant_plugins.so")
+
+
 def pack(out: Path, target: Path, *arguments: object) -> str:
     """Pack a bundle; what ``dvdq-bundle`` says."""
     result = CliRunner().invoke(bundle_main, [str(a) for a in (out, "-o", target, *arguments)])

@@ -110,7 +110,7 @@ def svdquant(layer: Layer, act_bits: int, low_rank: int = LOW_RANK) -> Simulated
         {"quantizer_name": "*weight_quantizer", "cfg": weight},
     ]
     algorithm = {"method": "svdquant", "lowrank": low_rank}
-    linear = _modelopt_linear(layer, {"quant_cfg": quantizers, "algorithm": algorithm})
+    linear = modelopt_linear(layer, {"quant_cfg": quantizers, "algorithm": algorithm})
     branch = linear.weight_quantizer
     return Simulated(
         _modelopt_weight(linear),
@@ -319,13 +319,13 @@ def _smoothquant(name: str, layer: Layer, act_bits: int, algorithm: dict[str, An
     _require(name, layer, act_bits, calibrates=True)
     with _quiet():
         from modelopt.torch.quantization import INT8_SMOOTHQUANT_CFG
-    linear = _modelopt_linear(layer, {**INT8_SMOOTHQUANT_CFG, "algorithm": algorithm})
+    linear = modelopt_linear(layer, {**INT8_SMOOTHQUANT_CFG, "algorithm": algorithm})
     linear.weight_quantizer.num_bits = 4
     activation = Grid(act_bits)
     return Simulated(_modelopt_weight(linear), activation=activation, divide=_divisor(linear))
 
 
-def _modelopt_linear(layer: Layer, config: dict[str, Any]) -> Any:
+def modelopt_linear(layer: Layer, config: dict[str, Any]) -> Any:
     """Return the layer as modelopt's quantized Linear without bias, calibrated on ``layer.inputs``, with its own weight.
 
     Args:

@@ -159,15 +159,16 @@ class SimulatedGroup:
         return (rotated if activation is None else activation(rotated)).to(self.dtype)
 
 
-# Without AVX-512, a product in bf16 takes much longer than one in float32.
-# Products of two bf16 numbers are exact in float32, so the same operands give the same sum but for its order.
-_WIDE_PRODUCTS = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+WIDE_PRODUCTS = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+"""Whether bf16 is multiplied in float32: without AVX-512, a product in bf16 takes much longer.
+
+Products of two bf16 numbers are exact in float32, so the same operands give the same sum but for its order."""
 
 
 def _factor(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return values rounded to ``dtype``, in the dtype that :func:`_linear` multiplies in."""
     rounded = values.to(dtype)
-    return rounded.float() if _WIDE_PRODUCTS and dtype == torch.bfloat16 else rounded
+    return rounded.float() if WIDE_PRODUCTS and dtype == torch.bfloat16 else rounded
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -186,7 +187,7 @@ def product(x: Tensor, y: Tensor) -> Tensor:
         x: [..., M, K], floating point.
         y: [..., K, N], of the same dtype.
     """
-    if not (_WIDE_PRODUCTS and x.dtype == torch.bfloat16):
+    if not (WIDE_PRODUCTS and x.dtype == torch.bfloat16):
         return x @ y
     with torch.autocast("cpu", enabled=False):  # it would round the operands, and take the slow product again
         return (x.float() @ y.float()).to(x.dtype)

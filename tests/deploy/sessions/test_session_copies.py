@@ -269,15 +269,16 @@ def test_a_forked_child_opens_files_of_its_own(tmp_path: Path, monkeypatch: pyte
     thread = threading.Thread(target=private_copy, args=(tmp_path, path.name, entry, True))
     thread.start()
     assert copying.wait(60)
-    child = os.fork()
-    if child == 0:
+
+    def opens() -> None:
         signal.alarm(60)
         os.preadv = read
-        os._exit(0 if private_copy(tmp_path, path.name, entry, in_memory=True).map()[:1] else 1)
-    status = os.waitpid(child, 0)[1]
+        assert private_copy(tmp_path, path.name, entry, in_memory=True).map()[:1]
+
+    status = in_child(opens)
     forked.set()
     thread.join(60)
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert status == 0
 
 
 def test_files_that_are_no_regular_ones(tmp_path: Path) -> None:
