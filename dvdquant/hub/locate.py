@@ -204,7 +204,6 @@ def _without_links(repo: str, snapshot: Path, manifest: Manifest, place: Path) -
                 error.what.replace(str(work), f"what was downloaded of {repo}"),
                 fix=f"remove {cache}, then try again; if it stays so, tell the author",
             ) from error
-        shutil.rmtree(
-            place, ignore_errors=True
-        )  # it is not whole; one that another process makes meanwhile is the same
+        if not _is_whole(place, snapshot):  # what another process has made whole meanwhile is in use there
+            shutil.rmtree(place, ignore_errors=True)
     return place

@@ -428,6 +428,24 @@ def test_a_killed_download_leaves_nothing_for_ever(hub: FakeHub, export: Path, m
     verify_files(whole, load_manifest(whole))
 
 
+def test_what_another_download_made_meanwhile_stays(
+    hub: FakeHub, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be read by then: it is the folder that both give, and no file of it goes for a moment."""
+    pushed(export)
+    verify, inodes = locate.verify_files, []
+
+    def overtaken(folder: Path, manifest: Manifest) -> None:
+        monkeypatch.setattr(locate, "verify_files", verify)
+        inodes.append(locate_export(NAME).stat().st_ino)
+        verify(folder, manifest)
+
+    monkeypatch.setattr(locate, "verify_files", overtaken)
+    whole = locate_export(NAME)
+    assert [whole.stat().st_ino] == inodes
+    assert list(whole.parent.iterdir()) == [whole]
+
+
 def test_a_repository_that_is_no_export(hub: FakeHub) -> None:
     hub.add("somebody/model", {"config.json": b"{}", "model.safetensors": b"x" * LARGE})
     with pytest.raises(OutputError, match=r"no export of dvdquant: it has no manifest\.json"):
