@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 from dvdquant.deploy.switching.defaults import LAST_HIGH
 from dvdquant.errors import RecipeError, UnsupportedError
 from dvdquant.hardware.advice import AUTO, choose
-from dvdquant.recipe import RECIPES, Recipe, get_recipe
+from dvdquant.recipe import RECIPES, Attention, Recipe, get_recipe
 from dvdquant.system.records import brief
 from dvdquant.system.several import one_or_several
 
@@ -38,7 +38,7 @@ def export_model(
     recipe: str | Recipe = "auto",
     activations: Literal[4, 8] | None = None,
     modulation: Literal["keep", "a8"] | None = None,
-    attention: Literal["16", "int8", "fp8"] | None = None,
+    attention: Attention | None = None,
     keep: str | Sequence[str] = (),
     force: str | Sequence[str] = (),
     gpu: str | Sequence[str] | None = None,

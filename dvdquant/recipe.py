@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATTENTION",
+    "Attention",
     "RECIPES",
     "RECIPE_VERSION",
     "ActivationSpec",
@@ -35,7 +36,8 @@ GROUP_SIZES = (0, 16, 32, 64, 128)
 ZERO_POINTS = ("paper", "midrise", "symmetric", "float")
 SOLVERS = ("search", "paper", "minmax")
 INPUTS = ("ignored", "synthetic")
-ATTENTION = ("16", "int8", "fp8")
+Attention = Literal["16", "int8", "fp8"]
+ATTENTION: tuple[Attention, ...] = ("16", "int8", "fp8")
 ROTATIONS = ("auto", "full", "none", "regular")
 MAX_BLOCK = 1 << 20
 MAX_GLOBS = 10_000
@@ -131,7 +133,7 @@ class Recipe:
     random_signs: bool = False
     shift: bool = False
     modulation: Literal["keep", "a8"] = "keep"
-    attention: Literal["16", "int8", "fp8"] = "16"
+    attention: Attention = "16"
     keep: tuple[str, ...] = ()
     force: tuple[str, ...] = ()
     version: int = RECIPE_VERSION

@@ -14,7 +14,7 @@ from dvdquant.artifact.entries import BuildEntry, EngineEntry, Measured
 from dvdquant.artifact.layout import MANIFEST
 from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
-from dvdquant.artifact.verify_files import verify_files
+from dvdquant.artifact.verify_files import intact_files, verify_files
 from dvdquant.backends import Backend, load_backend
 from dvdquant.errors import EngineError, OutputError, UnsupportedError
 from dvdquant.export.build_room import check_builds
@@ -25,7 +25,6 @@ from dvdquant.export.model_card import model_card
 from dvdquant.export.steps import is_step
 from dvdquant.model.families import Sizes
 from dvdquant.plugin_library import check_plugin
-from dvdquant.system.copies import copy_file, link_file
 from dvdquant.system.files import hash_file
 from dvdquant.system.gpu import Gpu
 from dvdquant.system.plugin_file import read_plugin
@@ -270,11 +269,7 @@ def _is_current(plan: DeviceBuild, entry: BuildEntry) -> bool:
     there = [e for e in plan.manifest.engines if e["path"] == entry["engine"]]
     if not there or not _settings(plan, entry).made(there[0]) or there[0]["sm"] != entry["sm"]:
         return False
-    try:
-        verify_files(plan.out, plan.manifest, [entry["engine"]])
-    except OutputError:
-        return False
-    return True
+    return bool(intact_files(plan.out, plan.manifest, [entry["engine"]]))
 
 
 def build_on_device(
@@ -379,17 +374,15 @@ def _build_locked(
     # 1. Nothing is built from files that are not those of the export, and no engine is entered again that is not its own.
     own = [name for name in manifest.files if not name.startswith("engines/")]
     others = [entry["path"] for entry in manifest.engines if entry["path"] not in settings]
-    damaged = set()
     with progress.stage("check", sum(manifest.files[name]["bytes"] for name in (*own, *others)), "B") as stage:
         verify_files(out, manifest, own, stage.update)
-        for name in others:
-            try:
-                verify_files(out, manifest, [name], stage.update)
-            except OutputError as error:
-                damaged.add(name)
-                progress.say(f"the engine is left out: {error.what}")
+
+        def damaged(name: str, error: OutputError) -> None:
+            progress.say(f"the engine is left out: {error.what}")
+
+        intact = intact_files(out, manifest, others, stage.update, damaged)
     # 2. Build each engine as a step of its own.
-    engines = {entry["path"]: entry for entry in manifest.engines if entry["path"] not in damaged}
+    engines = {entry["path"]: entry for entry in manifest.engines if entry["path"] in (*intact, *settings)}
     with progress.stage("engines", len(plan.builds), "engine") as bar:
         for entry in plan.builds:
             bar.update(0, entry["engine"])
@@ -397,12 +390,10 @@ def _build_locked(
             engines[entry["engine"]] = engine
             result.reports[entry["engine"]] = report
             bar.update(1)
-    # 3. The rest of the export. Readers of external data refuse files with several names, also while the new engines are judged
-    # and after a kill, so graphs and weights are copied.
-    known = {name: entry for name, entry in manifest.files.items() if name not in settings and name != "README.md"}
+    # 3. The rest of the export, without the card, which is written anew.
+    known = {name: manifest.files[name] for name in (*own, *intact) if name != "README.md"}
     for name in known:
-        if not name.startswith("engines/") or name in engines:
-            (copy_file if name.startswith("onnx/") else link_file)(out / name, transaction.path(name))
+        transaction.take_over(name)
     # 4. Judge the new engines in place.
     now = dataclasses.replace(manifest, engines=tuple(engines.values()))
     if check is not None:
@@ -478,7 +469,6 @@ def _judge(
     """
     for entry in plan.builds:
         known[entry["engine"]] = hash_file(transaction.path(entry["engine"]))
-    known.pop("README.md", None)
     there = transaction.tree / MANIFEST
     components = {entry["engine"]: entry["component"] for entry in plan.builds}
     engines = []

@@ -16,7 +16,7 @@ from dvdquant.artifact.entries import BuildEntry, EngineEntry, GraphEntry, Layer
 from dvdquant.artifact.layout import constants_path, graph_path
 from dvdquant.artifact.manifest import Manifest
 from dvdquant.artifact.transaction import ExportTransaction, require_disk
-from dvdquant.artifact.verify_files import verify_files
+from dvdquant.artifact.verify_files import intact_files, verify_files
 from dvdquant.checkpoint.lora.fuse import lora_lines
 from dvdquant.checkpoint.read_once import ReadOnce
 from dvdquant.errors import CheckpointError, ExportError, OutputError, ResourceError, UnsupportedError
@@ -47,7 +47,6 @@ from dvdquant.export.verify.stored import StoredCheck, verify_stored
 from dvdquant.model.plan import ModelPlan
 from dvdquant.quantize.checkpoint import PackedWeights, plan_shards, quantize_checkpoint
 from dvdquant.quantize.layer import rotated_weight
-from dvdquant.system.copies import copy_file, link_file
 from dvdquant.system.files import FileEntry, hash_file
 from dvdquant.system.progress import Progress
 from dvdquant.system.safetensors_reader import read_header, read_tensor, stored_reader
@@ -182,23 +181,20 @@ class _Run:
         tops = ("onnx/", "engines/", "comfy/")
         weights, engines, layouts = ([n for n in previous.files if n.startswith(top)] for top in tops)
         total = sum(previous.files[name]["bytes"] for name in (*weights, *engines, *layouts))
-        good = list(weights)
         with self.progress.stage("check", total, "B") as stage:
             try:
                 verify_files(out, previous, weights, stage.update)
             except OutputError as error:
                 self.progress.say(f"the previous export is damaged and is made again: {error.what}")
                 return False
-            for name in (*engines, *layouts):
-                try:
-                    verify_files(out, previous, [name], stage.update)
-                    good.append(name)
-                except OutputError as error:
-                    what = "an engine is damaged and is built again" if name in engines else "left out"
-                    self.progress.say(f"{what}: {error.what}")
+
+            def damaged(name: str, error: OutputError) -> None:
+                what = "an engine is damaged and is built again" if name in engines else "left out"
+                self.progress.say(f"{what}: {error.what}")
+
+            good = [*weights, *intact_files(out, previous, (*engines, *layouts), stage.update, damaged)]
         for name in good:
-            # Readers of external data refuse files with several links, so graphs and weights are copied.
-            (copy_file if name in weights else link_file)(out / name, self.transaction.path(name))
+            self.transaction.take_over(name)
             self.known[name] = previous.files[name]
         self.previous = previous
         self.graphs = list(previous.graphs)

@@ -19,7 +19,7 @@ import secrets
 import tempfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
@@ -49,6 +49,7 @@ from dvdquant.deploy.serve.workers.worker import Worker
 from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.ops.attention.libraries import check_library
+from dvdquant.recipe import Attention
 from dvdquant.text import shown
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class RayArguments(BaseModel):
     compile: bool = False
     fuse: bool | None = None
     cuda_graphs: bool = False
-    attention: Literal["16", "int8", "fp8"] | None = None
+    attention: Attention | None = None
     attention_backend: str | None = None
     weights: WeightPolicy = "auto"
     plugins: tuple[str, ...] = ()

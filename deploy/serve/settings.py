@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dvdquant.hardware.weights import WeightPolicy
+from dvdquant.recipe import Attention
 
 __all__ = [
     "EngineSettings",
@@ -56,7 +57,7 @@ class EngineSettings:
     compile: bool = False
     fuse: bool | None = None
     cuda_graphs: bool = False
-    attention: Literal["16", "int8", "fp8"] | None = None
+    attention: Attention | None = None
     attention_backend: str | None = None
     weights: WeightPolicy = "auto"
     plugins: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NotRequired
@@ -28,9 +28,8 @@ from dvdquant.artifact.entries import ComputeCapability, Digest, EngineEntry, Si
 from dvdquant.artifact.layout import MANIFEST, PLUGIN_PLACE
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.artifact.transaction import ExportTransaction
-from dvdquant.artifact.verify_files import verify_files
+from dvdquant.artifact.verify_files import intact_files
 from dvdquant.errors import OutputError, UnsupportedError
-from dvdquant.system.copies import link_file
 from dvdquant.system.files import FileEntry, disk_error, hash_file, open_regular, require_disk, strict_json
 from dvdquant.system.plugin_file import MAX_PLUGIN, PluginFile, parse_plugin, read_plugin
 from dvdquant.system.records import first_problem
@@ -122,6 +121,11 @@ class Bundle:
     manifest: Manifest
     library: PluginFile | None
     file: IO[bytes]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all files that it holds."""
+        return sum(member["bytes"] for member in self.facts["files"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- write
@@ -416,15 +420,14 @@ def unpack_bundle(
         ResourceError: The disk is too small.
     """
     files = bundle.facts["files"]
-    require_disk(out, sum(member["bytes"] for member in files), "what the bundle holds")
+    require_disk(out, bundle.nbytes, "what the bundle holds")
     with ExportTransaction(out, key={"bundle": [member["sha256"] for member in files]}) as transaction:
         accept(transaction.previous)
-        known: dict[str, FileEntry] = {}
+        known = listed_files(bundle)
         for member in files[1:]:  # the manifest was read when the bundle was opened
             _expect(bundle.file, bundle.path, member)
             with transaction.path(member["path"]).open("xb") as target:
                 _copy(bundle, member, target, progress)
-            known[member["path"]] = {"sha256": member["sha256"], "bytes": member["bytes"]}
         if bundle.file.read().strip(b"\0"):
             raise _changed(bundle.path, "there is something behind its last file")
         engines = _keep_engines(bundle, transaction, known)
@@ -443,22 +446,16 @@ def _keep_engines(bundle: Bundle, transaction: ExportTransaction, known: dict[st
     Raises:
         OSError: A file cannot be taken over.
     """
-    there, kept = transaction.previous, list[EngineEntry]()
+    there = transaction.previous
     if there is None:
-        return kept
-    for entry in kept_engines(there, bundle):
-        with suppress(OutputError):  # a damaged one is built again
-            verify_files(transaction.out, there, [entry["path"]])
-            kept.append(entry)
-    names = [entry["path"] for entry in kept]
-    if kept:
-        with suppress(OutputError):
-            verify_files(transaction.out, there, [_CARD])
-            names.append(_CARD)
-    for name in names:
-        link_file(transaction.out / name, transaction.path(name))
+        return []
+    engines = {entry["path"]: entry for entry in kept_engines(there, bundle)}
+    kept = intact_files(transaction.out, there, engines)  # a damaged one is built again
+    card = intact_files(transaction.out, there, [_CARD]) if kept else []
+    for name in (*kept, *card):
+        transaction.take_over(name)
         known[name] = there.files[name]
-    return kept
+    return [engines[name] for name in kept]
 
 
 def _expect(file: IO[bytes], path: Path, member: _Member) -> None:

@@ -39,6 +39,7 @@ from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
 from dvdquant.artifact.output_folder import check_path, previous_export, real_path
 from dvdquant.artifact.unfinished import differences
 from dvdquant.errors import DvdquantError, OutputError, ResourceError
+from dvdquant.system.copies import copy_file, link_file
 from dvdquant.system.files import FileEntry, disk_error, hash_descriptor, require_disk, strict_json
 from dvdquant.text import shown
 
@@ -296,6 +297,22 @@ class ExportTransaction:
         if self._stage is None:
             raise RuntimeError("the transaction has not been entered")
         return self._stage.path / TREE
+
+    def take_over(self, relative: str) -> None:
+        """Take a file of the export that is there into the new one. Whoever asks has verified it.
+
+        Readers of external data refuse files with several names, also while this work goes on and after a kill, so graphs and
+        weights are copied. Others get a second name.
+
+        Args:
+            relative: The POSIX path of the file in the export.
+
+        Raises:
+            OSError: It cannot be read, or there is no room.
+            DvdquantError: See :meth:`path`.
+        """
+        take = copy_file if relative.startswith("onnx/") else link_file
+        take(self.out / relative, self.path(relative))
 
     def path(self, relative: str, *, resumable: bool = False) -> Path:
         """Return the place of a file of the export, and make its parent folders.

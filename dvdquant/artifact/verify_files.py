@@ -14,7 +14,7 @@ from dvdquant.system.files import FileEntry, hash_descriptor, read_all
 from dvdquant.system.memory import memory_limit
 from dvdquant.text import amount, first_of
 
-__all__ = ["read_verified", "verify_files"]
+__all__ = ["intact_files", "read_verified", "verify_files"]
 
 
 def verify_files(
@@ -50,6 +50,32 @@ def verify_files(
             f"{out} does not match its manifest: {first_of(problems)}",
             fix=NO_LINKS if linked else "export again",
         )
+
+
+def intact_files(
+    out: str | Path,
+    manifest: Manifest,
+    names: Iterable[str],
+    progress: Callable[[int], None] | None = None,
+    damaged: Callable[[str, OutputError], None] = lambda name, error: None,
+) -> list[str]:
+    """Return those of some files of an export that are as its manifest says.
+
+    Args:
+        out: The export folder.
+        manifest: Its manifest.
+        names: The paths of the files.
+        progress: A function that gets the size in bytes of every block read.
+        damaged: A function that gets each of the others, and what is wrong with it.
+    """
+    intact = []
+    for name in names:
+        try:
+            verify_files(out, manifest, [name], progress)
+            intact.append(name)
+        except OutputError as error:
+            damaged(name, error)
+    return intact
 
 
 def _entry(manifest: Manifest, name: str) -> FileEntry:

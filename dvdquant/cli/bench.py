@@ -9,7 +9,7 @@ import click
 
 from dvdquant import __version__
 from dvdquant.clashes import refuse_clashes, session_clashes
-from dvdquant.cli.clips.clip_options import takes_attention
+from dvdquant.cli.attention_options import takes_attention
 from dvdquant.cli.common import (
     CUDA_GRAPHS,
     FUSE,

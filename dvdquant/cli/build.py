@@ -274,7 +274,6 @@ def _unpacked(bundle: Bundle, folder: Path, held: Manifest | None, replace: bool
     from dvdquant.artifact.bundle import kept_engines, listed_files, unpack_bundle
     from dvdquant.artifact.verify_files import verify_files
 
-    total = sum(member["bytes"] for member in bundle.facts["files"])
     if held is not None:
         names = [name for name in listed_files(bundle) if name in held.files]
         try:
@@ -291,15 +290,14 @@ def _unpacked(bundle: Bundle, folder: Path, held: Manifest | None, replace: bool
         if count:
             progress.say(f"{folder} has engines of other graphs or weights, which are replaced with the rest: {count}")
 
-    with progress.stage("unpack", total, "B") as stage:
+    with progress.stage("unpack", bundle.nbytes, "B") as stage:
         return unpack_bundle(bundle, folder, stage.update, accept)
 
 
 def _bundle_json(bundle: Bundle, gpu: Gpu | None, builds: list[BuildEntry]) -> dict[str, Any]:
     facts = {name: value for name, value in bundle.facts.items() if name != "files"}
-    sizes = [member["bytes"] for member in bundle.facts["files"]]
     return {
-        "bundle": {"path": str(bundle.path), **facts, "files": len(sizes), "bytes": sum(sizes)},
+        "bundle": {"path": str(bundle.path), **facts, "files": len(bundle.facts["files"]), "bytes": bundle.nbytes},
         "gpu": None if gpu is None else vars(gpu),
         "builds": [dict(entry) for entry in builds],
     }
@@ -308,8 +306,7 @@ def _bundle_json(bundle: Bundle, gpu: Gpu | None, builds: list[BuildEntry]) -> d
 def _bundle_text(bundle: Bundle) -> str:
     """Return what a bundle is, and what builds it, in words."""
     source, facts = bundle.path, bundle.facts
-    total = sum(member["bytes"] for member in facts["files"])
-    line = f"{source}: {len(facts['files'])} files of {amount(total)} for SM {', '.join(facts['sm'])}, by dvdquant "
+    line = f"{source}: {len(facts['files'])} files of {amount(bundle.nbytes)} for SM {', '.join(facts['sm'])}, by dvdquant "
     line += f"{facts['dvdquant']}; a build is estimated to take up to {amount(facts['builder_bytes'])} of memory"
     if any(entry["backend"] == "tensorrt" for entry in bundle.manifest.builds):
         library = "bundled" if bundle.library is not None else "FILE, for it holds no plugin library"

@@ -10,14 +10,14 @@ from typing import Any
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.clips.clip_options import takes_attention
+from dvdquant.clashes import refuse_clashes, session_clashes
+from dvdquant.cli.attention_options import takes_attention
 from dvdquant.cli.common import CUDA_GRAPHS, FUSE, ExamplesCommand, runs_on, takes_plugins
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.cli.serve_options import (
     KEY_VARIABLE,
     allowed_names,
     check_open,
-    check_session_options,
     devices,
     read_files,
     read_keys,
@@ -192,7 +192,7 @@ _MODULES = {
 def main(exports: tuple[str, ...], **options: Any) -> None:
     """Serve the exports in folders OUT over HTTP: OpenAI's /v1/videos, a live page, metrics."""
     require_packages()
-    check_session_options(options)
+    refuse_clashes(session_clashes(options))
     options["plugins"] = tuple(map(str, plugin_paths(options["plugins"])))
     if options["triton_repository"] is not None:
         write_triton(exports, options)

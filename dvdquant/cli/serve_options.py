@@ -7,10 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvdquant.clashes import refuse_clashes, session_clashes
 from dvdquant.deploy.serve.request.model_names import named, named_export
 from dvdquant.errors import OutputError, UnsupportedError
-from dvdquant.ops.attention.libraries import check_library
 from dvdquant.system.devices import DEVICE_WORDS, check_device_word
 from dvdquant.text import shown
 
@@ -23,7 +21,6 @@ __all__ = [
     "LOOPBACK",
     "allowed_names",
     "check_open",
-    "check_session_options",
     "devices",
     "gpus",
     "read_files",
@@ -37,20 +34,6 @@ __all__ = [
 
 KEY_VARIABLE = "DVDQ_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-def check_session_options(options: dict[str, Any]) -> None:
-    """Refuse options of sessions that have no effect or name nothing, before an export is opened.
-
-    Args:
-        options: The options of the command.
-
-    Raises:
-        UnsupportedError: Two options exclude each other, or no library of attention has the name.
-    """
-    refuse_clashes(session_clashes(options))
-    if options["attention_backend"] is not None:
-        check_library(options["attention_backend"])
 
 
 def read_sessions(options: dict[str, Any]) -> SessionSettings:

@@ -1,4 +1,4 @@
-"""The options that ``dvdq-run``, ``dvdq-plan`` and others share: what a clip shows, and how the model is loaded."""
+"""The options that ``dvdq-run`` and ``dvdq-plan`` share: what a clip shows, and how the model is loaded."""
 
 from __future__ import annotations
 
@@ -8,31 +8,11 @@ from typing import Any
 import click
 
 from dvdquant.clashes import Clash, session_clashes
+from dvdquant.cli.attention_options import takes_attention
 from dvdquant.cli.common import CUDA_GRAPHS, FUSE, P, R, takes_plugins
 from dvdquant.cli.paths import MODEL, PATH, WORD
-from dvdquant.recipe import ATTENTION
 
-__all__ = ["clip_options", "loading_clashes", "loading_options", "takes_attention"]
-
-
-def takes_attention(command: Callable[P, R]) -> Callable[P, R]:
-    """Add the options --attention and --attention-backend.
-
-    Args:
-        command: The function of the command.
-    """
-    attention = click.option(
-        "--attention",
-        type=click.Choice(ATTENTION),
-        help="Self-attention of long sequences in PyTorch: 16 bit, int8 or fp8.  [default: the export's]",
-    )
-    backend = click.option(
-        "--attention-backend",
-        type=WORD,
-        metavar="LIBRARY",
-        help="What computes 8-bit attention: reference, or one library.  [default: the first that is right and faster]",
-    )
-    return attention(backend(command))
+__all__ = ["clip_options", "loading_clashes", "loading_options"]
 
 
 _CLIP = (
