@@ -288,8 +288,8 @@ def test_the_command_and_its_trace(tmp_path: Path) -> None:
     assert executed["attention"]["error"] < ladder.MAX_ERROR
     out = short_wan_export()
     unknown = (out, "--pipeline", TINY_WAN, "--steps", 1, "--device", "cpu", "--prompt", PROMPT, "--attention", "int8")
-    refused(run(*unknown, "--attention-backend", "x", "-o", tmp_path / "c.mp4"), "unknown")
-    line = call(out, "--prompt", PROMPT, "--backend", "onnxruntime", "--attention-backend", "x", "-o", "c.mp4")
+    refused(run(*unknown, "--attention-backend", "x", "-o", tmp_path / "c.mp4"), "attention library 'x'", "cudnn")
+    line = call(out, "--prompt", PROMPT, "--backend", "onnxruntime", "--attention-backend", "cudnn", "-o", "c.mp4")
     refused(run(*line), "--attention-backend runs in PyTorch")
     line = call(out, "--prompt", PROMPT, "--backend", "onnxruntime", "--attention", "fp8", "-o", "c.mp4")
     refused(run(*line), "ONNX Runtime computes attention in 16 bit, so --attention fp8 does not apply")
