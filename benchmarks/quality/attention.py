@@ -91,7 +91,7 @@ class AttentionRunner:
                 self.built = self.worker.simulated(self.name, method, LINEARS[linears])
             self.linears = linears
             # Folding the norms and finding their bounds is a session's; the kernel is put in by its number.
-            self.state = install_attention(self.built._compiled.run, Attention("fp8", ()))
+            self.state = install_attention(self.built.compiled.run, Attention("fp8", ()))
             self.state.least = 1
         if kind != "16" and kind not in self.states:
             made: Any = _Format(kind)
