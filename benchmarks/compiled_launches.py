@@ -171,8 +171,9 @@ def trace(
         ]
 
     # 1. Make fake inputs and weights on the CPU. With ranged sizes the numbers of tokens are symbols.
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    lengths = {size: _symbol(mode, size) if ranged else size for size in (tokens, text)}
+    shapes = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shapes)
+    lengths = {size: _symbol(shapes, size) if ranged else size for size in (tokens, text)}
     with mode:
         weights = {n: of_cpu(t) for n, t in (*block.named_parameters(), *block.named_buffers())}
         inputs: list[Any] = [*sampled(lengths[tokens], lengths[text]), *weights.values()]
@@ -191,7 +192,7 @@ def trace(
             return value
         size = value.node.hint
         if size not in lengths:
-            lengths[size] = _symbol(mode, size)
+            lengths[size] = _symbol(shapes, size)
         return lengths[size]
 
     def fused() -> tuple[Callable[..., Tensor], list[Any]]:
@@ -253,11 +254,13 @@ def trace(
     return graph, inputs
 
 
-def _symbol(mode: FakeTensorMode, value: int) -> torch.SymInt:
+def _symbol(shapes: ShapeEnv, value: int) -> torch.SymInt:
     """Return an open number for the shapes of fake tensors, which is ``value`` where inductor needs an example."""
-    source = ConstantSource(f"tokens_{value}")
-    symbol = mode.shape_env.create_symbol(value, source, dynamic_dim=DimDynamic.DYNAMIC)
-    return mode.shape_env.create_symintnode(symbol, hint=value, source=source)
+    source = ConstantSource(f"size_{value}")
+    symbol = shapes.create_symbol(value, source, dynamic_dim=DimDynamic.DYNAMIC)
+    made = shapes.create_symintnode(symbol, hint=value, source=source)
+    assert isinstance(made, torch.SymInt)
+    return made
 
 
 @contextlib.contextmanager
