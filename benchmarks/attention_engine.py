@@ -1,4 +1,4 @@
-"""Build a TensorRT-RTX engine of some or all Wan blocks at real size, with its self-attention in FP8 and in 16 bit: time and memory.
+"""Build a TensorRT-RTX engine of one or all Wan blocks at real size, self-attention in FP8 and in 16 bit: time and memory.
 
 Random weights; sizes range up to twice the tokens of the case. Nothing needs a GPU, and nothing runs on one.
 
