@@ -202,7 +202,7 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
         return
     keys = read_keys(options["api_key_file"])
     check_open(options["host"], bool(keys), options["is_open"])
-    models = read_models(exports, options["pipeline"], options["schedule"])
+    models = read_models(exports, options)
     names = devices(options["device"], options["workers"])
     for name in names:
         check_device_word(name)

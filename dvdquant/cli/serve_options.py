@@ -60,7 +60,7 @@ def read_one(exports: tuple[str, ...], options: dict[str, Any], what: str) -> Mo
         UnsupportedError: There are several, or the device is unknown.
         OutputError: The export cannot be used.
     """
-    models = read_models(exports, options["pipeline"], options["schedule"])
+    models = read_models(exports, options)
     if len(models) != 1:
         raise UnsupportedError(f"{what} is for one export", fix="start the command once for each")
     check_device_word(options["device"])
@@ -197,22 +197,22 @@ def gpus(root: Path = Path("/dev")) -> int:
     return len([path for path in root.glob("nvidia*") if path.name[6:].isdecimal()])
 
 
-def read_models(
-    exports: tuple[str, ...], pipelines: tuple[str, ...], schedules: tuple[Path, ...]
-) -> tuple[ModelSource, ...]:
+def read_models(exports: tuple[str, ...], options: dict[str, Any]) -> tuple[ModelSource, ...]:
     """Return the models to serve; their manifests are read, nothing else.
 
     Args:
         exports: ``OUT`` or ``NAME=OUT``.
-        pipelines: ``PATH`` for the only export, or ``NAME=PATH``.
-        schedules: Files of dvdq-plan; each belongs to the exports it was made for.
+        options: ``pipeline``, each ``PATH`` for the only export, or ``NAME=PATH``; ``schedule``, files of dvdq-plan, each of
+            the exports it was made for; and those of :func:`read_sessions`.
 
     Raises:
-        UnsupportedError: Two models have one name, or a name is of no use in requests.
+        UnsupportedError: Two models have one name, a name is of no use in requests, or an export's recipe excludes an option
+            of sessions.
         OutputError: A folder is no export, or a schedule belongs to none of them.
     """
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.deploy.serve.settings import ModelSource
+    from dvdquant.recipe import Recipe
 
     places: dict[str, str] = {}
     for text in exports:
@@ -221,7 +221,7 @@ def read_models(
             raise UnsupportedError(f"two models are called {name}", fix=f"give one another name: NAME={shown(place)}")
         places[name] = place
     parts: dict[str, str] = {}
-    for text in pipelines:
+    for text in options["pipeline"]:
         name, place = named(text) or (next(iter(places)), text)
         if name not in places or (named(text) is None and len(places) > 1):
             raise UnsupportedError(
@@ -229,7 +229,10 @@ def read_models(
             )
         parts[name] = place
     manifests = {name: load_manifest(Path(place)) for name, place in places.items()}
-    plans = read_schedules(schedules, manifests)
+    sessions = read_sessions(options)
+    for manifest in manifests.values():
+        sessions.check_for(Recipe.from_json(manifest.recipe))
+    plans = read_schedules(options["schedule"], manifests)
     return tuple(ModelSource(name, place, parts.get(name), plans[name]) for name, place in places.items())
 
 

@@ -14,6 +14,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from dvdquant.errors import UnsupportedError
+from dvdquant.recipe import ATTENTION
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,16 @@ if TYPE_CHECKING:
     # q, k, v [B, S, H, d], the scale of scores, the largest values of q and k (or None) -> [B, S, H, d].
     Kernel = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 
-__all__ = ["LADDERS", "LIBRARIES", "REFERENCE", "Library", "check_library", "ladder", "ladders_text"]
+__all__ = [
+    "LADDERS",
+    "LIBRARIES",
+    "REFERENCE",
+    "Library",
+    "check_library",
+    "ladder",
+    "ladders_text",
+    "refuse_library_in_16_bit",
+]
 
 
 @dataclass(frozen=True)
@@ -211,6 +221,24 @@ def check_library(name: str) -> None:
     if name not in known:
         raise UnsupportedError(
             f"unknown attention library {name!r:.100}", available=known, fix="pick one, or leave it out"
+        )
+
+
+def refuse_library_in_16_bit(wanted: str, library: str | None) -> None:
+    """Refuse a library for attention in 16 bit, which none of them computes.
+
+    Args:
+        wanted: What was asked for, or else the recipe's attention: ``16``, ``int8`` or ``fp8``.
+        library: The library that was asked for, or None.
+
+    Raises:
+        UnsupportedError: A library was asked for, and attention is in 16 bit.
+    """
+    if wanted == "16" and library is not None:
+        raise UnsupportedError(
+            f"{library!r:.100} computes 8-bit attention, and attention is in 16 bit here",
+            available=ATTENTION[1:],
+            fix="ask for int8 or fp8 attention too, or leave the library out",
         )
 
 

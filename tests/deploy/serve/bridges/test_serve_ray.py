@@ -111,6 +111,8 @@ def test_how_engines_run_reaches_the_workers() -> None:
         RayArguments(models="out", open=True, attention_backend="cudnn", backend="rtx").server()
     with pytest.raises(UnsupportedError, match="unknown attention library 'flash'"):
         RayArguments(models="out", open=True, attention_backend="flash").server()
+    with pytest.raises(UnsupportedError, match="'cudnn' computes 8-bit attention, and attention is in 16 bit here"):
+        RayArguments(models=f"wan={tiny_wan_export()}", open=True, attention_backend="cudnn").server()
     with pytest.raises(ValueError, match="int4"):
         RayArguments.model_validate({"models": "out", "attention": "int4"})
 
