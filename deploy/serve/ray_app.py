@@ -51,6 +51,7 @@ from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.ops.attention.libraries import check_library
 from dvdquant.recipe import Attention, Recipe
+from dvdquant.system.devices import BackendWord
 from dvdquant.text import shown
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class RayArguments(BaseModel):
     cpus: float = Field(1.0, ge=0)
     interfaces: int = Field(1, ge=1)
     open: bool = False
-    backend: str = "auto"
+    backend: BackendWord = "auto"
     compile: bool = False
     fuse: bool | None = None
     cuda_graphs: bool = False
@@ -155,6 +156,8 @@ class RayArguments(BaseModel):
                 available=f"the variable {KEY_VARIABLE} on every node, or open=true to serve everybody",
                 fix="set it before ray start",
             )
+        if self.s3_endpoint is not None and self.files is None:
+            raise UnsupportedError("s3_endpoint is for clips in an object store", fix="give files=s3://bucket")
         settings = ServerSettings(
             models=_models(self.models, self.pipeline),
             data=Path(self.data),

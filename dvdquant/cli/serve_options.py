@@ -30,6 +30,7 @@ __all__ = [
     "read_one",
     "read_schedules",
     "read_sessions",
+    "session_options",
 ]
 
 KEY_VARIABLE = "DVDQ_API_KEY"
@@ -45,7 +46,14 @@ def read_sessions(options: dict[str, Any]) -> SessionSettings:
     """
     from dvdquant.deploy.serve.settings import SessionSettings
 
-    return SessionSettings(**{each.name: options[each.name] for each in fields(SessionSettings)})
+    return SessionSettings(**{name: options[name] for name in session_options()})
+
+
+def session_options() -> tuple[str, ...]:
+    """Return the names of the options that say how sessions are opened."""
+    from dvdquant.deploy.serve.settings import SessionSettings
+
+    return tuple(each.name for each in fields(SessionSettings))
 
 
 def read_one(exports: tuple[str, ...], options: dict[str, Any], what: str) -> ModelSource:
@@ -161,8 +169,9 @@ def read_files(address: str | None, endpoint: str | None, link_seconds: float) -
     from dvdquant.deploy.serve.settings import ObjectStore
 
     if address is None:
-        if link_seconds:
-            raise UnsupportedError("--s3-link-seconds is for clips in an object store", fix="give --files s3://bucket")
+        for option, given in (("--s3-link-seconds", link_seconds), ("--s3-endpoint", endpoint)):
+            if given:
+                raise UnsupportedError(f"{option} is for clips in an object store", fix="give --files s3://bucket")
         return None
     return ObjectStore(address, endpoint, link_seconds)
 
