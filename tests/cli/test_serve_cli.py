@@ -181,7 +181,10 @@ def test_options_of_the_server_that_triton_and_dynamo_have_no_place_for_are_refu
     ):
         refused(_run(out, "--triton-repository", folder, *words), said, "leave out what does not apply")
     for words, said in (
-        (("--port", 9000), "--dynamo serves no HTTP, keeps no queue, and warms up in any case, so --port does not apply"),
+        (
+            ("--port", 9000),
+            "--dynamo serves no HTTP, keeps no queue, and warms up in any case, so --port does not apply",
+        ),
         (("--store", "postgresql://x/y", "--no-warm-up"), "so --store, --no-warm-up do not apply"),
     ):
         refused(_run(out, "--dynamo", "--max-steps", 9, "-v", *words), said, "leave out what does not apply")
