@@ -135,12 +135,14 @@ def auto_rows(name: str, recipe: str, bits: Sequence[int]) -> list[str]:
         if not facts.kernels or facts.refused:
             continue
         held = held_weights(plan, sm_number(sm), bits, sizes)
-        torch_form, plugin = (choose_weights(held, "auto", plugin=plugin) for plugin in (False, True))
+        choices = {plugin: choose_weights(held, "auto", plugin=plugin) for plugin in (False, True)}
+        torch_form = choices[False]
         if torch_form.form == "packed":
             continue
         cells = [f"{100 * held.cost:.1f}", f"{100 * torch_form.share:.0f}"]
-        for choice, form in ((torch_form, held.nbytes), (plugin, held.plugin_bytes)):
-            cells.append(f"{form('packed') / GIB:.2f} / **{choice.nbytes / GIB:.2f}** / {form('expanded') / GIB:.2f}")
+        for plugin, choice in choices.items():
+            packed, expanded = held.nbytes("packed", plugin) / GIB, held.nbytes("expanded", plugin) / GIB
+            cells.append(f"{packed:.2f} / **{choice.nbytes / GIB:.2f}** / {expanded:.2f}")
         lines.append(f"| {name} | {sm} | {' | '.join(cells)} | {100 * torch_form.cost:.1f} |")
     return lines
 
@@ -166,8 +168,8 @@ def _cells(group: Sequence[HeldWeights]) -> str:
     costs = sorted(100 * held.cost for held in group)
     cost = f"{costs[0]:.1f}" if costs[0] == costs[-1] else f"{costs[0]:.1f} to {costs[-1]:.1f}"
     sizes = (
-        both_kept(first), first.nbytes("expanded"), first.plugin_bytes("expanded"),
-        first.nbytes("packed"), first.plugin_bytes("packed"),
+        both_kept(first), first.nbytes("expanded"), first.nbytes("expanded", plugin=True),
+        first.nbytes("packed"), first.nbytes("packed", plugin=True),
         first.kept + first.stored, first.kept,
     )  # fmt: skip
     return " | ".join([*(f"{size / GIB:.2f}" for size in sizes), f"{first.scratch / 2**20:.0f}", cost])
