@@ -1,8 +1,9 @@
-"""Build a TensorRT-RTX engine of one Wan block at real size, with its self-attention in FP8 and in 16 bit: time and memory.
+"""Build a TensorRT-RTX engine of one or all Wan blocks at real size, self-attention in FP8 and in 16 bit: time and memory.
 
 Random weights; sizes range up to twice the tokens of the case. Nothing needs a GPU, and nothing runs on one.
 
     python benchmarks/attention_engine.py                                    # Wan2.1-1.3B, 480p
+    python benchmarks/attention_engine.py --blocks 30                        # the whole model
     python benchmarks/attention_engine.py --config wan2.1-14b --blocks 1 --kinds fp8
 """
 
@@ -87,7 +88,7 @@ def main() -> None:
         with ExportTransaction(Path(scratch) / "work") as transaction:
             packed = quantize_checkpoint(source, plan, transaction, Progress("quiet"))
             GraphWriter(transaction.tree, plan, "transformer", base, packed.tensors).write(8, "tensorrt")
-            print(f"{options.config}, {options.blocks} block, {plan.family.tokens(*SIZES.at('opt'))} tokens, up to "
+            print(f"{options.config}, blocks: {options.blocks}, {plan.family.tokens(*SIZES.at('opt'))} tokens, up to "
                   f"{plan.family.tokens(*SIZES.at('max'))}; SM {options.sm}")  # fmt: skip
             for kind in options.kinds.split(","):
                 report = build(transaction.tree, plan, kind, options.sm.split(","))

@@ -8,6 +8,7 @@ Nothing is compiled to machine code and nothing runs.
     python benchmarks/compiled_launches.py --width 1536 --ffn 8960 --heads 12
     python benchmarks/compiled_launches.py --fuse                # with norms and GELU in the layers' kernels
     python benchmarks/compiled_launches.py --fuse --rope         # and with norm and rope of q and k in 8-bit attention's
+    python benchmarks/compiled_launches.py --ranged              # one code for all sizes
     python benchmarks/compiled_launches.py --save block.py       # the code itself
 
 Needs triton (``pip install triton``), which PyTorch for CUDA brings along.
@@ -27,7 +28,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -127,8 +130,15 @@ def wan_block(width: int, ffn: int, heads: int, bits: int) -> nn.Module:
 
 
 def trace(
-    block: nn.Module, width: int, heads: int, tokens: int, text: int, fuse: bool = False, rope: bool = False
-) -> tuple[torch.fx.GraphModule, list[Tensor]]:
+    block: nn.Module,
+    width: int,
+    heads: int,
+    tokens: int,
+    text: int,
+    fuse: bool = False,
+    rope: bool = False,
+    ranged: bool = False,
+) -> tuple[torch.fx.GraphModule, list[Any]]:
     """Return the block's graph and its inputs, on a CUDA device that is not there.
 
     Args:
@@ -139,6 +149,7 @@ def trace(
         text: The number of text tokens.
         fuse: Take what comes before the layers into their kernels first, as sessions do.
         rope: Take norm and rope of q and k into a kernel, too, as before 8-bit attention.
+        ranged: Leave the numbers of tokens open, as sessions of exports for a range of sizes do.
     """
     import diffusers.models.transformers.transformer_wan as wan
     from torch._inductor.compile_fx import _recursive_post_grad_passes
@@ -150,20 +161,22 @@ def trace(
         """Return a fake tensor of the same shape and dtype on the CPU."""
         return torch.empty(tensor.shape, dtype=tensor.dtype)
 
-    def sampled() -> list[Tensor]:
-        """Return what a block gets: x, the words, the time, and the two tables of rope."""
+    def sampled(video: int | torch.SymInt, words: int | torch.SymInt) -> list[Tensor]:
+        """Return what a block gets for so many tokens: x, the words, the time, and the two tables of rope."""
         return [
-            torch.empty(1, tokens, width, dtype=torch.bfloat16),
-            torch.empty(1, text, width, dtype=torch.bfloat16),
+            torch.empty(1, video, width, dtype=torch.bfloat16),
+            torch.empty(1, words, width, dtype=torch.bfloat16),
             torch.empty(1, 6, width, dtype=torch.bfloat16),
-            *(torch.empty(1, tokens, 1, width // heads) for _ in range(2)),
+            *(torch.empty(1, video, 1, width // heads) for _ in range(2)),
         ]
 
-    # 1. Make fake inputs and weights on the CPU.
-    mode = FakeTensorMode()
+    # 1. Make fake inputs and weights on the CPU. With ranged sizes the numbers of tokens are symbols.
+    shapes = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shapes)
+    lengths = {size: _symbol(shapes, size) if ranged else size for size in (tokens, text)}
     with mode:
         weights = {n: of_cpu(t) for n, t in (*block.named_parameters(), *block.named_buffers())}
-        inputs = [*sampled(), *weights.values()]
+        inputs: list[Any] = [*sampled(lengths[tokens], lengths[text]), *weights.values()]
 
     # 2. Trace the block, with attention as an opaque operation.
     def call(x: Tensor, words: Tensor, time: Tensor, cosines: Tensor, sines: Tensor, *values: Tensor) -> Tensor:
@@ -171,7 +184,18 @@ def trace(
         y: Tensor = torch.func.functional_call(block, dict(zip(weights, values)), (x, words, time, (cosines, sines)))
         return y
 
-    def fused() -> tuple[Callable[..., Tensor], list[Tensor]]:
+    def renewed(value: Any) -> Any:
+        """Return a fake value like one of the compiler's, whose open sizes are ours."""
+        if isinstance(value, Tensor):
+            return torch.empty([renewed(size) for size in value.shape], dtype=value.dtype)
+        if not isinstance(value, torch.SymInt):
+            return value
+        size = value.node.hint
+        if size not in lengths:
+            lengths[size] = _symbol(shapes, size)
+        return lengths[size]
+
+    def fused() -> tuple[Callable[..., Tensor], list[Any]]:
         """Return the block as sessions fuse it, and what it takes. The memory is asked for and never touched."""
         held: list[Any] = []
 
@@ -183,21 +207,25 @@ def trace(
             held.extend((graph, values))
             return lambda *_: (values[0],)
 
-        x, words, time, *tables = sampled()
-        torch.compile(block.to_empty(device="cpu"), backend=keep, fullgraph=True, dynamic=False)(x, words, time, tables)
+        x, words, time, *tables = sampled(tokens, text)
+        compiled = torch.compile(block.to_empty(device="cpu"), backend=keep, fullgraph=True, dynamic=ranged)
+        # Open sizes make the norms' epsilons inputs as well; as constants they are what inductor makes of them.
+        with torch._dynamo.config.patch(specialize_float=True):
+            compiled(x, words, time, tables)
         graph, values = held
         with mode:
-            return (lambda *given: graph(*given)[0]), [of_cpu(value) for value in values]
+            return (lambda *given: graph(*given)[0]), [renewed(value) for value in values]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
         """Stand for diffusers' attention."""
         y: Tensor
         if rope and q.shape == k.shape:
-            y = operation.attention(q, k, v, None, q.shape[-1] ** -0.5, 1)
+            y = operation.attention(q, k, v, None, q.shape[-1] ** -0.5, number)
         else:
             y = attention(q, k, v)
         return y
 
+    number = torch.tensor(1)  # of a session that is not there
     whole: Callable[..., Tensor] = call
     with torch.no_grad(), mock.patch.object(wan, "dispatch_attention_fn", attend):
         if fuse:
@@ -222,8 +250,17 @@ def trace(
             node.meta.pop("tensor_meta", None)
             if "val" in node.meta:
                 node.meta["val"] = to_cuda(node.meta["val"])
-        inputs = [to_cuda(tensor) for tensor in inputs]
+        inputs = [to_cuda(value) for value in inputs]
     return graph, inputs
+
+
+def _symbol(shapes: ShapeEnv, value: int) -> torch.SymInt:
+    """Return an open number for the shapes of fake tensors, which is ``value`` where inductor needs an example."""
+    source = ConstantSource(f"size_{value}")
+    symbol = shapes.create_symbol(value, source, dynamic_dim=DimDynamic.DYNAMIC)
+    made = shapes.create_symintnode(symbol, hint=value, source=source)
+    assert isinstance(made, torch.SymInt)
+    return made
 
 
 @contextlib.contextmanager
@@ -265,7 +302,7 @@ def pretended_gpu() -> Iterator[None]:
         yield
 
 
-def triton_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> tuple[str, int]:
+def triton_code(graph: torch.fx.GraphModule, inputs: list[Any]) -> tuple[str, int]:
     """Return the Python that inductor would run for the graph, and the bytes that its own kernels read and write.
 
     Args:
@@ -278,7 +315,7 @@ def triton_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> tuple[str,
 
     mode = next(m for t in inputs if (m := getattr(t, "fake_mode", None)) is not None)
     with mode, torch.no_grad(), V.set_fake_mode(mode):
-        lowering = GraphLowering(graph, example_inputs=inputs, is_inference=True)
+        lowering = GraphLowering(graph, example_inputs=inputs, shape_env=mode.shape_env, is_inference=True)
         with V.set_debug_handler(DebugContext()), V.set_graph_handler(lowering):
             lowering.run(*inputs)
             code = lowering.codegen()
@@ -300,12 +337,15 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=8, choices=(4, 8))
     parser.add_argument("--fuse", action="store_true", help="take norms, residuals and GELU into the layers' kernels")
     parser.add_argument("--rope", action="store_true", help="with --fuse: also norm and rope of q and k into a kernel")
+    parser.add_argument("--ranged", action="store_true", help="one code for all sizes, as for exports of a range")
     parser.add_argument("--save", type=Path, help="write inductor's code there")
     given = parser.parse_args()
     if given.rope and not given.fuse:
         parser.error("--rope goes with --fuse")
     block = wan_block(given.width, given.ffn, given.heads, given.bits)
-    graph, inputs = trace(block, given.width, given.heads, given.tokens, given.text, given.fuse, given.rope)
+    graph, inputs = trace(
+        block, given.width, given.heads, given.tokens, given.text, given.fuse, given.rope, given.ranged
+    )
     with pretended_gpu():
         code, moved = triton_code(graph, inputs)
     if given.save is not None:

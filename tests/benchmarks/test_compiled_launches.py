@@ -19,9 +19,12 @@ MOST = 13
     importlib.util.find_spec("triton") is None,
     reason="needs triton, which PyTorch for CUDA brings along: make launches-check",
 )
-@pytest.mark.parametrize(("options", "layers"), [((), 7), (("--fuse",), 3)], ids=["plain", "fused"])
-def test_a_block_has_few_launches(options: tuple[str, ...], layers: int) -> None:
-    size = ("--width", "1536", "--ffn", "8960", "--heads", "12", "--tokens", "4680")
+@pytest.mark.parametrize("sizes", [(), ("--ranged",)], ids=["static", "ranged"])
+@pytest.mark.parametrize(
+    ("options", "layers"), [((), 7), (("--fuse",), 3), (("--fuse", "--rope"), 3)], ids=["plain", "fused", "rope"]
+)
+def test_a_block_has_few_launches(options: tuple[str, ...], layers: int, sizes: tuple[str, ...]) -> None:
+    size = ("--width", "1536", "--ffn", "8960", "--heads", "12", "--tokens", "4680", *sizes)
     command = [sys.executable, str(SCRIPT), *size, *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
