@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,7 +68,8 @@ def test_a_context_that_is_broken_ends_the_process(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-def test_step_time_measures_in_another_process(apart: Apart, tmp_path: Path) -> None:
+def test_step_time_measures_in_another_process(apart: Apart) -> None:
+    apart.seconds = 600
     options: Any = SimpleNamespace(device="cpu", scale=32, steps=1, budget=True, recipe="w4a4")
     case = replace(CASES[-1], depths=(1, 2))
     row = step_time.row_of(case, Flavour(16), options, plain := {}, apart)
