@@ -39,6 +39,7 @@ from dvdquant.deploy.sessions.fusion import fuse_graph  # noqa: E402
 from dvdquant.deploy.sessions.rope_fusion import fuse_attention  # noqa: E402
 from dvdquant.model.layers import TENSORS, QuantLinear  # noqa: E402
 from dvdquant.model.plan import plan_model, quantized_skeleton  # noqa: E402
+from dvdquant.model.quantized_model import quant_linears  # noqa: E402
 from dvdquant.ops.attention import operation  # noqa: E402
 from dvdquant.ops.prepared_linear import prepared_linear  # noqa: E402
 from dvdquant.recipe import get_recipe  # noqa: E402
@@ -102,7 +103,7 @@ def wan_block(width: int, ffn: int, heads: int, bits: int) -> nn.Module:
     plan = plan_model(config, get_recipe("w4a4"), torch.bfloat16)
     model = quantized_skeleton(plan, bits)
     grid = plan.recipe.activation(bits)
-    for layer in [module for module in model.modules() if isinstance(module, QuantLinear)]:
+    for layer in quant_linears(model).values():
         spec = layer.spec
         rotation = spec.rotation
         layer.__class__ = TracedLayer

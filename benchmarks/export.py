@@ -25,6 +25,8 @@ from typing import Any
 import click
 import psutil
 
+from dvdquant.system.processor import usable_cores
+
 INTERVAL = 0.1  # seconds between two looks at the memory of the process tree
 
 
@@ -185,7 +187,7 @@ def report(
         (f"  {name}, s", f"{value:.1f}", f"{predicted['seconds'].get(name, '')}") for name, value in stages.items()
     ]
     lines = [
-        f"{datetime.now(UTC):%Y-%m-%d}, {psutil.cpu_count()} cores ({platform.machine()}), load {load:.1f} before; "
+        f"{datetime.now(UTC):%Y-%m-%d}, {usable_cores()} cores ({platform.machine()}), load {load:.1f} before; "
         f"`dvdq-export {checkpoint.name} {' '.join(options)}`"
         + (f", RLIMIT_DATA {limit_gib} GiB" if limit_gib else ""),
         "",

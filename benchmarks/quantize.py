@@ -40,7 +40,7 @@ from dvdquant.quantize.bgr import quantize_weight, relative_mse
 from dvdquant.quantize.gptq import ErrorFeedback
 from dvdquant.recipe import WeightSpec
 from dvdquant.system.devices import DEVICE_WORDS, resolve_device
-from dvdquant.system.processor import processor_name
+from dvdquant.system.processor import processor_name, usable_cores
 
 # A function that quantizes a weight and returns a function that gives it back; only the first part is timed.
 Quantizer = Callable[[Tensor], Callable[[], Tensor]]
@@ -291,7 +291,7 @@ def main() -> int:
         return 0
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     print(f"{args.rows} x {args.features}, {args.threads} threads, {where}")
-    print(f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs")
+    print(f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f} on {usable_cores()} cores")
     if not importlib.util.find_spec("hqq"):
         print("HQQ is not installed: left out (pip install hqq)")
     data = {kind: weights(kind, args.rows, args.features, args.seed).to(device) for kind in args.kinds}

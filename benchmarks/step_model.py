@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from benchmarks.step_cases import Flavour
 from dvdquant.deploy.sessions.attention import MASK, AttentionState, install_attention
 from dvdquant.deploy.sessions.compiled import compile_blocks
-from dvdquant.deploy.sessions.fusion_check import kernel_layers, why_not_fused
+from dvdquant.deploy.sessions.fusion_check import why_not_fused
 from dvdquant.deploy.sessions.pytorch import wanted_attention
 from dvdquant.deploy.sessions.replay import GraphReplay, why_not
 from dvdquant.errors import UnsupportedError
-from dvdquant.model.layers import QuantLinear, make_weights, prepare_layers
+from dvdquant.model.layers import QuantLinear
 from dvdquant.model.loading import GraphWrapper
 from dvdquant.model.plan import ModelPlan, build_skeleton, quantized_skeleton
+from dvdquant.model.quantized_model import kernel_layers, make_weights, prepare_layers
 from dvdquant.ops.attention.ladder import Attention
 from dvdquant.ops.cuda_linear import usable_kernels
 

@@ -53,8 +53,8 @@ from benchmarks.step_model import build
 from benchmarks.step_profile import MEASURED, profile_classes
 from dvdquant.deploy.switching.gbs import change_sums
 from dvdquant.errors import DvdquantError, UnsupportedError
-from dvdquant.model.layers import set_activation
 from dvdquant.model.plan import plan_model
+from dvdquant.model.quantized_model import set_activation
 from dvdquant.ops.attention.libraries import LIBRARIES
 from dvdquant.recipe import get_recipe
 from dvdquant.system.devices import resolve_device

@@ -333,6 +333,13 @@ def test_torch_is_pinned_in_one_place(sources: list[str]) -> None:
     assert pins == ["constraints.txt"]
 
 
+def test_cores_are_counted_in_one_place(sources: list[str]) -> None:
+    """A container or taskset leaves a process some of them. The build of the kernels runs without the package."""
+    found = [n for n in _python_files(sources) if re.search(r"cpu_count|sched_getaffinity", (ROOT / n).read_text())]
+    ours = ["kernels/build.py", "dvdquant/system/processor.py", "tests/system/test_processor.py"]
+    assert sorted(found) == sorted([*ours, "tests/test_repository.py"])
+
+
 # --------------------------------------------------------------------------------------------------- make, CI, skipping
 
 

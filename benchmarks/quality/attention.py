@@ -11,7 +11,6 @@ output along the fp32 trajectories of held-out clips. A killed run goes on where
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run 
 from benchmarks.quality import jobs
 from benchmarks.quality.jobs import Job
 from benchmarks.quality.page import MODEL, PAGE, write_table
+from dvdquant.system.processor import usable_cores
 
 CHUNK = 8
 LINEARS = {"bf16": 16, "w4a8": 8, "w4a4": 4}
@@ -91,7 +91,7 @@ class AttentionRunner:
                 self.built = self.worker.simulated(self.name, method, LINEARS[linears])
             self.linears = linears
             # Folding the norms and finding their bounds is a session's; the kernel is put in by its number.
-            self.state = install_attention(self.built._compiled.run, Attention("fp8", ()))
+            self.state = install_attention(self.built.compiled.run, Attention("fp8", ()))
             self.state.least = 1
         if kind != "16" and kind not in self.states:
             made: Any = _Format(kind)
@@ -161,7 +161,7 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--steps", type=int, help="denoising steps; those the model was trained for if not given")
     parser.add_argument("--every", type=int, default=10, help="step errors at every so many steps, and the last")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--processes", type=int, default=usable_cores())
     parser.add_argument("--linears", nargs="+", choices=LINEARS, default=list(LINEARS))
     parser.add_argument(
         "--formats", nargs="+", choices=KINDS, default=list(DRAWN), help="those that clips are drawn with"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
 
 from benchmarks.commit import commit
+from dvdquant.system.processor import processor_name, usable_cores
 
 __all__ = ["MODEL", "PAGE", "hardware", "write_table"]
 
@@ -20,9 +20,7 @@ def hardware() -> str:
     """Return processor, cores and the version of torch, in words."""
     import torch
 
-    from dvdquant.system.processor import processor_name
-
-    return f"{os.cpu_count()} cores of {processor_name()}, no GPU used, torch {torch.__version__}"
+    return f"{usable_cores()} cores of {processor_name()}, no GPU used, torch {torch.__version__}"
 
 
 def write_table(page: Path, block: str, table: str, drawn: str, command: str) -> None:

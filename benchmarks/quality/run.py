@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from benchmarks.commit import commit
 from benchmarks.quality.jobs import one_thread, processes, runner
 from benchmarks.quality.page import MODEL, hardware
 from benchmarks.rows import append_rows, read_rows
+from dvdquant.system.processor import usable_cores
 
 HERE = Path(__file__).resolve().parent
 CHUNK = 16
@@ -177,7 +177,7 @@ def main() -> int:
     parser.add_argument("--chunks", type=int, help=f"only so many chunks of {CHUNK} clips, of the same clips")
     parser.add_argument("--steps", type=int, help="denoising steps; those the model was trained for if not given")
     parser.add_argument("--delta-chunks", type=int, default=1, help=f"chunks of {CHUNK} clips for the δ part")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--processes", type=int, default=usable_cores())
     parser.add_argument("--eager", action="store_true", help="do not compile the model: for a few clips")
     parser.add_argument("--add-to", type=Path, metavar="FILE", help="rows of an earlier run, into an empty WORK")
     parser.add_argument("--no-report", action="store_true", help="only measure")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.page import replace_block
-from dvdquant.system.processor import processor_name
+from dvdquant.system.processor import processor_name, usable_cores
 from dvdquant.text import markdown_table
 
 __all__ = ["machine", "save"]
@@ -24,7 +24,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "cpu": processor_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "load": round(os.getloadavg()[0], 1),
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from benchmarks.page import replace_block
 from benchmarks.switching.metrics import bootstrap
-from dvdquant.system.processor import processor_name
+from dvdquant.system.processor import processor_name, usable_cores
 
 Row = dict[str, Any]
 MARK = "<!-- measured: {} -->"
@@ -78,7 +77,7 @@ def _setting(
         f"guidance 3; δ {', '.join(f'{v:.4g} for {k} bits' for k, v in deltas.items())}, planned on four others.",
         "PSNR and SSIM of uint8 frames against the fp32 PyTorch model; mean and 95 % bootstrap interval over the clips.",
         "Relative cost: 8 bit 1, 4 bit 1.75 / 2.12 (published for HunyuanVideo, an assumption here), skipped 0.",
-        f"{datetime.now(UTC).date()}, {processor_name()}, {os.cpu_count()} cores, ONNX Runtime {onnxruntime.__version__}, "
+        f"{datetime.now(UTC).date()}, {processor_name()}, {usable_cores()} cores, ONNX Runtime {onnxruntime.__version__}, "
         f"torch {torch.__version__}; {work / 60:.0f} minutes of generation in all, {seconds / 60:.0f} in the last run;",
         f"the controller took {1e3 * per_step:.2f} ms a step.",
         "",

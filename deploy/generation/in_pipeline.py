@@ -49,6 +49,15 @@ class PipelineGenerator(Generator):
     """The pipeline class named in ``model_index.json``; parts and engines are loaded at the first clip.
 
     Only classes of diffusers and transformers are loaded, only safetensors, and no code of a model is run.
+
+    Args:
+        checker: What the export and its model can make.
+        options: How sessions are opened.
+        lora: LoRAs that were named for it.
+
+    Attributes:
+        components: The transformers, by the names of the pipeline.
+        pipes: The pipelines of diffusers that are loaded, by class; they share their parts.
     """
 
     def __init__(
@@ -62,7 +71,7 @@ class PipelineGenerator(Generator):
         self.folder = checker.folder
         self._engines: dict[str, DvdqTransformer] = {}
         self._originals: dict[str, nn.Module] = {}
-        self._pipes: dict[str, Any] = {}  # by class; they share their parts
+        self.pipes: dict[str, Any] = {}
         self._encoded: dict[Hashable, Embeddings] = {}  # of a text encoder that is not loaded any more
         # diffusers keeps the state of a call in the pipeline, and a VAE keeps the frames before: one clip at a time.
         self._encoding, self._denoising, self._decoding = (threading.RLock() for _ in range(3))
@@ -251,7 +260,7 @@ class PipelineGenerator(Generator):
     def close(self) -> None:
         """See :class:`Generator`. A clip that another thread draws ends with EngineError."""
         with self._loading:
-            engines, self._engines, self._originals, self._pipes = self._engines, {}, {}, {}
+            engines, self._engines, self._originals, self.pipes = self._engines, {}, {}, {}
             for engine in engines.values():
                 engine.close()
 
@@ -266,11 +275,11 @@ class PipelineGenerator(Generator):
         if not isinstance(other, PipelineGenerator):
             return
         with other._loading:
-            if not other._pipes or other.folder != self.folder:
+            if not other.pipes or other.folder != self.folder:
                 return
             # A pipeline keeps the state of a call in itself and in its scheduler.
-            self._pipes = {name: copy.copy(pipe) for name, pipe in other._pipes.items()}
-            for pipe in self._pipes.values():
+            self.pipes = {name: copy.copy(pipe) for name, pipe in other.pipes.items()}
+            for pipe in self.pipes.values():
                 pipe.register_modules(scheduler=copy.deepcopy(pipe.scheduler))
             self._encoding, self._decoding = other._encoding, other._decoding
             if self.options.offload:
@@ -294,10 +303,10 @@ class PipelineGenerator(Generator):
     def _parts(self, request: GenerateRequest, cancel: CancelSignal | None) -> Any:
         """Return the pipeline, whichever transformers it holds; it is loaded with those of a request."""
         with self._loading:
-            if self._pipes:
-                return next(iter(self._pipes.values()))
+            if self.pipes:
+                return next(iter(self.pipes.values()))
         self._load(request, cancel)
-        return next(iter(self._pipes.values()))
+        return next(iter(self.pipes.values()))
 
     def _engines_of(self, request: GenerateRequest) -> dict[str, nn.Module]:
         for name in self.components:
@@ -326,12 +335,12 @@ class PipelineGenerator(Generator):
 
     def _pipeline(self, class_name: str, transformers: dict[str, nn.Module]) -> Any:
         """Return the pipeline of a class with these transformers; its other parts are loaded once."""
-        if class_name not in self._pipes:
-            other = next(iter(self._pipes.values()), None)
-            self._pipes[class_name] = (
+        if class_name not in self.pipes:
+            other = next(iter(self.pipes.values()), None)
+            self.pipes[class_name] = (
                 twin(class_name, other) if other is not None else self._whole(class_name, transformers)
             )
-        pipe = self._pipes[class_name]
+        pipe = self.pipes[class_name]
         pipe.register_modules(**transformers)
         return pipe
 

@@ -304,12 +304,16 @@ class Lane:
 
     Args:
         device: The device of the session.
+
+    Attributes:
+        own: The stream that passes run on where the caller's is the default stream; None on the host.
+        done: The event that the last pass records at its end; None on the host.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.own: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._done: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.done: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[Any]:
@@ -325,13 +329,13 @@ class Lane:
             return
         current = torch.cuda.current_stream(self._device)
         used = current if current.cuda_stream != 0 else self.own
-        used.wait_event(self._done)
+        used.wait_event(self.done)
         if used is self.own:
             used.wait_stream(current)
         try:
             yield used
         finally:
-            self._done.record(used)
+            self.done.record(used)
             if used is self.own:
                 # Memory that was allocated on the current stream may be reused there only after the pass.
                 current.wait_stream(used)

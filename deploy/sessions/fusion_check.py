@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dvdquant.errors import DvdquantError
-from dvdquant.model.layers import QuantLinear
 from dvdquant.ops.attention.rope import Rope, apply_rope, run_rope_quantize
 from dvdquant.ops.cuda_linear import CudaKernels, usable_kernels
 from dvdquant.ops.fused import (
@@ -25,7 +24,7 @@ from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPE_NAMES
 from dvdquant.ops.repack import LayerShape
 
-__all__ = ["fusion_text", "kernel_layers", "kernels_fuse", "why_not_fused"]
+__all__ = ["fusion_text", "kernels_fuse", "why_not_fused"]
 
 NO_KERNELS = "there are no kernels for this device"
 # Tokens, and output features of a layer.
@@ -119,16 +118,6 @@ def _layer_fuses(kernels: CudaKernels, layer: KernelLayer) -> str | None:
                 grid = f"a{shape.act_bits}" + (f" in groups of {shape.act_group}" if shape.act_group else "")
                 return f"a fused layer of {shape.k} channels ({grid}, {layer.form}) differs from one that is not"
     return None
-
-
-def kernel_layers(model: nn.Module) -> list[KernelLayer]:
-    """Return what the kernels run of a model.
-
-    Args:
-        model: A model whose layers are prepared.
-    """
-    modules = (module for module in model.modules() if isinstance(module, QuantLinear))
-    return [module.kernel for module in modules if module.kernel is not None]
 
 
 def why_not_fused(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dvdquant.checkpoint.lora.terms import Loras, Term
 from dvdquant.model.layers import QuantLinear
+from dvdquant.model.quantized_model import quant_linears
 
 __all__ = ["LoraBranches"]
 
@@ -61,9 +62,8 @@ class LoraBranches:
         self.nbytes = 0
         try:
             left = dict(loras.terms)
-            for module in model.modules():
-                if isinstance(module, QuantLinear):
-                    self._attach(module, left)
+            for layer in quant_linears(model).values():
+                self._attach(layer, left)
             for name in left:  # what is not quantized
                 self._patch(name, loras)
         except BaseException:

@@ -78,6 +78,10 @@ class PrivateCopy:
         self._fd = fd
         weakref.finalize(self, os.close, fd)
 
+    def fileno(self) -> int:
+        """Return the descriptor that holds the bytes; it is closed with the copy."""
+        return self._fd
+
     def map(self) -> mmap.mmap:
         """Return a private map of all bytes, which outlives the copy.
 

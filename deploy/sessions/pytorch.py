@@ -15,23 +15,24 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions.attention import MASK, check_attention, install_attention
 from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.compiled import compile_blocks
-from dvdquant.deploy.sessions.fusion_check import kernel_layers, why_not_fused
+from dvdquant.deploy.sessions.fusion_check import why_not_fused
 from dvdquant.deploy.sessions.lora_branches import LoraBranches
 from dvdquant.deploy.sessions.replay import GraphReplay, why_not
 from dvdquant.deploy.sessions.weight_form import choose_form, claim
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, UnsupportedError
 from dvdquant.hardware.weights import HeldForm, WeightPolicy, check_policy, slower_in_int8
-from dvdquant.model.layers import (
-    QuantLinear,
+from dvdquant.model.loading import GraphWrapper, fill_quantized
+from dvdquant.model.plan import ModelPlan, quantized_skeleton
+from dvdquant.model.quantized_model import (
     forget_stored,
+    kernel_layers,
     make_weights,
     prepare_layers,
     prepared_bytes,
+    quant_linears,
     set_activation,
 )
-from dvdquant.model.loading import GraphWrapper, fill_quantized
-from dvdquant.model.plan import ModelPlan, quantized_skeleton
 from dvdquant.model.weight_choice import WeightChoice
 from dvdquant.ops.attention.ladder import Attention, rungs_for
 from dvdquant.ops.cuda_linear import CACHE, CudaKernels, usable_kernels
@@ -159,6 +160,17 @@ class PyTorchSession(EngineSession):
         self._planned = 0 if choice is None else choice.made
         self._claim_the_rest(model)
 
+    @property
+    def model(self) -> nn.Module:
+        """Return the model of diffusers that a step runs, with packed layers in the place of its linear ones.
+
+        Raises:
+            EngineError: The session is closed.
+        """
+        self._require_open()
+        assert self._model is not None
+        return self._model.get_submodule("model")
+
     def _choice(self, policy: WeightPolicy, kernels: CudaKernels | None) -> WeightChoice | None:
         """Return how the kernels' device holds weights; None without kernels, where they are packed."""
         if kernels is None:
@@ -251,7 +263,6 @@ class PyTorchSession(EngineSession):
         """
         with self._lock:
             self._require_open()
-            assert self._model is not None
             class_name = str(self.artifact.config(self.component)["_class_name"])
             shapes = self.artifact.plan(self.component).shapes
             # Read first: where a file cannot be used, those that ran before go on.
@@ -262,8 +273,7 @@ class PyTorchSession(EngineSession):
                 self._branches.remove()
             self._branches, self.loras = None, ()
             if loras is not None:
-                model = self._model.get_submodule("model")
-                self._branches = LoraBranches(model, loras, self.dtype, self.device)
+                self._branches = LoraBranches(self.model, loras, self.dtype, self.device)
                 self.loras = tuple(specs)
 
     def _resident_bytes(self) -> dict[str, int]:
@@ -278,12 +288,11 @@ class PyTorchSession(EngineSession):
         weights, scratch = sum(held.values()), [0]
         weights += 0 if self._branches is None else self._branches.nbytes
         tokens = (self.family.tokens(*self.sizes.at("max")) + self.sizes.text_tokens) * self.sizes.batch
-        for layer in self._model.modules():
-            if isinstance(layer, QuantLinear):
-                kernel = layer.kernel
-                weights += CACHE.held_bytes(layer.get_buffer("weight")) if kernel is None else kernel.nbytes
-                fp32 = 4 * layer.spec.out_features * layer.spec.features
-                scratch.append(fp32 if kernel is None else kernel.workspace_bytes(tokens))
+        for layer in quant_linears(self._model).values():
+            kernel = layer.kernel
+            weights += CACHE.held_bytes(layer.get_buffer("weight")) if kernel is None else kernel.nbytes
+            fp32 = 4 * layer.spec.out_features * layer.spec.features
+            scratch.append(fp32 if kernel is None else kernel.workspace_bytes(tokens))
         held_steps = 0 if self._graphs is None else self._graphs.nbytes
         # Where the device shares the host's memory, a private copy in memory is a second one on it.
         return {"weights": weights + self._files.beside, "engines": 0, "workspace": max(scratch) + held_steps}

@@ -41,6 +41,7 @@ class WeightFiles:
     Attributes:
         tensors: A mapping from the name of each tensor in the safetensors files to its file (relative to ``onnx/``) and
             its place in the file.
+        copies: The copies of the files that are not empty.
 
     Raises:
         OutputError: A file is missing, cut, changed, or reached through a link.
@@ -49,7 +50,7 @@ class WeightFiles:
 
     def __init__(self, artifact: Artifact, component: str, device: torch.device | None = None) -> None:
         self.tensors: dict[str, tuple[str, TensorInfo]] = {}
-        self._copies: list[PrivateCopy] = []
+        self.copies: list[PrivateCopy] = []
         self._maps: dict[str, mmap.mmap] = {}
         self._arrays: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
         names = artifact.weight_files(component)
@@ -74,7 +75,7 @@ class WeightFiles:
                 self._arrays[location] = np.empty(0, np.uint8)
                 continue
             copy = private_copy(artifact.root, name, entry, in_memory)
-            self._copies.append(copy)
+            self.copies.append(copy)
             mapped = self._maps[location] = copy.map()
             self._arrays[location] = np.frombuffer(mapped, np.uint8)
             if name.endswith(".safetensors"):
@@ -89,7 +90,7 @@ class WeightFiles:
     @property
     def beside(self) -> int:
         """Return the bytes of copies in memory that the session's device shares, where it holds the weights, too."""
-        return sum(copy.size for copy in self._copies if copy.in_memory) if self._shared else 0
+        return sum(copy.size for copy in self.copies if copy.in_memory) if self._shared else 0
 
     def region(self, location: str, offset: int, length: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return a range of bytes of one file as uint8, without a copy.
@@ -144,7 +145,7 @@ class WeightFiles:
         """
         self._maps.clear()
         self._arrays.clear()
-        self._copies.clear()
+        self.copies.clear()
         self.tensors = {}
 
 

@@ -204,7 +204,7 @@ def _adopted(
         held.tensors,
         config,
         place=str(folder.root / file),
-        read=lambda info: raw._bytes(info).numpy().tobytes(),
+        read=lambda info: raw.read_raw(info).numpy().tobytes(),
         metadata=held.metadata,
         layout=held.layout,
         file=file,

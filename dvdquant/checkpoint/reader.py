@@ -132,13 +132,21 @@ class Checkpoint:
             short = [other for _, other in zip(range(5000), self.tensors) if len(other) <= 200]
             near = difflib.get_close_matches(name[:200], short, n=4) or sorted(short)[:4]
             raise CheckpointError(f"{self.root} has no tensor {name!r:.200}", available=near)
-        value = self._bytes(info)
+        value = self.read_raw(info)
         if info.stored is not None:
-            value = decode(value, info, None if info.stored.scale is None else self._bytes(info.stored.scale))
+            value = decode(value, info, None if info.stored.scale is None else self.read_raw(info.stored.scale))
         return value if self.lora is None else self.lora.apply(name, value)
 
-    def _bytes(self, info: ShardTensor) -> torch.Tensor:
-        """Return the bytes of the file for a tensor, in the dtype that they are stored in."""
+    def read_raw(self, info: ShardTensor) -> torch.Tensor:
+        """Return a tensor as the file has it: in the dtype that it is stored in, without its scale and without LoRAs.
+
+        Args:
+            info: The place of the tensor.
+
+        Raises:
+            CheckpointError: The tensor is unreadable, or its file has changed since it was opened.
+            ResourceError: There is not enough memory for the tensor.
+        """
         with self._opened(info.shard) as fd:
             return read_tensor_from(fd, info.raw, info.path)
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from dvdquant.errors import ShapeError
 from dvdquant.model.families import Family
-from dvdquant.model.layers import QuantLinear
 from dvdquant.model.plan import ModelPlan
+from dvdquant.model.quantized_model import quant_linears
 
 __all__ = ["GraphWrapper", "fill_quantized"]
 
@@ -50,9 +50,8 @@ def fill_quantized(model: nn.Module, plan: ModelPlan, read: Callable[[str], Tens
     Raises:
         ShapeError: A packed tensor has another shape or dtype, or one that stays has another shape or no floating dtype.
     """
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.load({name: read(name) for name in module.spec.tensors()})
+    for layer in quant_linears(model).values():
+        layer.load({name: read(name) for name in layer.spec.tensors()})
     for name, (_, shape) in plan.kept.items():
         value = read(name)
         if tuple(value.shape) != shape or not value.is_floating_point():

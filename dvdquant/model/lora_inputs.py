@@ -15,6 +15,7 @@ from torch.nn import functional
 from dvdquant.model.families import Axis, Sizes
 from dvdquant.model.layers import LayerSpec, QuantLinear, empty_tensor
 from dvdquant.model.plan import ModelPlan, layer_tokens
+from dvdquant.model.quantized_model import quant_linears
 
 __all__ = [
     "BIAS",
@@ -72,11 +73,11 @@ def install_lora_inputs(
         values: What is in them, by the names of :func:`lora_input_shapes`. None puts placeholders of one element there,
             for a trace.
     """
-    for module in [m for m in model.modules() if isinstance(m, QuantLinear)] if rank else []:
-        for name, shape in lora_input_shapes([module.spec], rank).items():
+    for layer in quant_linears(model).values() if rank else ():
+        for name, shape in lora_input_shapes([layer.spec], rank).items():
             tensor = empty_tensor(shape, dtype) if values is None else values[name]
-            module.register_buffer(name.rpartition(".")[2], tensor, persistent=False)
-        module.register_forward_hook(_add_branch)
+            layer.register_buffer(name.rpartition(".")[2], tensor, persistent=False)
+        layer.register_forward_hook(_add_branch)
 
 
 def _add_branch(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from torch import nn
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.model.families import Family, Sizes, get_family
 from dvdquant.model.families.configs import FIX
-from dvdquant.model.layers import LayerSpec, install_quant_linears
+from dvdquant.model.layers import LayerSpec
 from dvdquant.model.outline import LinearShape, Outline, diffusers_model, outline_of, with_placeholders
+from dvdquant.model.quantized_model import install_quant_linears
 from dvdquant.numerics.hadamard import Rotation
 from dvdquant.recipe import ActivationSpec, Recipe
 

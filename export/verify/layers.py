@@ -25,9 +25,9 @@ from dvdquant.export.verify.intermediates import (
     run_graph,
     select,
 )
-from dvdquant.export.verify.reference import quant_linears
 from dvdquant.export.verify.tolerance import OpInputs, judge
 from dvdquant.model.layers import LayerSpec, QuantLinear
+from dvdquant.model.quantized_model import quant_linears
 
 __all__ = ["LayerCheck", "LayersCheck", "check_layers", "choose_layers", "judge_layers", "token_step"]
 

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dvdquant.model.layers import QuantLinear, set_activation
+from dvdquant.model.layers import QuantLinear
 from dvdquant.model.loading import GraphWrapper
 from dvdquant.model.plan import ModelPlan
+from dvdquant.model.quantized_model import quant_linears, set_activation
 from dvdquant.numerics.activation_grid import quantize_activation
 from dvdquant.ops.reference import rotate_by_matrices
 
-__all__ = ["Free", "Reference", "as_float64", "quant_linears", "relative_distance"]
+__all__ = ["Free", "Reference", "as_float64", "relative_distance"]
 
 RECORDED_TOKENS = 256
 
@@ -38,15 +39,6 @@ class Free:
     same_dtype: Tensor
     exact: Tensor
     flipped_codes: float
-
-
-def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
-    """Return the quantized layers by name, in module order.
-
-    Args:
-        model: The quantized model.
-    """
-    return {m.spec.name: m for m in model.modules() if isinstance(m, QuantLinear)}
 
 
 def relative_distance(value: Tensor, reference: Tensor) -> float:
@@ -157,7 +149,7 @@ class Reference:
             tokens = args[0].shape[-2] if args[0].dim() > 1 else 1
             x = module.smooth(_strided(args[0], -(-tokens // RECORDED_TOKENS)))
             compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-            hadamard, outer = (m.to(compute) for m in module._table[0].matrices(module.spec.rotation))
+            hadamard, outer = (m.to(compute) for m in module.rotation_matrices())
             rotated = rotate_by_matrices(x.to(compute), hadamard, outer)
             codes.append(quantize_activation(rotated, module.act_bits, module.act_group)[0].to(torch.int8))
 

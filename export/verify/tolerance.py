@@ -53,7 +53,7 @@ class OpInputs:
         Args:
             layer: The layer.
         """
-        hadamard, outer = layer._table[0].matrices(layer.spec.rotation)
+        hadamard, outer = layer.rotation_matrices()
         tensors = {name: getattr(layer, name) for name in TENSORS} | {"hadamard": hadamard, "outer": outer}
         return cls(tensors, layer.act_bits, layer.act_group)
 

@@ -18,7 +18,8 @@ from check_kernels import Bench, Outcome, Tally, reachable_layers
 from torch import Tensor, nn
 
 import dvdquant.model.layers
-from dvdquant.model.layers import QuantLinear, prepare_layers, set_activation
+from dvdquant.model.layers import QuantLinear
+from dvdquant.model.quantized_model import prepare_layers, quant_linears, set_activation
 from dvdquant.ops.cuda_linear import CudaKernels, reference_policy, run_quant_linear
 from dvdquant.ops.linear_gemm import decode_codes
 from dvdquant.ops.packed_layer import DTYPES, PackedLayer
@@ -318,7 +319,7 @@ def compare_model(bench: Bench, name: str, model: nn.Module, inputs: dict[str, T
             reference = model(**here)[0].double().cpu()
         with layers_run(kernel_op(bench)), reference_policy("raise"):
             y = model(**here)[0].double().cpu()
-        grids = {ActivationSpec(m.act_bits, m.act_group) for m in model.modules() if isinstance(m, QuantLinear)}
+        grids = {ActivationSpec(m.act_bits, m.act_group) for m in quant_linears(model).values()}
         left: dict[str, str] = {}
         same = True
         for form in ("expanded", "packed"):

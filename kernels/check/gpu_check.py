@@ -275,14 +275,18 @@ class Running:
         except subprocess.TimeoutExpired:
             status = None
         self.stop()
-        self._output.seek(0)
-        output = self._output.read().strip()
+        output = self.said().strip()
         if status is not None:
             return self.judge(self.name, status, output)
         found = _FOUND.search(output)
         note = "not run to its end: the time was used up"
         passed = self.may_be_late and found is None
         return Outcome(self.name, passed, 0, note=f"{note}, after: {found[0]}" if found else note)
+
+    def said(self) -> str:
+        """Return what the command has written so far."""
+        self._output.seek(0)
+        return self._output.read()
 
     def stop(self) -> None:
         """End the command and its children, if they still run."""

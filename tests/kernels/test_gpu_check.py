@@ -375,8 +375,7 @@ def written(running: gpu_check.Running, seconds: float = 60) -> str:
     while not text.endswith("\n"):
         assert time.monotonic() < end, text
         time.sleep(0.02)
-        running._output.seek(0)
-        text = running._output.read()
+        text = running.said()
     return text
 
 

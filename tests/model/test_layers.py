@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import pickle
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -19,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from dvdquant.errors import ShapeError
-from dvdquant.model import layers
-from dvdquant.model.layers import LayerSpec, QuantLinear, empty_tensor, install_quant_linears, set_activation
+from dvdquant.model import merged_layer
+from dvdquant.model.layers import LayerSpec, QuantLinear, empty_tensor
+from dvdquant.model.quantized_model import install_quant_linears, quant_linears, set_activation
 from dvdquant.numerics.hadamard import Rotation
 from dvdquant.recipe import ActivationSpec
 from tests.support.bounds import assert_layer
@@ -156,11 +159,10 @@ def test_nothing_is_kept_after_a_round() -> None:
     """The shared input would keep the largest activations of the model alive."""
     one, _ = merged()
     x = activations(3, FEATURES, torch.float32)
-    for member in "qkv":
-        call(one, member, x)
-    shared = one.get_submodule("attn.to_q")._shared
-    assert shared.input is None
-    assert not shared.pending
+    kept = [weakref.ref(x), *(weakref.ref(call(one, member, x)) for member in "qkv")]
+    del x
+    gc.collect()
+    assert [each() for each in kept] == [None] * 4
 
 
 def test_state_after_an_exception() -> None:
@@ -177,7 +179,7 @@ def test_set_activation_changes_every_layer() -> None:
     one, three = merged(8)
     x = activations(5, FEATURES, torch.float32)
     before = call(one, "q", x)
-    layers = [m for m in one.modules() if isinstance(m, QuantLinear)]
+    layers = list(quant_linears(one).values())
     weights = [m.weight.clone() for m in layers]
     for model in (one, three):
         set_activation(model, ActivationSpec(4, 32))
@@ -273,7 +275,7 @@ def test_threads_that_share_a_merged_layer_get_their_own_rows() -> None:
     layer.forward = lambda x: rows[id(x)]  # type: ignore[method-assign, assignment]
     problems: list[str] = []
     start = threading.Barrier(len(inputs))
-    source = layers.__file__
+    source = merged_layer.__file__
 
     def stop(frame: FrameType, event: str, argument: object) -> Any:
         """Let another thread run at every instruction of the module under test."""
@@ -366,7 +368,7 @@ def test_a_copy_of_a_merged_model_computes_the_same(way: Callable[[nn.Module], n
     wanted = [call(one, name, x) for name in "qkv"]
     call(one, "q", x)
     again = way(one)
+    calls: list[int] = []
+    again.get_submodule("attn.to_q+to_k+to_v").register_forward_pre_hook(lambda *_: calls.append(1))
     assert all(torch.equal(call(again, name, x), want) for name, want in zip("qkv", wanted))
-    parts = [again.get_submodule(f"attn.to_{name}") for name in "qkv"]
-    assert len({id(part._shared) for part in parts}) == 1
-    assert parts[0]._shared.layer is again.get_submodule("attn.to_q+to_k+to_v")  # type: ignore[union-attr]
+    assert len(calls) == 1  # the copied members share one state, whose layer is the copied one

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dvdquant.model.layers import QuantLinear, set_activation
 from dvdquant.model.plan import plan_model, quantized_skeleton
+from dvdquant.model.quantized_model import quant_linears, set_activation
 from dvdquant.recipe import ActivationSpec, Recipe, get_recipe
 from tests.support.tiny_models import COGVIDEOX, COGVIDEOX_15, EVEN, HUNYUAN, WAN
 
@@ -47,11 +47,11 @@ def test_four_bit_graph_runs_them_with_eight() -> None:
 
     plan = plan_model(COGVIDEOX_15, packed("paper"), torch.float16)
     model = quantized_skeleton(plan, 4)
-    bits = {m.spec.name: m.act_bits for m in model.modules() if isinstance(m, QuantLinear)}
+    bits = {name: layer.act_bits for name, layer in quant_linears(model).items()}
     expected = {s.name: 8 if s.floor else 4 for s in plan.layers}
     assert bits == expected
     set_activation(model, ActivationSpec(8))
-    assert {m.act_bits for m in model.modules() if isinstance(m, QuantLinear)} == {8}
+    assert {layer.act_bits for layer in quant_linears(model).values()} == {8}
 
     graph = traced(plan, EVEN)
     specs = {s.name: s for s in plan.layers}

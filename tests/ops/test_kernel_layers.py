@@ -14,7 +14,8 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import pytorch
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.errors import ShapeError, UnsupportedError
-from dvdquant.model.layers import TENSORS, LayerSpec, QuantLinear, prepare_layers
+from dvdquant.model.layers import TENSORS, LayerSpec, QuantLinear
+from dvdquant.model.quantized_model import prepare_layers, quant_linears
 from dvdquant.ops import cuda_linear
 from dvdquant.ops.cuda_linear import CudaKernels, usable_kernels
 from dvdquant.ops.kernel_layer import KernelLayer
@@ -66,7 +67,7 @@ def test_sessions_give_what_the_op_gives_without_packed_weights(
     assert called == []
     monkeypatch.setattr(pytorch, "usable_kernels", lambda device: kernels)
     with PyTorchSession(artifact) as session:
-        layers = [m for m in session._model.modules() if isinstance(m, QuantLinear)]  # type: ignore[union-attr]
+        layers = list(quant_linears(session.model).values())
         dropped = sum(tensor.nbytes for layer in layers for tensor in _packed(layer))
         assert session.resident_bytes()["weights"] == packed - dropped
         held = {}
@@ -95,9 +96,7 @@ def test_a_session_of_one_width_holds_one_form(monkeypatch: pytest.MonkeyPatch) 
         four = session.resident_bytes()["weights"] - start
         session.run(inputs, 8)
         both = session.resident_bytes()["weights"] - start
-        codes = sum(
-            m.spec.features * m.spec.out_features for m in session._model.modules() if isinstance(m, QuantLinear)
-        )  # type: ignore[union-attr]
+        codes = sum(m.spec.features * m.spec.out_features for m in quant_linears(session.model).values())
         # Half a byte a weight, then one more; the rest are rows' scales, zero-points and biases.
         assert 0.5 * codes < four < 0.65 * codes
         assert 1.5 * codes < both < 1.8 * codes
@@ -202,7 +201,7 @@ def test_layers_that_no_kernel_runs_stay_packed() -> None:
     both = prepare_layers(small_layer(), double(90), [ActivationSpec(8)], torch.float32, CPU)
     assert "float32" in both["layer"]
     odd = small_layer()
-    odd._table[0].get_buffer("hadamard_256").neg_()
+    odd.rotation_matrices()[0].neg_()
     assert "Sylvester" in prepare_layers(odd, double(90), [ActivationSpec(8)], torch.bfloat16, CPU)["layer"]
 
 

@@ -16,7 +16,7 @@ from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.errors import UnsupportedError
 from dvdquant.model import weight_choice
 from dvdquant.model.held_weights import held_weights
-from dvdquant.model.layers import QuantLinear
+from dvdquant.model.quantized_model import quant_linears
 from dvdquant.ops.cuda.errors import KernelError
 from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.prepared_linear import handle_of, packed_linear
@@ -63,7 +63,7 @@ def test_sessions_of_packed_weights_give_the_same_bits_and_hold_them_once(
                 if form == "packed":
                     assert added.setdefault(form, held) == held  # the second width adds nothing
             added[form], spaces[form] = held, session.resident_bytes()["workspace"]
-            layers = [m for m in session._model.modules() if isinstance(m, QuantLinear)]  # type: ignore[union-attr]
+            layers = list(quant_linears(session.model).values())
             pre_quants = sum(4 * m.spec.features for m in layers if m.spec.smoothed or m.spec.shifted)
             assert held - pre_quants == (counted.packed if form == "packed" else counted.expanded)
     for bits in (4, 8):
@@ -103,7 +103,7 @@ def test_a_session_holds_some_layers_so_and_some_so(monkeypatch: pytest.MonkeyPa
         start = session.resident_bytes()["weights"]
         for bits in (8, 4, 8):
             assert torch.equal(session.run(inputs, bits), wanted[bits])
-        layers = [m for m in session._model.modules() if isinstance(m, QuantLinear)]  # type: ignore[union-attr]
+        layers = list(quant_linears(session.model).values())
         forms = {m.spec.name: m.kernel.form for m in layers if m.kernel is not None}
         assert {name for name, form in forms.items() if form == "expanded"} == choice.expanded
         assert set(forms.values()) == {"packed", "expanded"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -116,7 +118,7 @@ def test_a_balanced_layer_is_the_op_on_a_balanced_input() -> None:
     layer.pre_quant_scale = torch.exp2(torch.randint(0, 4, (spec.features,), generator=generator).float())
     x = torch.randn(3, 5, spec.features, generator=generator).bfloat16()
     rest = (layer.weight, layer.weight_scale, layer.weight_group_scale, layer.weight_zero, layer.bias,
-            *layer._table[0].matrices(spec.rotation), 4, 0)  # fmt: skip
+            *layer.rotation_matrices(), 4, 0)  # fmt: skip
     parts = (layer.pre_quant_scale, layer.pre_quant_shift)
     assert torch.equal(smooth_quant_linear(x, *parts, *rest), layer(x))
     torch.library.opcheck(torch.ops.dvdquant.smooth_quant_linear.default, (x, *parts, *rest))
@@ -133,11 +135,17 @@ def test_packed_balances_follow_their_tensors() -> None:
     assert half.dtype == torch.float16
     assert cache.pre_quant(scale, shift, torch.bfloat16) is first
     shift.add_(1)
+    kept = [weakref.ref(first), weakref.ref(half)]
     for changed in ((scale, shift), (scale, shift.clone() + 1), (scale, None), (None, shift)):
         rows = cache.pre_quant(*changed, torch.bfloat16)
         assert rows is not None
         assert torch.equal(rows, pack_pre_quant(*changed, torch.bfloat16))
+        kept.append(weakref.ref(rows))
     assert cache.pre_quant(None, None, torch.bfloat16) is None
-    assert len(cache._pre_quants) == 2
+    del first, half, rows
+    gc.collect()
+    # Of (scale, None) and (None, shift), which are not the same tensor's, and what was made in half before.
+    assert [each() is not None for each in kept] == [False, True, False, False, True, True]
     del scale, shift, changed
-    assert len(cache._pre_quants) == 0
+    gc.collect()
+    assert not any(each() is not None for each in kept)

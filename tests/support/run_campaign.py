@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.commit import commit
-from dvdquant.system.processor import processor_name
+from dvdquant.system.processor import processor_name, usable_cores
 from tests.support.costs import RECORD
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +91,7 @@ def _run(test: str, record: Path) -> int:
 def _table(lines: list[dict[str, object]]) -> str:
     """Return the figures as Markdown, with date, commit and hardware."""
     rows = [
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, commit {commit() or 'unknown'}, {os.cpu_count()} cores of "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, commit {commit() or 'unknown'}, {usable_cores()} cores of "
         f"{processor_name()}, Python {sys.version.split()[0]}.",
         "",
         "| read by | cases | refused | longest case | memory grew by | failed |",

@@ -14,8 +14,8 @@ import torch
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.export.verify.graph import load_quantized
 from dvdquant.export.verify.reference import as_float64
-from dvdquant.model.layers import set_activation
 from dvdquant.model.loading import GraphWrapper
+from dvdquant.model.quantized_model import set_activation
 from dvdquant.system.safetensors_reader import read_header
 from tests.support import tiny_models as tiny
 from tests.support.commands import SIZES, in_process

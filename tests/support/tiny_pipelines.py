@@ -21,8 +21,8 @@ from dvdquant.export.pipeline import run_export
 from dvdquant.export.plan import plan_export
 from dvdquant.export.verify.graph import load_quantized
 from dvdquant.export.verify.reference import as_float64
-from dvdquant.model.layers import set_activation
 from dvdquant.model.plan import ModelPlan
+from dvdquant.model.quantized_model import set_activation
 from dvdquant.quantize.checkpoint import plan_shards
 from dvdquant.recipe import RECIPES, Recipe
 from dvdquant.system.progress import Progress

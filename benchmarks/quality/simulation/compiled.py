@@ -145,7 +145,7 @@ class WithLayers(nn.Module):
 
     def __init__(self, compiled: CompiledModel | EagerModel, groups: Iterable[SimulatedGroup]) -> None:
         super().__init__()
-        self._compiled, self._groups = compiled, list(groups)
+        self.compiled, self._groups = compiled, list(groups)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model as WanTransformer3DModel runs.
@@ -155,5 +155,5 @@ class WithLayers(nn.Module):
             kwargs: Those by name.
         """
         _running[:] = self._groups
-        with torch.autocast("cpu", torch.bfloat16, enabled=not self._compiled.wide):
-            return self._compiled.run(*args, **kwargs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not self.compiled.wide):
+            return self.compiled.run(*args, **kwargs)

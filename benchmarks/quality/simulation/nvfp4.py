@@ -60,6 +60,7 @@ class Nvfp4Linear:
 
     Attributes:
         weight: What the weight's codes stand for, fp32 [N, K].
+        power: The size of every entry of the rotation's first factor, a power of two.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Nvfp4Linear:
             exact, more = split_rotation(matrix.numpy())
             residual *= more
             self._factors.append(torch.from_numpy(exact))
+        self.power = float(self._factors[0].abs().flatten()[0])
         self._row = torch.tensor(amax * residual)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -89,8 +91,7 @@ class Nvfp4Linear:
         """
         compiled = None
         if self._dtype == torch.bfloat16:
-            power = float(self._factors[0].abs().flatten()[0])
-            compiled = rotated_to_nvfp4(x, self._shift, self._scale, self._rotation, power)
+            compiled = rotated_to_nvfp4(x, self._shift, self._scale, self._rotation, self.power)
         act, amax = compiled or self.operand(x)
         product = torch.nn.functional.linear(act, self._operand).float()
         return product.mul_(amax).mul_(self._row).add_(self._bias).to(self._dtype)

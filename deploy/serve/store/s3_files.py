@@ -41,6 +41,9 @@ class S3Files(ClipFiles):
         link_seconds: Seconds for which clients may fetch a clip from the object store by themselves; 0 sends it through the
             server.
 
+    Attributes:
+        store: The client of the bucket, an ``obstore.store.S3Store``.
+
     Raises:
         UnsupportedError: An address is out of form, or holds a password.
         OutputError: The bucket does not answer, or refuses.
@@ -55,13 +58,13 @@ class S3Files(ClipFiles):
         options = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(seconds=120)}
         more = {} if endpoint is None else {"endpoint": endpoint}
         try:
-            self._store = S3Store(
+            self.store = S3Store(
                 bucket,
                 client_options={"allow_http": plain, **options},
                 retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=60)},
                 **more,
             )
-            for _ in obstore.list(self._store, self.prefix or None, chunk_size=1):
+            for _ in obstore.list(self.store, self.prefix or None, chunk_size=1):
                 break
         except (BaseError, ValueError) as error:
             raise OutputError(
@@ -77,35 +80,35 @@ class S3Files(ClipFiles):
             local.unlink()  # nothing of it stays, whatever happens to this process
             size = os.fstat(file.fileno()).st_size
             with _telling("the clip cannot be uploaded"):
-                obstore.put(self._store, self._key(video), file, attributes=_TYPE, chunk_size=_PART, max_concurrency=4)
+                obstore.put(self.store, self._key(video), file, attributes=_TYPE, chunk_size=_PART, max_concurrency=4)
         return size
 
     def link(self, video: str) -> str | None:
         """See :class:`.files.ClipFiles`."""
         if not self.link_seconds:
             return None
-        return str(obstore.sign(self._store, "GET", self._key(video), timedelta(seconds=self.link_seconds)))
+        return str(obstore.sign(self.store, "GET", self._key(video), timedelta(seconds=self.link_seconds)))
 
     async def size(self, video: str) -> int | None:
         """See :class:`.files.ClipFiles`."""
         with _telling("the clip cannot be found"), contextlib.suppress(FileNotFoundError):
-            return int((await obstore.head_async(self._store, self._key(video)))["size"])
+            return int((await obstore.head_async(self.store, self._key(video)))["size"])
         return None
 
     async def read(self, video: str, begin: int, end: int) -> bytes:
         """See :class:`.files.ClipFiles`."""
         with _telling("the clip cannot be read"):
-            return bytes(await obstore.get_range_async(self._store, self._key(video), start=begin, end=end))
+            return bytes(await obstore.get_range_async(self.store, self._key(video), start=begin, end=end))
 
     def write_picture(self, video: str, name: str, png: bytes) -> None:
         """See :class:`.files.ClipFiles`."""
         with _telling("the picture cannot be uploaded"):
-            obstore.put(self._store, self._picture(video, name), png, attributes={"Content-Type": "image/png"})
+            obstore.put(self.store, self._picture(video, name), png, attributes={"Content-Type": "image/png"})
 
     def picture(self, video: str, name: str) -> bytes | None:
         """See :class:`.files.ClipFiles`."""
         with _telling("the picture cannot be read"), contextlib.suppress(FileNotFoundError):
-            return bytes(obstore.get(self._store, self._picture(video, name)).bytes())
+            return bytes(obstore.get(self.store, self._picture(video, name)).bytes())
         return None
 
     def delete(self, video: str) -> None:
@@ -120,13 +123,13 @@ class S3Files(ClipFiles):
         with _telling("the clip cannot be deleted"):
             for key in keys:
                 with contextlib.suppress(FileNotFoundError):
-                    obstore.delete(self._store, key)
+                    obstore.delete(self.store, key)
 
     def ids(self) -> Iterator[str]:
         """See :class:`.files.ClipFiles`."""
         seen: set[str] = set()
         with _telling("the clips cannot be listed"):
-            for batch in obstore.list(self._store, self.prefix or None, chunk_size=1000):
+            for batch in obstore.list(self.store, self.prefix or None, chunk_size=1000):
                 for entry in batch:
                     name = entry["path"].rpartition("/")[2].partition(".")[0]
                     if VIDEO_ID.fullmatch(name) and name not in seen:

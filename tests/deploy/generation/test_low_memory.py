@@ -215,7 +215,7 @@ def test_offloaded_parts_and_tiles_draw_the_same(monkeypatch: pytest.MonkeyPatch
         for _ in range(2):
             made = generator.generate(_request(model))
             np.testing.assert_array_equal(made.frames, expected.frames)
-        pipe = next(iter(generator._pipes.values()))  # type: ignore[attr-defined]
+        pipe = next(iter(generator.pipes.values()))
         assert pipe.vae.use_tiling
         assert pipe.vae.use_slicing
     assert offloaded[0] == "cpu"
@@ -258,7 +258,7 @@ def test_tiles_decode_what_the_whole_does(tmp_path: Path) -> None:
             artifact, pipeline=pipeline, backend="pytorch", device="cpu", vae_tiling=tiling
         ) as generator:
             generator.prepare(_request(None))
-            vae = next(iter(generator._pipes.values())).vae  # type: ignore[attr-defined]
+            vae = next(iter(generator.pipes.values())).vae
             vae.tile_sample_min_height = vae.tile_sample_min_width = 24
             vae.tile_sample_stride_height = vae.tile_sample_stride_width = 16
             frames.append(generator.generate(_request(None)).frames.astype(int))

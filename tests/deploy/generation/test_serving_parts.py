@@ -76,16 +76,16 @@ def test_a_reload(served: tuple[Path, Path, Path]) -> None:
     assert np.array_equal(old.generate(request).frames, before.frames)  # it goes on
     shutil.copytree(other, out)
     assert old.is_stale()
-    parts = [pipe.vae for pipe in old._pipes.values()]
+    parts = [pipe.vae for pipe in old.pipes.values()]
     new = reload_generator(old)
     assert isinstance(new, PipelineGenerator)
     with new:
         assert not new.is_stale()
-        assert [pipe.vae for pipe in new._pipes.values()] == parts  # not loaded again
+        assert [pipe.vae for pipe in new.pipes.values()] == parts  # not loaded again
         assert new.artifact.components == ("transformer", "transformer_2")
         assert np.array_equal(new.generate(request).frames, before.frames)  # the same weights, in another export
         with pytest.raises(EngineError, match="is closed"):
-            next(iter(new._engines.values())).close() or new.generate(request)
+            new.sessions()["transformer"].close() or new.generate(request)
 
 
 def test_a_reload_that_fails_leaves_the_old_one(

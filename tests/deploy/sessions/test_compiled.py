@@ -16,7 +16,7 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import compiled, open_session, pytorch
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.errors import UnsupportedError
-from dvdquant.model.layers import QuantLinear, make_weights, prepare_layers
+from dvdquant.model.quantized_model import make_weights, prepare_layers, quant_linears
 from dvdquant.ops.attention import ladder
 from dvdquant.ops.cuda.errors import KernelError
 from dvdquant.ops.cuda_linear import CudaKernels
@@ -71,7 +71,7 @@ def test_the_weight_is_made_before_the_compiled_step() -> None:
     model = made.quantized_model(artifact, "transformer", 8)
     recipe = artifact.plan("transformer").recipe
     prepare_layers(model, double, [recipe.activation(8)], artifact.dtype, torch.device("cpu"))
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    layers = quant_linears(model).values()
     assert not any(layer.kernel.nbytes for layer in layers if layer.kernel)
     make_weights(model)
     assert all(layer.kernel.nbytes for layer in layers if layer.kernel)

@@ -18,8 +18,8 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import compiled, fusion, open_session, pytorch
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.errors import UnsupportedError
-from dvdquant.model.layers import make_weights, prepare_layers, set_activation
 from dvdquant.model.loading import GraphWrapper
+from dvdquant.model.quantized_model import make_weights, prepare_layers, set_activation
 from dvdquant.ops.attention import ladder, operation
 from dvdquant.ops.attention.libraries import REFERENCE
 from dvdquant.ops.cuda_linear import CudaKernels

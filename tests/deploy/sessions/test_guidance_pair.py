@@ -43,7 +43,7 @@ def test_a_clip_is_that_of_one_session(fields: dict[str, Any]) -> None:
         expected = generator.generate(request)
     with open_generator(artifact, backend="onnxruntime", device="cpu", cfg_parallel="cpu") as generator:
         same(generator.generate(request), expected)
-        pair = generator._session  # type: ignore[attr-defined]
+        pair = generator.sessions()["transformer"]
         assert isinstance(pair, GuidancePair)
         computed = sum(record.bits is not None for record in expected.trace) // 2
         if "cache" in fields:
@@ -76,7 +76,7 @@ def test_a_step_that_runs_again_is_that_of_one_session() -> None:
         with open_generator(artifact, wrap_session=broken, **options) as generator:
             found.append(generator.generate(request))
             if second:
-                pair = generator._session  # type: ignore[attr-defined]
+                pair = generator.sessions()["transformer"]
                 assert pair.paired == 5
                 assert pair.wasted == 2
     same(*found)

@@ -67,7 +67,7 @@ def double() -> Iterator[Generator]:
 
 
 def _pair(generator: Generator) -> GuidancePair:
-    pair = generator._session  # type: ignore[attr-defined]
+    pair = generator.sessions()["transformer"]
     assert isinstance(pair, GuidancePair)
     return pair
 

@@ -19,8 +19,10 @@ from dvdquant.deploy.generation.original import load_original
 from dvdquant.deploy.sessions import open_session
 from dvdquant.deploy.sessions.lora_needs import lora_bytes, read_beside
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
+from dvdquant.deploy.switching.controller import StepController
 from dvdquant.errors import CheckpointError, UnsupportedError
 from dvdquant.model.layers import QuantLinear
+from dvdquant.model.quantized_model import quant_linears
 from tests.support import tiny_models as tiny
 from tests.support.commands import in_process, refused
 from tests.support.lora_files import RANK, blocks, low_rank, write_original, write_peft
@@ -52,9 +54,7 @@ def inputs(session: PyTorchSession) -> dict[str, Tensor]:
 
 
 def layers(session: PyTorchSession) -> dict[str, QuantLinear]:
-    model = session._model
-    assert model is not None
-    return {m.spec.name: m for m in model.modules() if isinstance(m, QuantLinear)}
+    return quant_linears(session.model)
 
 
 def seen(session: PyTorchSession, name: str) -> tuple[Tensor, Tensor]:
@@ -133,9 +133,7 @@ def test_off_is_as_it_was_bit_by_bit(artifact: Artifact, model: Path, tmp_path: 
     with open_session(artifact, "transformer", backend="pytorch", device="cpu") as opened:
         assert isinstance(opened, PyTorchSession)
         given = inputs(opened)
-        transformer = DvdqTransformer.from_pretrained(artifact.root, backend="pytorch", device="cpu", mode="a8")
-        transformer.session.close()
-        transformer._session = opened
+        transformer = DvdqTransformer(opened, StepController("fixed", bits=8))
 
         def output() -> Tensor:
             return opened.run(given, 8)

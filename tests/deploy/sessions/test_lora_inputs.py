@@ -27,10 +27,10 @@ from dvdquant.deploy.sessions.base import EngineSession
 from dvdquant.deploy.sessions.engines import TensorRTSession
 from dvdquant.deploy.sessions.lora_inputs import LoraInputs
 from dvdquant.deploy.sessions.lora_needs import lora_bytes, read_beside
+from dvdquant.deploy.switching.controller import StepController
 from dvdquant.errors import CheckpointError, EngineError, UnsupportedError
 from dvdquant.export.verify.graph import ATOL, GRAPH_FACTOR, Verifier
 from dvdquant.export.verify.reference import as_float64
-from dvdquant.model.layers import set_activation
 from dvdquant.model.loading import GraphWrapper
 from dvdquant.model.lora_inputs import (
     install_lora_inputs,
@@ -41,6 +41,7 @@ from dvdquant.model.lora_inputs import (
     step_flops,
 )
 from dvdquant.model.plan import layer_tokens
+from dvdquant.model.quantized_model import set_activation
 from tests.support import session_exports as made
 from tests.support import tiny_pipelines
 from tests.support.commands import in_process, refused
@@ -163,9 +164,7 @@ def test_it_follows_the_16_bit_model_that_it_is_fused_into(
 def test_on_off_scale_and_two_at_once(artifact: Artifact, session: EngineSession, model: Path, tmp_path: Path) -> None:
     layers = [*blocks(model), "proj_out", "patch_embedding"]
     one, two = (write_peft(tmp_path / f"{seed}.safetensors", low_rank(model, layers, seed=seed)) for seed in (1, 2))
-    transformer = DvdqTransformer.from_pretrained(artifact.root, backend="onnxruntime", device="cpu", mode="a8")
-    transformer.session.close()
-    transformer._session = session
+    transformer = DvdqTransformer(session, StepController("fixed", bits=8))
     given, held = inputs(session), session.resident_bytes()["weights"]
 
     def output() -> Tensor:

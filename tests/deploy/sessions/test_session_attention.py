@@ -125,7 +125,7 @@ def test_only_long_self_attention_is_taken_over(name: str, monkeypatch: pytest.M
         session.run(inputs, 8)
         first = len(seen)
         session.run(inputs, 8)
-        layers = len(self_attentions(session._model.model))  # type: ignore[union-attr,arg-type]
+        layers = len(self_attentions(session.model))
     assert len(seen) - first == layers > 1
     words = int(inputs["encoder_attention_mask"].sum()) if "encoder_attention_mask" in inputs else 0
     joint = {"hunyuan-video": words, "cogvideox": artifact.sizes.text_tokens}.get(name, 0)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.sessions import onnxruntime
 from dvdquant.deploy.sessions import private_copy as copies
 from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 from dvdquant.deploy.sessions.private_copy import private_copy
@@ -26,6 +27,7 @@ from dvdquant.errors import OutputError, ResourceError
 from dvdquant.system.files import hash_file
 from tests.support import session_exports as made
 from tests.support.children import in_child
+from tests.support.weight_files import watch_weight_files
 
 NAME = "onnx/transformer.safetensors"
 WHERE = ["memory", "disk"]
@@ -97,7 +99,7 @@ def test_what_changes_after_the_opening_does_not_run(
     out = made.copy_of(made.family_export("wan"), tmp_path / "out")
     artifact = Artifact.open(out)
     files = WeightFiles(artifact, "transformer")
-    assert {copy.in_memory for copy in files._copies} == {where == "memory"}
+    assert {copy.in_memory for copy in files.copies} == {where == "memory"}
     digest = artifact.manifest.files[NAME]["sha256"]
     change(out / NAME)
     raw = files.region("transformer.safetensors", 0, artifact.manifest.files[NAME]["bytes"])
@@ -154,12 +156,12 @@ def test_nothing_can_write_to_a_copy_in_memory(tmp_path: Path) -> None:
     copy = private_copy(tmp_path, path.name, entry, in_memory=True)
     assert copy.in_memory
     with pytest.raises(PermissionError):
-        os.pwrite(copy._fd, b"x", 0)
+        os.pwrite(copy.fileno(), b"x", 0)
     for size in (0, copy.size + 1):
         with pytest.raises(PermissionError):
-            os.ftruncate(copy._fd, size)
+            os.ftruncate(copy.fileno(), size)
     with pytest.raises(PermissionError):
-        mmap.mmap(copy._fd, copy.size)
+        mmap.mmap(copy.fileno(), copy.size)
     assert copy.map()[:] == path.read_bytes()
 
 
@@ -294,14 +296,14 @@ def test_files_that_are_no_regular_ones(tmp_path: Path) -> None:
             private_copy(tmp_path, name, {"sha256": "0" * 64, "bytes": 7}, in_memory=True)
 
 
-def test_the_constants_of_a_session_keep_their_file(tmp_path: Path) -> None:
+def test_the_constants_of_a_session_keep_their_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """``expanded`` gives the packed copy back; ONNX Runtime goes on reading the constants."""
     out = made.family_export("wan")
     artifact = Artifact.open(out)
     inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
+    opened = watch_weight_files(monkeypatch, onnxruntime)
     with OnnxRuntimeSession(artifact) as packed, OnnxRuntimeSession(artifact, weights="expanded") as expanded:
-        assert packed._files.nbytes > 0
-        assert expanded._files.nbytes == 0
+        assert [files.nbytes > 0 for files in opened] == [True, False]
         gc.collect()
         first = expanded.run(inputs, 8)
         assert torch.equal(first, expanded.run(inputs, 8))

@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from dvdquant.artifact.manifest import Manifest
 from dvdquant.backends import Backend, load_backend
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import engine_choice, engines, open_session
-from dvdquant.deploy.sessions.engine_binding import EngineLog
+from dvdquant.deploy.sessions.engine_binding import EngineLog, Lane
 from dvdquant.deploy.sessions.engine_choice import FoundEngines
 from dvdquant.deploy.sessions.engines import TensorRTSession, deserialize, make_runtime, select_engine
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
@@ -511,18 +510,16 @@ def test_engines_that_cannot_be_captured_run_as_usual(
         output = step(inputs)
         return output, lambda: output.copy_(step(inputs))
 
-    with TensorRTSession(artifact, device=HOST) as session:
-        device = Device(monkeypatch)
-        session._lane.own, session._lane._done = device.stream(), DeviceEvent()
+    lane = lane_of(Device(monkeypatch), monkeypatch)
+    with TensorRTSession(artifact, device=HOST, cuda_graphs=True) as session:
         monkeypatch.setattr(engines, "capture_step", capture)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-        monkeypatch.setattr(session, "_cuda_graphs", True)
-        monkeypatch.setattr(session, "_library", SimpleNamespace(takes_plugins=True))
+        monkeypatch.setattr(Backend, "takes_plugins", True)
         for factor in (1, 2, 3):
             given = {**sample, "hidden_states": factor * sample["hidden_states"]}
             for bits in (4, 8):
                 assert torch.equal(session.run(given, bits), given["hidden_states"])
-        assert captured == [session._lane.own] * (2 if error is None else 1)
+        assert captured == [lane.own] * (2 if error is None else 1)
         assert caplog.text.count("not captured as CUDA graphs") == int(error is not None)
         if error is not None:
             assert str(error) in caplog.text
@@ -599,6 +596,14 @@ class DeviceEvent:
         self.seen = set(stream.seen)
 
 
+def lane_of(device: Device, monkeypatch: pytest.MonkeyPatch) -> Lane:
+    """The lane of the sessions to be opened, on streams of the double."""
+    lane = Lane(HOST)
+    lane.own, lane.done = device.stream(), DeviceEvent()
+    monkeypatch.setattr(engines, "Lane", lambda _: lane)
+    return lane
+
+
 class Watch(TorchDispatchMode):
     """Puts the operators that move data into the device's order."""
 
@@ -622,10 +627,9 @@ def test_passes_and_what_surrounds_them_are_in_order(
         {**BF16, "sample": ("FLOAT", (1, 4, -1, -1, -1), True)}, lambda inputs, name: inputs["hidden_states"]
     )
     on_the_host(monkeypatch, library)
-    session = TensorRTSession(artifact, device=HOST)
     device = Device(monkeypatch)
-    lane = session._lane
-    lane.own, lane._done = device.stream(), DeviceEvent()
+    lane = lane_of(device, monkeypatch)
+    session = TensorRTSession(artifact, device=HOST, cuda_graphs=replays)
     execute = DoubleContext.execute_async_v3
 
     def passing(context: DoubleContext, stream: int) -> bool:
@@ -643,11 +647,10 @@ def test_passes_and_what_surrounds_them_are_in_order(
 
         monkeypatch.setattr(engines, "capture_step", captured)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-        monkeypatch.setattr(session, "_cuda_graphs", True)
-        monkeypatch.setattr(session, "_library", SimpleNamespace(takes_plugins=True))
+        monkeypatch.setattr(Backend, "takes_plugins", True)
     session.run(sample, 4)  # binds shapes and scratch, and captures; nothing of it counts
     device.forget()
-    lane._done = DeviceEvent()
+    lane.done = DeviceEvent()
     others = [device.stream(), device.stream()]
     with Watch(device):
         for caller in (device.streams[0], others[0], device.streams[0], device.streams[0], others[1], others[0]):

@@ -149,7 +149,7 @@ def test_sessions_share_a_copy_as_long_as_the_file_stays(tmp_path: Path) -> None
     out = made.copy_of(made.family_export("wan"), tmp_path / "out")
     artifact = Artifact.open(out)
     first, second = (WeightFiles(artifact, "transformer") for _ in range(2))
-    assert first._copies[0] is second._copies[0]
+    assert first.copies[0] is second.copies[0]
     path = out / "onnx/transformer.safetensors"
     info = path.stat()
     with path.open("r+b") as file:

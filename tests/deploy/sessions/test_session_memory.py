@@ -7,27 +7,42 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from onnxruntime import IOBinding
 
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.sessions import onnxruntime
 from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from tests.support import session_exports as made
 from tests.support.commands import environment
+from tests.support.weight_files import watch_weight_files
 
 
-def test_bit_widths_share_every_weight() -> None:
+def test_bit_widths_share_every_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both graphs are bound to the same addresses, which lie in the one copy of the file."""
     artifact = Artifact.open(made.family_export("wan"))
-    with OnnxRuntimeSession(artifact) as both, OnnxRuntimeSession(artifact, bits=[4]) as one:
+    opened = watch_weight_files(monkeypatch, onnxruntime)
+    bound: list[tuple[str, int]] = []
+    bind = IOBinding.bind_input
+
+    def note(binding: Any, name: str, *place: Any) -> None:
+        bound.append((name, place[-1]))
+        bind(binding, name, *place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(IOBinding, "bind_input", note)
+        both = OnnxRuntimeSession(artifact)
+    with both, OnnxRuntimeSession(artifact, bits=[4]) as one:
+        files = opened[0]
         assert both.resident_bytes() == one.resident_bytes()
-        files = sum(artifact.manifest.files[name]["bytes"] for name in artifact.weight_files("transformer"))
-        stored = sum(info.nbytes for _, info in both._files.tensors.values())
-        assert stored * 0.9 < both.resident_bytes()["weights"] <= files
-        location, info = both._files.tensors["blocks.0.ffn.net.2.weight"]
-        mapped = both._files.region(location, info.offset, info.nbytes).ctypes.data
-        assert both._weights["blocks.0.ffn.net.2.weight"].data_ptr() == mapped
+        whole = sum(artifact.manifest.files[name]["bytes"] for name in artifact.weight_files("transformer"))
+        stored = sum(info.nbytes for _, info in files.tensors.values())
+        assert stored * 0.9 < both.resident_bytes()["weights"] <= whole
+        name = "blocks.0.ffn.net.2.weight"
+        assert [address for each, address in bound if each == name] == [files.tensor(name).data_ptr()] * 2
     with PyTorchSession(artifact) as pytorch:
         weights = pytorch.resident_bytes()["weights"]
         assert abs(weights - stored) < 0.1 * stored

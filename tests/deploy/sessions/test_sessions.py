@@ -30,6 +30,7 @@ from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.recipe import get_recipe
 from tests.support import session_exports as made
 from tests.support.exporting import REPOSITORY
+from tests.support.kernel_layers import double
 from tests.support.running import short_wan_export
 
 CASES = [("wan", "fp16"), ("wan", "bf16"), ("hunyuan-video", "bf16"), ("cogvideox", "bf16"), ("ltx-video", "bf16")]
@@ -296,15 +297,17 @@ def test_what_runs_where_no_engine_fits(monkeypatch: pytest.MonkeyPatch) -> None
         assert "make kernels" in reasons[0]
 
 
-def test_four_bits_are_advised_against_where_they_gain_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_four_bits_are_advised_against_where_they_gain_nothing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytorch_module.warn_once.cache_clear()  # a test before may have had such a GPU
     plain, grouped = get_recipe("w4a4"), get_recipe("w4a4-g64")
     assert bits_advice(89, plain) is None
     assert "save no time here" in str(bits_advice(120, grouped))
     assert "take longer here" in str(bits_advice(90, grouped))
     artifact = Artifact.open(made.family_export("wan"))
+    monkeypatch.setattr(pytorch_module, "usable_kernels", lambda device: double(90))
     with PyTorchSession(artifact) as session:
-        session._advice = bits_advice(90, plain)
         session.run(sample(artifact), 8)
         assert "4-bit" not in caplog.text
         for _ in range(2):

@@ -25,20 +25,21 @@ from dvdquant.deploy.sessions.weight_form import claimed_bytes
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import UnsupportedError
 from dvdquant.model.held_weights import held_weights
-from dvdquant.model.layers import QuantLinear
+from dvdquant.model.quantized_model import quant_linears
 from dvdquant.recipe import ActivationSpec
 from dvdquant.system import mounts
 from tests.support import session_exports as made
 from tests.support.gpu_memory import GPU, gpu_double
 from tests.support.kernel_layers import CPU, double, small_layer, tokens
 from tests.support.running import drawn, wan_pipeline
+from tests.support.weight_files import watch_weight_files
 
 GIB = 1 << 30
 
 
 def copies_of(files: WeightFiles) -> set[bool]:
     """Whether the copies are in memory: True, False, or both."""
-    return {copy.in_memory for copy in files._copies}
+    return {copy.in_memory for copy in files.copies}
 
 
 def no_disk(patched: pytest.MonkeyPatch) -> None:
@@ -141,21 +142,23 @@ def test_the_copy_is_closed_when_the_device_has_made_all(form: Any, monkeypatch:
     artifact = Artifact.open(made.weights_export("wan", "w4a4"))
     inputs = artifact.family().sample(artifact.sizes, artifact.dtype)
     monkeypatch.setattr(pytorch, "usable_kernels", lambda device: double(80))
+    opened = watch_weight_files(monkeypatch, pytorch)
     with PyTorchSession(artifact, weights=form) as session:
-        assert session._files.nbytes > 0
+        (files,) = opened
+        assert files.nbytes > 0
         counted, start = held_weights(artifact.plan(), 80, (4, 8), artifact.sizes), session.resident_bytes()["weights"]
         planned = counted.packed if form == "packed" else counted.expanded
         assert claimed_bytes(CPU) == planned > 0
         eight = session.run(inputs, 8)
         made_now = session.resident_bytes()["weights"] - start
         assert claimed_bytes(CPU) == (0 if form == "packed" else planned - made_now) < planned
-        assert (session._files.nbytes > 0) == (form == "expanded")
+        assert (files.nbytes > 0) == (form == "expanded")
         four = session.run(inputs, 4)
-        assert session._files.nbytes == 0
+        assert files.nbytes == 0
         assert claimed_bytes(CPU) == 0
         assert torch.equal(session.run(inputs, 8), eight)
         assert torch.equal(session.run(inputs, 4), four)
-        layers = [layer for layer in session._model.modules() if isinstance(layer, QuantLinear)]  # type: ignore[union-attr]
+        layers = quant_linears(session.model).values()
         made_by_kernels = [layer.kernel for layer in layers if layer.kernel is not None]
         assert made_by_kernels
         for kernel in made_by_kernels if form == "expanded" else ():

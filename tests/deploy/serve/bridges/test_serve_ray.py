@@ -33,16 +33,15 @@ WHAT = NewJob("wan", {"prompt": "a cat"}, 4, (24, 16), 2.0)
 PATIENCE = 300.0
 
 
-def test_the_number_of_workers_follows_the_jobs(tmp_path: Path) -> None:
+def test_the_number_of_workers_follows_the_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SqliteStore(tmp_path / "jobs.sqlite", keep=60)
     policy = QueuePolicy(jobs_per_worker=2.0, store=store)
     context = SimpleNamespace(target_num_replicas=3)
 
-    class Alive:
-        def is_alive(self) -> bool:
-            return True
-
-    policy._thread = Alive()  # type: ignore[assignment]
+    # No thread asks the store beside the test, and time stands still.
+    idle, now = SimpleNamespace(start=lambda: None, is_alive=lambda: True), [0.0]
+    monkeypatch.setattr(f"{QueuePolicy.__module__}.threading", SimpleNamespace(Thread=lambda **_: idle))
+    monkeypatch.setattr(f"{QueuePolicy.__module__}.time", SimpleNamespace(monotonic=lambda: now[0]))
     assert policy(context) == (3, {})  # nobody has asked the store: all stays
     policy.look()
     assert policy(context) == (0, {})
@@ -57,7 +56,7 @@ def test_the_number_of_workers_follows_the_jobs(tmp_path: Path) -> None:
     assert store.complete(job.id, job.token or "", {}, 60, "8")
     policy.look()
     assert policy(context) == (2, {})
-    policy._asked -= 60
+    now[0] += 60
     assert policy(context) == (3, {})  # the store has not answered for a minute
     store.close()
 

@@ -238,7 +238,7 @@ def test_keys_are_in_no_error_setting_or_log(
         open_files(tmp_path, ObjectStore("s3://no-such-bucket/x", endpoint))
     server.shutdown()
     client, video = _client(objects, tmp_path)
-    objects._store = _refusing_store(server.server_port)  # type: ignore[attr-defined]
+    objects.store = _refusing_store(server.server_port)  # type: ignore[attr-defined]
     server.server_close()
     away = client.get(f"/v1/videos/{video}/content")
     assert away.status_code == 503
