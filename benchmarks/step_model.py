@@ -13,6 +13,7 @@ from dvdquant.deploy.sessions.compiled import compile_blocks
 from dvdquant.deploy.sessions.fusion_check import why_not_fused
 from dvdquant.deploy.sessions.pytorch import wanted_attention
 from dvdquant.deploy.sessions.replay import GraphReplay, why_not
+from dvdquant.deploy.timing.original import fill_parameters
 from dvdquant.errors import UnsupportedError
 from dvdquant.model.layers import QuantLinear
 from dvdquant.model.loading import GraphWrapper
@@ -86,10 +87,7 @@ def fill(model: nn.Module, device: torch.device, home: torch.device) -> nn.Modul
             for name, (dtype, shape) in module.spec.tensors().items():
                 value = _random(name, dtype, shape, module, device).to(home)
                 setattr(module, name.removeprefix(module.spec.name + "."), value)
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            std = 0.02 if parameter.ndim > 1 else 1.0
-            value = torch.randn(parameter.shape, device=device).mul_(std).to(parameter.dtype).to(home)
-            setattr(module, name, nn.Parameter(value, requires_grad=False))
+    fill_parameters(model, device)
     return model.to(home).eval()
 
 

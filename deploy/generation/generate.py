@@ -199,6 +199,7 @@ def reload_generator(old: Generator) -> Generator:
 
 
 def _open(checker: TableChecker | PipelineChecker, options: SessionOptions, lora: Sequence[LoraSpec]) -> Generator:
+    options.check_for(checker.artifact.recipe)
     if isinstance(checker, TableChecker):
         given = {
             "--offload": options.offload,

@@ -319,6 +319,9 @@ def open_models(settings: ServerSettings) -> dict[str, ServedModel]:
         settings: The server's settings.
 
     Raises:
-        DvdquantError: One cannot be used.
+        DvdquantError: One cannot be used, or excludes a setting.
     """
-    return {source.name: ServedModel(source, settings.limits) for source in settings.models}
+    models = {source.name: ServedModel(source, settings.limits) for source in settings.models}
+    for model in models.values():
+        settings.check_for(model.checker.artifact.recipe)
+    return models

@@ -1,12 +1,14 @@
-"""The time of one call of each engine of an export, on this machine: warmed up, in turns, with its spread."""
+"""The time of one call of each engine of an export, and of the original model: warmed up, in turns, with its spread."""
 
 from __future__ import annotations
 
+import logging
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,26 +19,32 @@ from dvdquant.deploy.generation.run_report import machine
 from dvdquant.deploy.sessions import open_session
 from dvdquant.deploy.sessions.base import ENGINES, EngineSession
 from dvdquant.deploy.sessions.options_text import attention_json
+from dvdquant.deploy.timing.original import OriginalModel
 from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy
+from dvdquant.system.devices import wait_for
 from dvdquant.system.plugin_file import Plugins, plugin_paths
 from dvdquant.system.progress import Progress
+from dvdquant.text import shown
 
 __all__ = ["BenchResult", "Timing", "bench", "executed_text"]
 
 Which = Literal["min", "opt", "max"]
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Timing:
-    """The times of one transformer at one bit-width.
+    """The times of one transformer at one bit-width, or of the model that it was made of.
 
     Args:
         component: The transformer.
-        bits: The activation bits.
+        bits: The activation bits; 16 for the original model.
         executes: What ran, in words.
         seconds: The time of every call in seconds, in order, without those of the warm-up.
         first: The time of the first call, with what is compiled and loaded in it.
+        name: What tables call it: ``a8``, or dtype and way of the original.
     """
 
     component: str
@@ -44,6 +52,7 @@ class Timing:
     executes: str
     seconds: tuple[float, ...]
     first: float
+    name: str
 
     @property
     def median(self) -> float:
@@ -65,6 +74,7 @@ class Timing:
         summary |= {"min": min(self.seconds), "first": self.first}
         return {
             "component": self.component,
+            "name": self.name,
             "act_bits": self.bits,
             "executes": self.executes,
             "calls": len(self.seconds),
@@ -78,7 +88,7 @@ class BenchResult:
     """The timings of an export on a machine.
 
     Args:
-        timings: A timing for each transformer and bit-width.
+        timings: A timing for each transformer and bit-width, then those of the original.
         backend: The backend that ran.
         device: The device that it ran on.
         machine: The processor and the GPU.
@@ -89,6 +99,7 @@ class BenchResult:
             the library that ran.
         fused: Whether each session had what comes before quantized layers in their kernels, by transformer.
         cuda_graphs: Whether each session repeated steps as CUDA graphs, by transformer.
+        not_timed: Why an original could not be timed, by transformer and name.
     """
 
     timings: tuple[Timing, ...]
@@ -101,6 +112,17 @@ class BenchResult:
     attention: dict[str, Any] = field(default_factory=dict)
     fused: dict[str, bool] = field(default_factory=dict)
     cuda_graphs: dict[str, bool] = field(default_factory=dict)
+    not_timed: dict[str, str] = field(default_factory=dict)
+
+    def baseline(self, component: str) -> Timing:
+        """Return what the times of a transformer are held against: the faster original, or else the widest width.
+
+        Args:
+            component: The transformer.
+        """
+        same = [each for each in self.timings if each.component == component]
+        widest = max(each.bits for each in same)
+        return min((each for each in same if each.bits == widest), key=lambda each: each.median)
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a plain dict."""
@@ -126,6 +148,7 @@ def bench(
     fuse: bool | None = None,
     cuda_graphs: bool = False,
     plugins: Plugins = (),
+    original: bool = False,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Time one call of every bit-width, on random inputs of one size of the export.
@@ -149,6 +172,8 @@ def bench(
         fuse: Take what comes before quantized layers into their kernels, in PyTorch sessions; None where ``compile`` is on.
         cuda_graphs: Repeat steps as CUDA graphs.
         plugins: TensorRT plugin libraries that engines need, one path or several.
+        original: Time the original model on the same device, too (:class:`.OriginalModel`), eager and compiled. One that
+            cannot be timed there does not end the others.
         progress: The receiver of the progress.
 
     Raises:
@@ -163,6 +188,7 @@ def bench(
     libraries = plugin_paths(plugins)
     timings: list[Timing] = []
     resident, attentions, fused, graphs = {}, {}, {}, {}
+    not_timed: dict[str, str] = {}
     backend_name = device_name = form = ""
     shapes: dict[str, list[int]] = {}
     for component in components or artifact.components:
@@ -183,59 +209,139 @@ def bench(
             inputs = session.family.sample(artifact.sizes, session.dtype, 0, which)
             shapes = {name: list(value.shape) for name, value in inputs.items()}
             inputs = {name: value.to(session.device) for name, value in inputs.items()}
-            calls = {width: _call(session, inputs, width) for width in session.bits}
-            with (progress or Progress()).stage("time", (1 + warm_up + repeats) * len(calls), "call") as stage:
-                first, taken = _measure(calls, warm_up, repeats, seconds, stage.update)
-            for width, times in taken.items():
-                timings.append(Timing(component, width, executed_text(session, width), tuple(times), first[width]))
+            cases = [
+                _Case(f"a{width}", width, executed_text(session, width), partial(session.run, inputs, width))
+                for width in session.bits
+            ]
+            if original:
+                cases += _originals(session, inputs)
+            with (progress or Progress()).stage("time", (1 + warm_up + repeats) * len(cases), "call") as stage:
+                measure = _Measure(session.device, stage.update)
+                failed = measure.first_calls(cases)
+                not_timed |= {f"{component}, {name}": reason for name, reason in failed.items()}
+                measure.repeat(warm_up, repeats, seconds)
+            for case, times in measure.taken.items():
+                timings.append(
+                    Timing(component, case.bits, case.executes, tuple(times), measure.first[case], case.name)
+                )
             resident[component], attentions[component] = session.resident_bytes(), attention_json(session)
             fused[component], graphs[component] = session.fused, session.repeats_steps
             backend_name, device_name, form = session.backend, str(session.device), session.weights
     return BenchResult(
-        tuple(timings), backend_name, device_name, machine(), shapes, resident, form, attentions, fused, graphs
+        tuple(timings),
+        backend_name,
+        device_name,
+        machine(),
+        shapes,
+        resident,
+        form,
+        attentions,
+        fused,
+        graphs,
+        not_timed,
     )
 
 
-def _call(session: EngineSession, inputs: dict[str, torch.Tensor], bits: int) -> Callable[[], float]:
-    """Return a function that runs one call and returns its seconds, with all that a GPU still has to do in them."""
+@dataclass(frozen=True)
+class _Case:
+    """Something to time."""
 
-    def wait() -> None:
-        if session.device.type == "cuda":
-            torch.cuda.synchronize(session.device)
+    name: str
+    bits: int
+    executes: str
+    run: Callable[[], object]
 
-    def run() -> float:
-        wait()
+
+def _originals(session: EngineSession, inputs: dict[str, torch.Tensor]) -> list[_Case]:
+    """Return the original model of a session, eager and compiled. Each is made at its first call.
+
+    It computes in the dtype of the session, and on a CPU, where 16 bits are slow, in fp32.
+    """
+    dtype = torch.float32 if session.device.type == "cpu" else session.dtype
+    cast = {name: value.to(dtype) if value.dtype == session.dtype else value for name, value in inputs.items()}
+
+    def case(way: str, compiled: bool) -> _Case:
+        made: list[OriginalModel] = []
+
+        def run() -> object:
+            if not made:
+                made.append(OriginalModel(session.family, dtype, session.device, compiled))
+            try:
+                return made[0](cast)
+            except Exception:
+                made.clear()  # one that failed holds no memory
+                raise
+
+        name = str(dtype).removeprefix("torch.")
+        return _Case(f"{name} {way}", 16, f"the original model in {way} PyTorch, random weights", run)
+
+    return [case("eager", False), case("compiled", True)]
+
+
+class _Measure:
+    """Times cases in turns.
+
+    Args:
+        device: Where they run.
+        done: Hears of every call.
+
+    Attributes:
+        first: The time of the first call of each case.
+        taken: Its counted times.
+    """
+
+    def __init__(self, device: torch.device, done: Callable[[int], None]) -> None:
+        self._device, self._done = device, done
+        self.first: dict[_Case, float] = {}
+        self.taken: dict[_Case, list[float]] = {}
+
+    def first_calls(self, cases: Sequence[_Case]) -> dict[str, str]:
+        """Call each case once; leave out originals that fail, and return why.
+
+        Whatever a compiler or want of memory does to an original, the times of the export are wanted.
+
+        Args:
+            cases: All that is to be timed.
+        """
+        failed = {}
+        for case in cases:
+            try:
+                self.first[case] = self._seconds(case)
+            except Exception as error:
+                if case.bits != 16:
+                    raise
+                failed[case.name] = shown(" ".join(f"{type(error).__name__}: {error}".split()))
+                log.debug("%s is not timed", case.name, exc_info=True)
+        return failed
+
+    def repeat(self, warm_up: int, repeats: int, seconds: float) -> None:
+        """Take turns: some that do not count, then those that do.
+
+        Args:
+            warm_up: The number of turns that are not counted.
+            repeats: The greatest number of those that are.
+            seconds: The time after which no turn begins.
+        """
+        self.taken = {case: [] for case in self.first}
+        for _ in range(warm_up):
+            for case in self.taken:
+                self._seconds(case)
+        end = time.monotonic() + seconds
+        for _ in range(repeats):
+            for case, times in self.taken.items():
+                times.append(self._seconds(case))
+            if time.monotonic() >= end:
+                break
+
+    def _seconds(self, case: _Case) -> float:
+        """Return the time of one call, with all that a GPU still has to do in it."""
+        wait_for(self._device)
         begun = time.perf_counter()
-        session.run(inputs, bits)
-        wait()
-        return time.perf_counter() - begun
-
-    return run
-
-
-def _measure(
-    calls: dict[int, Callable[[], float]], warm_up: int, repeats: int, seconds: float, done: Callable[[int], None]
-) -> tuple[dict[int, float], dict[int, list[float]]]:
-    """Return the first time and the counted times of every width."""
-
-    def turn() -> dict[int, float]:
-        times = {}
-        for width, call in calls.items():
-            times[width] = call()
-            done(1)
-        return times
-
-    first = turn()
-    for _ in range(warm_up):
-        turn()
-    taken: dict[int, list[float]] = {width: [] for width in calls}
-    end = time.monotonic() + seconds
-    for _ in range(repeats):
-        for width, value in turn().items():
-            taken[width].append(value)
-        if time.monotonic() >= end:
-            break
-    return first, taken
+        case.run()
+        wait_for(self._device)
+        taken = time.perf_counter() - begun
+        self._done(1)
+        return taken
 
 
 def executed_text(session: EngineSession, bits: int) -> str:

@@ -1,4 +1,4 @@
-"""``dvdq bench``: how long a call of each engine of an export takes on this machine."""
+"""``dvdq bench``: how long a call of each engine of an export takes on this machine, beside the original model."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 EXAMPLES = """
 # every bit-width on what dvdq run would take here
 dvdq bench out/wan
+
+# what the export gains here over the original model, eager and compiled
+dvdq bench out/wan --original
 
 # one backend and width, the largest size of the export, all samples as JSON
 dvdq bench out/wan --backend pytorch --bits 8 --size max --json
@@ -74,6 +77,12 @@ _YES = {True: "yes", False: "no"}
 @click.option("--cuda-graphs", is_flag=True, help=CUDA_GRAPHS)
 @takes_plugins
 @takes_attention
+@click.option(
+    "--original",
+    is_flag=True,
+    help="Time the model that the export was made of, too, in 16 bits (fp32 on a CPU) with random weights, eager and "
+    "compiled by PyTorch. Its weights need not fit the device: its blocks share them.",
+)
 @click.option("-o", "--output", type=PATH, metavar="PATH", help="Write the result with all samples as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print that JSON instead of the table.")
 @click.option("-v", "--verbose", count=True, help="More log; twice for the libraries' too.")
@@ -105,32 +114,33 @@ def main(out: Path, bits: tuple[str, ...], output: Path | None, as_json: bool, v
 
 
 def _text(result: BenchResult) -> str:
-    """Return the table: times in milliseconds, and how many times as fast as the widest."""
+    """Return the table: times in milliseconds, and how many times as fast as the original or the widest."""
     rows = []
     for each in result.timings:
-        same = [other for other in result.timings if other.component == each.component]
-        widest = max(same, key=lambda other: other.bits)
         low, high = each.quartiles
         rows.append(
             (
                 each.component,
-                f"a{each.bits}",
+                each.name,
                 f"{1e3 * each.median:.2f}",
                 f"{1e3 * low:.2f} to {1e3 * high:.2f}",
                 f"{1e3 * min(each.seconds):.2f}",
                 len(each.seconds),
                 f"{1e3 * each.first:.0f}",
-                f"{widest.median / each.median:.2f}",
+                f"{result.baseline(each.component).median / each.median:.2f}",
             )
         )
     header = ("transformer", "", "median, ms", "middle half", "least", "calls", "first", "times as fast")
     held = {name: sum(sizes.values()) for name, sizes in result.resident_bytes.items()}
-    executes = dict.fromkeys(f"a{each.bits}: {each.executes}" for each in result.timings)
+    executes = dict.fromkeys(f"{each.name}: {each.executes}" for each in result.timings)
+    against = {name: result.baseline(name).name for name in result.resident_bytes}
     shapes = ", ".join(f"{name} {'×'.join(map(str, shape)) or 'scalar'}" for name, shape in result.sizes.items())
     return "\n".join(
         [
             table(header, rows, right=(2, 3, 4, 5, 6, 7)),
             *executes,
+            *(f"{name} not timed: {reason}" for name, reason in result.not_timed.items()),
+            "times as fast as " + ", ".join(f"{base} ({name})" for name, base in against.items()),
             f"inputs: {shapes}",
             f"held between calls: {', '.join(f'{name} {amount(size)}' for name, size in held.items())}; "
             f"weights {result.weights}",

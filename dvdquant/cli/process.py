@@ -24,6 +24,7 @@ from typing import Any, TextIO
 import click
 
 from dvdquant.errors import DvdquantError, EngineError, ExportError, OutputError, ResourceError
+from dvdquant.ops.cuda.errors import KernelError
 from dvdquant.system.files import disk_error
 from dvdquant.system.garbage import collect_less_often
 from dvdquant.system.out_of_memory import is_out_of_memory, says_no_memory
@@ -243,8 +244,8 @@ def user_error(error: BaseException) -> DvdquantError | None:
     Args:
         error: What ended the command.
     """
-    if isinstance(error, (EngineError, ExportError)) and is_out_of_memory(error):
-        return ResourceError(error.what, fix=_MEMORY_FIX)  # whatever it advised: the engine is not to blame
+    if isinstance(error, (EngineError, ExportError, KernelError)) and is_out_of_memory(error):
+        return ResourceError(error.what, fix=_MEMORY_FIX)  # whatever it advised: engine and kernels are not to blame
     if isinstance(error, DvdquantError):
         return error
     text = str(error)

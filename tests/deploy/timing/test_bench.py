@@ -12,15 +12,21 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from torch import Tensor
+from torch import Tensor, nn
 
 from dvdquant.cli.bench import main
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.sessions import compiled
+from dvdquant.deploy.sessions.compiled import repeated_blocks
 from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
+from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.deploy.timing.bench import Timing, bench, executed_text
+from dvdquant.deploy.timing.original import OriginalModel, share_blocks
 from dvdquant.errors import EngineError
+from dvdquant.model.plan import build_skeleton
 from dvdquant.ops import cuda_linear
 from dvdquant.ops.attention import ladder
+from tests.support import tiny_models as tiny
 from tests.support.session_exports import deep_export, family_export
 
 ONE: dict[str, Any] = {"components": ["transformer"], "backend": "onnxruntime", "device": "cpu"}
@@ -100,6 +106,60 @@ def test_what_ran_of_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "attention 16, not int8; fused: no" in told.output
 
 
+def test_the_original_is_timed_beside_the_widths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the same turns, eager and compiled; times are held against the faster of the two."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")  # Dynamo without the C++ compiler, which takes a minute
+    quick = ("--backend", "pytorch", "--device", "cpu", "--repeats", 3, "--warm-up", 0, "--original")
+    told = run(deep_export("wan"), *quick, "-o", tmp_path / "bench.json")
+    assert told.exit_code == 0, (told.output, told.exception)
+    written = json.loads((tmp_path / "bench.json").read_text())
+    rows = {timing["name"]: timing for timing in written["timings"]}
+    assert [(name, row["act_bits"], row["calls"]) for name, row in rows.items()] == [
+        ("a4", 4, 3),
+        ("a8", 8, 3),
+        ("float32 eager", 16, 3),
+        ("float32 compiled", 16, 3),
+    ]
+    assert written["not_timed"] == {}
+    faster = min(("float32 eager", "float32 compiled"), key=lambda name: float(rows[name]["milliseconds"]["median"]))
+    assert f"times as fast as {faster} (transformer)" in told.output
+    assert "original model" in rows["float32 eager"]["executes"]
+
+
+def test_an_original_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler is here")
+
+    monkeypatch.setattr(compiled, "BACKEND", no_compiler)
+    told = run(deep_export("wan"), "--backend", "pytorch", "--device", "cpu", "--repeats", 1, "--bits", 8, "--original")
+    assert told.exit_code == 0, (told.output, told.exception)
+    assert "transformer, float32 compiled not timed: " in told.output
+    assert "no compiler is here" in told.output
+    assert "times as fast as float32 eager (transformer)" in told.output
+
+
+@pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
+def test_the_original_has_the_shapes_of_the_model_and_one_set_of_weights_a_kind_of_block(family: str) -> None:
+    artifact = Artifact.open(deep_export(family))
+    inputs = {name: value.float() for name, value in artifact.family().sample(artifact.sizes, torch.bfloat16).items()}
+    model = OriginalModel(artifact.family(), torch.float32, torch.device("cpu"), compiled=False)
+    output = model(inputs)
+    with PyTorchSession(artifact, bits=[8]) as session:
+        sample = session.family.sample(artifact.sizes, session.dtype)
+        assert output.shape == session.run(sample, 8).shape
+    assert output.isfinite().all()
+    assert output.std() > 0
+    skeleton = build_skeleton({**artifact.family().config, "num_layers": 3}, torch.float32)
+    every = sum(1 for block in repeated_blocks(skeleton) for _ in block.parameters())
+    share_blocks(skeleton)
+    blocks = repeated_blocks(skeleton)
+    assert sum(1 for _ in nn.ModuleList(blocks).parameters()) < every  # each shared one once
+    kinds = {type(block): block for block in reversed(blocks)}
+    for block in blocks:
+        for mine, of_first in zip(block.parameters(), kinds[type(block)].parameters(), strict=True):
+            assert mine is of_first
+
+
 def test_kernels_for_other_gpus_are_not_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     """A library that is there and serves another SM: the session runs without it, and so it is told."""
 
@@ -146,4 +206,4 @@ def test_a_call_that_fails_names_the_width(out: Path, monkeypatch: pytest.Monkey
 
 
 def test_one_call_has_no_spread() -> None:
-    assert Timing("transformer", 4, "x", (0.5,), 1.0).quartiles == (0.5, 0.5)
+    assert Timing("transformer", 4, "x", (0.5,), 1.0, "a4").quartiles == (0.5, 0.5)
