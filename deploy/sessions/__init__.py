@@ -136,13 +136,13 @@ def check_options(
     """Refuse options of a session that do not go together or name nothing, before an export is opened.
 
     Args:
-        backend: As of :func:`open_session`, and so are the others.
-        plugins: The paths of the libraries.
-        compile: See above.
-        attention: See above.
-        attention_backend: See above.
-        weights: See above.
-        fuse: See above.
+        backend: One of :data:`BACKENDS`, or ``rtx``, ``ort`` or ``torch`` for short.
+        plugins: The paths of the TensorRT plugin libraries.
+        compile: Whether the transformer's blocks are compiled.
+        attention: ``16``, ``int8`` or ``fp8``, or None for the recipe's.
+        attention_backend: The library of 8-bit attention that is asked for, or None.
+        weights: ``auto``, ``packed`` or ``expanded``.
+        fuse: Whether layers take what comes before them into their kernels; None leaves it to ``compile``.
 
     Returns:
         The full name of the backend.
@@ -236,9 +236,9 @@ def asks_for_pytorch(compile: bool, fuse: bool | None, attention_backend: str | 
     """Return whether options of a session make it one of PyTorch, whatever backend fits best.
 
     Args:
-        compile: As of :func:`open_session`, and so are the others.
-        fuse: See above.
-        attention_backend: See above.
+        compile: Whether the transformer's blocks are compiled.
+        fuse: Whether layers take what comes before them into their kernels, or None.
+        attention_backend: The library of 8-bit attention that is asked for, or None.
     """
     return compile or bool(fuse) or attention_backend is not None
 

@@ -40,7 +40,12 @@ R = TypeVar("R")
 
 
 class ProcessCommand(click.Command):
-    """A command whose errors are words and an exit code."""
+    """A command whose errors are words and an exit code.
+
+    Args:
+        *args: The arguments of :class:`click.Command`.
+        **kwargs: Those by name; ``context_settings`` are ours.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs["context_settings"] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -66,7 +71,13 @@ class ProcessCommand(click.Command):
 
 
 class ExamplesCommand(ProcessCommand):
-    """A command whose help ends with its examples, printed as they are."""
+    """A command whose help ends with its examples, printed as they are.
+
+    Args:
+        *args: The arguments of :class:`ProcessCommand`.
+        examples: The examples, lines of a terminal.
+        **kwargs: The arguments of :class:`ProcessCommand` by name.
+    """
 
     def __init__(self, *args: Any, examples: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

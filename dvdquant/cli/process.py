@@ -39,7 +39,11 @@ _BAR = re.compile(r"(\n|\x1b\[A)*")  # how tqdm moves between its bars
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, raised where the program is so that every ``finally`` runs."""
+    """SIGTERM or SIGHUP, raised where the program is so that every ``finally`` runs.
+
+    Args:
+        signum: The number of the signal.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -309,8 +313,8 @@ def run_as_process(call: Callable[[], Any], words: Sequence[str]) -> int:
     """Return the exit code of ``call``, a click command outside its standalone mode, its errors printed.
 
     Args:
-        call: runs the command and returns what it returns.
-        words: the command line; with ``--log-format json`` errors are JSON lines.
+        call: Runs the command and returns what it returns.
+        words: The command line; with ``--log-format json`` errors are JSON lines.
     """
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_bug

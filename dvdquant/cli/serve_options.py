@@ -125,7 +125,7 @@ def read_keys(path: Path | None) -> list[str]:
 
 
 def check_open(host: str, has_keys: bool, is_open: bool) -> None:
-    """Refuse to start a server that others reach and nobody said that they may.
+    """Refuse a server that other machines reach without a key, unless ``--open`` allows it.
 
     Args:
         host: The address to listen at.
@@ -164,7 +164,7 @@ def read_files(address: str | None, endpoint: str | None, link_seconds: float) -
         link_seconds: See :class:`.settings.ObjectStore`.
 
     Raises:
-        UnsupportedError: Options for an object store without one.
+        UnsupportedError: Options for an object store are given, and no object store is.
     """
     from dvdquant.deploy.serve.settings import ObjectStore
 

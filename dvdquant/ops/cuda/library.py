@@ -479,7 +479,7 @@ class KernelLibrary:
         """Take q or k through norm, rope and rotation to e4m3 codes or 16 bits.
 
         Args:
-            rope: What it goes through.
+            rope: The norm, the rope and the rotation.
             x: Address of bf16 or fp16 [M, channels] at ``rope.stride``, aligned to 16 bytes.
             out: Address of [M, channels], packed: bytes of codes, or values of x's dtype.
             tokens: Rows M of x.
@@ -487,7 +487,7 @@ class KernelLibrary:
 
         Raises:
             ShapeError: The sizes do not fit each other.
-            UnsupportedError: Heads of another size, or too many channels.
+            UnsupportedError: The kernels do not serve the size of the heads, or there are too many channels.
         """
         self._check(self.c_library.dvdq_rope_quantize(ctypes.byref(rope_struct(rope)), x, out, tokens, stream))
 
