@@ -16,7 +16,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-__all__ = ["Apart", "EndedError"]
+__all__ = ["Apart", "EndedError", "context_works"]
 
 Result = TypeVar("Result")
 
@@ -122,7 +122,7 @@ def _serve(link: Connection, parent: int) -> None:
             answer = (False, _portable(error))
         link.send_bytes(pickle.dumps(answer))
         del call, arguments, answer
-        if not _works():
+        if not context_works():
             return
 
 
@@ -135,7 +135,7 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _works() -> bool:
+def context_works() -> bool:
     """Return whether the device's context is whole, where the calls have made one."""
     torch: Any = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks import step_time
-from benchmarks.apart import Apart, EndedError, _works
+from benchmarks.apart import Apart, EndedError, context_works
 from benchmarks.step_cases import CASES, Flavour
 
 
@@ -60,11 +60,11 @@ def test_a_context_that_is_broken_ends_the_process(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(is_initialized=lambda: True, synchronize=lambda: None))
-    assert _works()
+    assert context_works()
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
-    assert not _works()
+    assert not context_works()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    assert _works()
+    assert context_works()
 
 
 @pytest.mark.slow
