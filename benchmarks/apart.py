@@ -58,13 +58,15 @@ class Apart:
             if not self._link.poll(self.seconds):
                 self.close()
                 raise EndedError(f"it did not end within {self.seconds:.0f} s")
-            works, result = pickle.loads(self._link.recv_bytes())
+            returns, result, whole = pickle.loads(self._link.recv_bytes())
         except (EOFError, ConnectionError) as error:
             raise EndedError(self._end()) from error
         except KeyboardInterrupt:
             self.close()
             raise
-        if works:
+        if not whole:
+            self.close()
+        if returns:
             returned: Result = result
             return returned
         raise result
@@ -103,7 +105,7 @@ class Apart:
 
 
 def _serve(link: Connection, parent: int) -> None:
-    """Make calls as they come, until the other side is gone or the device's context is broken."""
+    """Make calls as they come, until the other side is gone; say with each whether the device's context is still whole."""
     # Ctrl-C comes to all processes of a terminal, and the first one decides what becomes of this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(OSError, AttributeError):
@@ -120,10 +122,8 @@ def _serve(link: Connection, parent: int) -> None:
             answer = (True, call(*arguments))
         except Exception as error:  # noqa: BLE001 - it is raised where the call came from
             answer = (False, _portable(error))
-        link.send_bytes(pickle.dumps(answer))
+        link.send_bytes(pickle.dumps((*answer, context_works())))
         del call, arguments, answer
-        if not context_works():
-            return
 
 
 def _portable(error: Exception) -> Exception:

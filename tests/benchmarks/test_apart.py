@@ -55,16 +55,29 @@ def test_a_call_that_hangs_is_ended(apart: Apart) -> None:
 
 def test_a_context_that_is_broken_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's calls fail from then on, whatever they are."""
-
-    def fail() -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(is_initialized=lambda: True, synchronize=lambda: None))
     assert context_works()
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
     assert not context_works()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     assert context_works()
+
+
+def test_a_call_that_breaks_the_context_is_answered_and_its_process_ends(apart: Apart) -> None:
+    first = apart(os.getpid)
+    assert apart(break_context) == "what it returns"
+    assert apart(os.getpid) != first
+
+
+def break_context() -> str:
+    """In the other process, as a kernel that reads beyond its memory does."""
+    torch.cuda.is_initialized = lambda: True
+    torch.cuda.synchronize = fail
+    return "what it returns"
+
+
+def fail() -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 @pytest.mark.slow
