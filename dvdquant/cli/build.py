@@ -172,7 +172,7 @@ def _bundle_builds(
         EngineError: TensorRT is not installed.
     """
     from dvdquant.backends import load_backend
-    from dvdquant.export.on_device import as_compatible, builds_here
+    from dvdquant.export.on_device import as_compatible, builds_here, refuse_idle_plugins
     from dvdquant.plugin_library import check_plugin
     from dvdquant.system.plugin_file import machine_name, read_plugin
 
@@ -180,6 +180,7 @@ def _bundle_builds(
     ours = builds_here(bundle.manifest, gpu, bits, str(source))
     if version_compatible:
         ours = as_compatible(ours, str(source))
+    refuse_idle_plugins(ours, plugins, str(source))
     tensorrt = any(entry["backend"] == "tensorrt" for entry in ours)
     if tensorrt:
         backend = load_backend("tensorrt")
