@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from dvdquant.cli.bench import main
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import compiled
+from dvdquant.deploy.sessions.attention import MASK
 from dvdquant.deploy.sessions.compiled import repeated_blocks
 from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
@@ -142,8 +144,11 @@ def test_an_original_that_fails_does_not_end_the_others(monkeypatch: pytest.Monk
 def test_the_original_has_the_shapes_of_the_model_and_one_set_of_weights_a_kind_of_block(family: str) -> None:
     artifact = Artifact.open(deep_export(family))
     inputs = {name: value.float() for name, value in artifact.family().sample(artifact.sizes, torch.bfloat16).items()}
-    model = OriginalModel(artifact.family(), torch.float32, torch.device("cpu"), compiled=False)
-    output = model(inputs)
+    model = partial(OriginalModel, artifact.family(), torch.float32, torch.device("cpu"), compiled=False)
+    output = model(cut=False)(inputs)
+    if MASK in inputs:
+        inputs[MASK][:, -2:] = 0  # two words are padding
+    torch.testing.assert_close(model(cut=True)(inputs), model(cut=False)(inputs), rtol=1e-4, atol=1e-5)
     with PyTorchSession(artifact, bits=[8]) as session:
         sample = session.family.sample(artifact.sizes, session.dtype)
         assert output.shape == session.run(sample, 8).shape
