@@ -3,6 +3,7 @@
     python benchmarks/held_weights.py                        # the table of docs/hardware.md
     python benchmarks/held_weights.py --model wan2.1-14b --recipe w4a8 --bits 8
     python benchmarks/held_weights.py --library              # every layer is asked of the kernels' library, too
+    python benchmarks/held_weights.py --before               # what the plugin held until 2026-11-28, and what it holds now
     python benchmarks/held_weights.py --auto                 # what --weights auto holds where packed weights cost too much
     python benchmarks/held_weights.py --kept                 # and the largest tensors that stay in 16 bit
 
@@ -105,6 +106,36 @@ def rows(name: str, recipe: str, bits: Sequence[int], library: KernelLibrary | N
         SystemExit: The library counts otherwise.
     """
     plan = plan_of(name, recipe)
+    lines = []
+    for number, group in enumerate(_groups(name, plan, bits, library)):
+        head = f"{name} | {2 * plan.all_weights / GIB:.2f}" if number == 0 else " | "
+        lines.append(f"| {head} | {_sms([sm for sm, _ in group])} | {_cells([held for _, held in group])} |")
+    return lines
+
+
+def before_rows(name: str, recipe: str, bits: Sequence[int]) -> list[str]:
+    """Return the lines of what the plugin held of one model until 2026-11-28, and what it holds now: one for each group of GPUs.
+
+    Args:
+        name: The name of its config.
+        recipe: The name of the recipe.
+        bits: The activation bits.
+    """
+    plan = plan_of(name, recipe)
+    lines = []
+    for number, group in enumerate(_groups(name, plan, bits, None)):
+        head = f"{name} | {2 * plan.all_weights / GIB:.2f}" if number == 0 else " | "
+        held = group[0][1]
+        sizes = (both_kept(held), held.nbytes("packed", plugin=True), held.nbytes("expanded", plugin=True))
+        cells = " | ".join(f"{size / GIB:.2f}" for size in sizes)
+        lines.append(f"| {head} | {_sms([sm for sm, _ in group])} | {cells} |")
+    return lines
+
+
+def _groups(
+    name: str, plan: ModelPlan, bits: Sequence[int], library: KernelLibrary | None
+) -> list[list[tuple[str, HeldWeights]]]:
+    """Return the SMs and what they hold, in groups of those that hold the same. SystemExit where the library counts otherwise."""
     sizes = sizes_of(plan)
     found: dict[tuple[int, int], list[tuple[str, HeldWeights]]] = {}
     for sm, facts in CAPABILITIES.items():
@@ -114,11 +145,7 @@ def rows(name: str, recipe: str, bits: Sequence[int], library: KernelLibrary | N
         if library is not None and asked(plan, library, sm_number(sm), bits) != (held.packed, held.expanded):
             raise SystemExit(f"{name} on SM {sm}: the kernels' library counts otherwise")
         found.setdefault((held.expanded, held.packed), []).append((sm, held))
-    lines = []
-    for number, group in enumerate(found.values()):
-        head = f"{name} | {2 * plan.all_weights / GIB:.2f}" if number == 0 else " | "
-        lines.append(f"| {head} | {_sms([sm for sm, _ in group])} | {_cells([held for _, held in group])} |")
-    return lines
+    return list(found.values())
 
 
 def auto_rows(name: str, recipe: str, bits: Sequence[int]) -> list[str]:
@@ -135,12 +162,14 @@ def auto_rows(name: str, recipe: str, bits: Sequence[int]) -> list[str]:
         if not facts.kernels or facts.refused:
             continue
         held = held_weights(plan, sm_number(sm), bits, sizes)
-        torch_form, plugin = (choose_weights(held, "auto", plugin=plugin) for plugin in (False, True))
+        choices = {plugin: choose_weights(held, "auto", plugin=plugin) for plugin in (False, True)}
+        torch_form = choices[False]
         if torch_form.form == "packed":
             continue
         cells = [f"{100 * held.cost:.1f}", f"{100 * torch_form.share:.0f}"]
-        for choice, form in ((torch_form, held.nbytes), (plugin, held.plugin_bytes)):
-            cells.append(f"{form('packed') / GIB:.2f} / **{choice.nbytes / GIB:.2f}** / {form('expanded') / GIB:.2f}")
+        for plugin, choice in choices.items():
+            packed, expanded = held.nbytes("packed", plugin) / GIB, held.nbytes("expanded", plugin) / GIB
+            cells.append(f"{packed:.2f} / **{choice.nbytes / GIB:.2f}** / {expanded:.2f}")
         lines.append(f"| {name} | {sm} | {' | '.join(cells)} | {100 * torch_form.cost:.1f} |")
     return lines
 
@@ -166,8 +195,8 @@ def _cells(group: Sequence[HeldWeights]) -> str:
     costs = sorted(100 * held.cost for held in group)
     cost = f"{costs[0]:.1f}" if costs[0] == costs[-1] else f"{costs[0]:.1f} to {costs[-1]:.1f}"
     sizes = (
-        both_kept(first), first.nbytes("expanded"), first.plugin_bytes("expanded"),
-        first.nbytes("packed"), first.plugin_bytes("packed"),
+        first.nbytes("expanded"), first.nbytes("expanded", plugin=True),
+        first.nbytes("packed"), first.nbytes("packed", plugin=True),
         first.kept + first.stored, first.kept,
     )  # fmt: skip
     return " | ".join([*(f"{size / GIB:.2f}" for size in sizes), f"{first.scratch / 2**20:.0f}", cost])
@@ -188,7 +217,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--auto", action="store_true", help="what --weights auto holds where packed weights cost too much"
     )
+    parser.add_argument("--before", action="store_true", help="what the plugin held until 2026-11-28")
     options = parser.parse_args(arguments)
+    if options.before:
+        print("| model | bf16, GiB | SM | plugin until 2026-11-28 | now, packed | now, expanded |")
+        print("|---|---|---|---|---|---|")
+        for name in options.model or models():
+            for line in before_rows(name, options.recipe, options.bits):
+                print(line)
+        return
     if options.auto:
         print("| model | SM | all packed, % of a step | of it expanded, % | PyTorch, GiB | plugin, GiB | % of a step |")
         print("|---|---|---|---|---|---|---|")
@@ -198,10 +235,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     library = load_library() if options.library else None
     print(
-        "| model | bf16, GiB | SM | plugin, both kept | expanded, PyTorch | expanded, plugin | packed, PyTorch | packed, plugin "
+        "| model | bf16, GiB | SM | expanded, PyTorch | expanded, plugin | packed, PyTorch | packed, plugin "
         "| files | of it not quantized | scratch, MiB | cost of a step, % [modelled] |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name in options.model or models():
         for line in rows(name, options.recipe, options.bits, library):
             print(line)

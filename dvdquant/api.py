@@ -280,7 +280,7 @@ def _path(name: str, value: str | Path) -> Path:
     """Return a path of the caller's.
 
     Raises:
-        UnsupportedError: it is neither text nor a path, or is empty.
+        UnsupportedError: It is neither text nor a path, or is empty.
     """
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise UnsupportedError(f"{name} is {brief(value)}", available="a path, as text or pathlib.Path")
@@ -302,7 +302,7 @@ def _several(name: str, value: Any, may_be_none: bool = False) -> tuple[str, ...
     """Return one or several texts as a tuple. A number, such as 8.9, stands for its text.
 
     Raises:
-        UnsupportedError: there is none, or one is of another kind.
+        UnsupportedError: There is none, or one is of another kind.
     """
     if value is None and name in ("gpu", "sm", "target"):  # left open
         return ()
@@ -319,7 +319,7 @@ def _typed(hints: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     """Return options in the types of their fields.
 
     Raises:
-        UnsupportedError: one is of another type.
+        UnsupportedError: One is of another type.
     """
     from pydantic import TypeAdapter, ValidationError
 

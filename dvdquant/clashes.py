@@ -46,8 +46,8 @@ def session_clashes(options: Mapping[str, Any]) -> list[Clash]:
     """Return the options of sessions that a backend excludes.
 
     Args:
-        options: ``--backend``, ``--compile``, ``--cuda-graphs``, ``--fuse``, ``--attention``, ``--attention-backend`` and
-            ``plugins`` of ``--plugin``, by their names.
+        options: ``--backend``, ``--compile``, ``--cuda-graphs``, ``--fuse``, ``--attention``, ``--attention-backend``,
+            ``--weights`` and ``plugins`` of ``--plugin``, by their names.
     """
     backend, attention, library = options["backend"], options["attention"], options["attention_backend"]
     elsewhere = backend not in ("auto", "pytorch")
@@ -69,6 +69,10 @@ def session_clashes(options: Mapping[str, Any]) -> list[Clash]:
         Clash(
             library is not None and attention == "16",
             "--attention-backend computes attention in 8 bits, so --attention 16 does not apply",
+        ),
+        Clash(
+            options["weights"] != "auto" and backend == "rtx",
+            f"TensorRT-RTX engines hold their weights as they were built, so --weights {options['weights']} does not apply",
         ),
         Clash(
             options["plugins"] and backend not in ("auto", "tensorrt"),

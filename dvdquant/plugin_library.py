@@ -40,7 +40,7 @@ def check_plugin(plugin: PluginFile, library: Backend, gpu: Gpu | None) -> None:
 
     Args:
         plugin: The plugin library.
-        library: TensorRT.
+        library: The TensorRT that is installed.
         gpu: The GPU of this machine, or None.
 
     Raises:

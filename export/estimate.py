@@ -185,7 +185,7 @@ def held_bytes(plan: ModelPlan, engine: EnginePlan) -> int:
         weights = engine_weight_bytes(plan, engine) + kept_inputs_bytes(plan, plugin=False)
         return ENGINE_BYTES + weights + reserved_bytes(plan, plan.lora_rank)
     held = held_weights(plan, sm_number(engine.sms[0]), [engine.act_bits])
-    return ENGINE_BYTES + held.plugin_bytes("packed") + reserved_bytes(plan, plan.lora_rank)
+    return ENGINE_BYTES + held.nbytes("packed", plugin=True) + reserved_bytes(plan, plan.lora_rank)
 
 
 def estimate_export(

@@ -39,6 +39,7 @@ __all__ = [
     "build_on_device",
     "builds_here",
     "plan_on_device",
+    "without_current",
 ]
 
 # What an export has of its engines besides them.
@@ -238,11 +239,22 @@ def plan_on_device(
     # 3. What is there already.
     hashes = tuple(hash_file(plugin)["sha256"] for plugin in taken)
     plan = DeviceBuild(out, manifest, tuple(ours), (), backends, taken, hashes, gpu, tuple(bits), version_compatible)
-    current = [entry for entry in ours if _is_current(plan, entry)]
-    builds = [entry for entry in ours if entry not in current]
-    # 4. The memory, which is asked for only what is to be built.
-    check_builds(builds, manifest, gpu)
-    return dataclasses.replace(plan, builds=tuple(builds), current=tuple(current))
+    return without_current(plan)
+
+
+def without_current(plan: DeviceBuild) -> DeviceBuild:
+    """Return a plan whose engines that are there already are no longer among those to build, if there is memory for the rest.
+
+    Args:
+        plan: The plan, with all engines among those to build. The builders of those that are there have to be known.
+
+    Raises:
+        ResourceError: The memory is too small for what is not there yet; the error says what fits.
+    """
+    current = [entry for entry in plan.builds if _is_current(plan, entry)]
+    builds = [entry for entry in plan.builds if entry not in current]
+    check_builds(builds, plan.manifest, plan.gpu)
+    return dataclasses.replace(plan, builds=tuple(builds), current=(*plan.current, *current))
 
 
 # ---------------------------------------------------------------------------------------------------------------- build

@@ -48,9 +48,9 @@ class WrappedTransformer(ExportedTransformer):
         """Run the transformer, see :meth:`ExportedTransformer.forward`.
 
         Args:
-            x: Latents.
-            timestep: Timesteps.
-            context: The text embedding.
+            x: The latents, [B, C, F, H, W].
+            timestep: The timestep of each sample, [B].
+            context: The text embedding, [B, L, D].
             clip_fea: The embedding of CLIP vision, or None.
             **more: The other arguments.
         """

@@ -65,6 +65,7 @@ class ExportedTransformer(nn.Module):
         self._options = SessionOptions(backend=backend, device=str(device), **options)
         self._options.check()
         self.artifact = Artifact.open(root)
+        self._options.check_for(self.artifact.recipe)
         self.component = component or self.artifact.components[0]
         self.family = self.artifact.family(self.component)
         if self.family.name != "wan":

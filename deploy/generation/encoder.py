@@ -38,7 +38,7 @@ def find_encoder() -> tuple[str, str]:
     """Return (the ffmpeg to run, its H.264 codec), known before hours of work.
 
     Raises:
-        OutputError: there is none, or what ``IMAGEIO_FFMPEG_EXE`` names is no ffmpeg, naming it.
+        OutputError: There is none, or what ``IMAGEIO_FFMPEG_EXE`` names is no ffmpeg. The error names it.
     """
     import imageio_ffmpeg  # type: ignore[import-untyped]
 
@@ -58,7 +58,8 @@ def encode_mp4(path: Path, clip: Clip, fps: float) -> None:
         fps: Frames per second.
 
     Raises:
-        OutputError: as :func:`find_encoder`; ffmpeg fails, stops answering, or makes something else than these frames.
+        OutputError: There is no ffmpeg (see :func:`find_encoder`), or it fails, stops answering, or makes something else than
+            these frames.
     """
     from fractions import Fraction
 

@@ -43,7 +43,14 @@ __all__ = ["TableGenerator"]
 
 
 class TableGenerator(Generator):
-    """A model with a prompt table: flow matching Euler steps, latents are RGB."""
+    """A model with a prompt table: flow matching Euler steps, latents are RGB.
+
+    Args:
+        checker: What the export and its model can make.
+        table: The prompt table of the model.
+        options: How sessions are opened.
+        lora: LoRAs that were named for it.
+    """
 
     def __init__(
         self,

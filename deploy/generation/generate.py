@@ -96,33 +96,33 @@ def open_generator(
     Engines and weights are loaded at the first clip that needs them.
 
     Args:
-        artifact: the export.
+        artifact: The export.
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        pipeline: folder or hub id of the model, if it is no longer where the export was made from.
-        compile: run the quantized transformer in PyTorch, with its blocks compiled.
+        pipeline: Folder or hub id of the model, if it is no longer where the export was made from.
+        compile: Run the quantized transformer in PyTorch, with its blocks compiled.
         attention: ``16``, ``int8`` or ``fp8`` instead of the recipe's attention, in PyTorch sessions.
-        attention_backend: the library that computes it instead of the first of the ladder that fits.
+        attention_backend: The library that computes it instead of the first of the ladder that fits.
         plugins: TensorRT plugin libraries that the export's engines need, one path or several; their code runs.
-        wrap_session: applied to every session as soon as it is open, to watch or replace what it runs.
-        lora: where the export's LoRAs are now, for mode ``16``, if they no longer lie where they were; others run beside
+        wrap_session: A function that is applied to every session as soon as it is open, to watch or replace what it runs.
+        lora: The files of the export's LoRAs, for mode ``16``, if they no longer lie where they were. Others run beside
             the quantized weights (:meth:`EngineSession.set_loras`).
-        cfg_parallel: a second device for the second branch of guidance, see :class:`.guidance_pair.GuidancePair`.
-        limits: what a server makes at most, besides what the export can make.
-        offload: keep text encoder and VAE in the host's memory, and move each to the device while it runs.
-        vae_tiling: decode in tiles, one after the other: less memory, and seams that are blended.
-        text_embeds: a file of text embeddings (:mod:`.text_embeds`); then no text encoder is loaded.
-        alternate: load the text encoder first, and free it before the transformer is loaded.
-        text_encoder_bits: bits of the text encoder's weights, 16, 4, or 8 with torchao.
-        bits: the activation bits to load; the default is all of the export's. A step that fails is not repeated on bits that
+        cfg_parallel: A second device for the second branch of guidance, see :class:`.guidance_pair.GuidancePair`.
+        limits: The most that a server makes, besides what the export can make.
+        offload: Keep text encoder and VAE in the host's memory, and move each to the device while it runs.
+        vae_tiling: Decode in tiles, one after the other: less memory, and seams that are blended.
+        text_embeds: A file of text embeddings (:mod:`.text_embeds`); then no text encoder is loaded.
+        alternate: Load the text encoder first, and free it before the transformer is loaded.
+        text_encoder_bits: The bits of the text encoder's weights: 16, 4, or 8 with torchao.
+        bits: The activation bits to load; the default is all of the export's. A step that fails is not repeated on bits that
             are not loaded.
         weights: ``auto``, ``packed`` or ``expanded``: how sessions hold quantized weights (:func:`.sessions.open_session`).
-        fuse: run in PyTorch with what comes before quantized layers in their kernels; by default where ``compile`` is on.
-        cuda_graphs: repeat steps as CUDA graphs, where launches count (:func:`.sessions.open_session`).
+        fuse: Run in PyTorch with what comes before quantized layers in their kernels; by default where ``compile`` is on.
+        cuda_graphs: Repeat steps as CUDA graphs, where launches count (:func:`.sessions.open_session`).
 
     Raises:
-        CheckpointError: the model's folder, or a part of the pipeline, is missing. UnsupportedError: no pipeline class,
-            no torchao, or a plugin library is not there.
+        CheckpointError: The model's folder, or a part of the pipeline, is missing.
+        UnsupportedError: The pipeline class, torchao or a plugin library is not there.
     """
     check_text_bits(text_encoder_bits)
     checker = open_checker(artifact, pipeline=pipeline, limits=limits, text_embeds=text_embeds)
@@ -199,6 +199,7 @@ def reload_generator(old: Generator) -> Generator:
 
 
 def _open(checker: TableChecker | PipelineChecker, options: SessionOptions, lora: Sequence[LoraSpec]) -> Generator:
+    options.check_for(checker.artifact.recipe)
     if isinstance(checker, TableChecker):
         given = {
             "--offload": options.offload,

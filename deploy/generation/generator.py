@@ -114,7 +114,8 @@ class Generator(ABC):
         lora: LoRAs that were named for it: those of the export, or others that run beside the weights.
 
     Attributes:
-        options: How sessions are opened here. given_options: How they were to be opened; the backend may differ.
+        options: How sessions are opened here.
+        given_options: How they were to be opened; the backend may differ.
         loras: The changes of those that run beside the weights, by transformer.
 
     Raises:

@@ -54,7 +54,8 @@ def load_original(
         beside: LoRAs of this component that the export does not have; they are fused, too.
 
     Raises:
-        CheckpointError: missing, damaged, or of another configuration than the export's; a LoRA of the export is missing.
+        CheckpointError: The checkpoint is missing, damaged, or of another configuration than the export's, or a LoRA of the
+            export is missing.
     """
     checkpoint = _open(artifact, source, component)
     _check_same(artifact, checkpoint, component)
@@ -104,7 +105,7 @@ def _read_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """Return a transformer filled tensor by tensor, where diffusers cannot read what it is stored as.
 
     Raises:
-        CheckpointError: the tensors are not those of its class.
+        CheckpointError: The tensors are not those of its class.
     """
     model = build_skeleton(checkpoint.config, dtype)
     shapes = {name: tuple(placeholder.shape) for name, placeholder in model.named_parameters()}

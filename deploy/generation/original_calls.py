@@ -91,7 +91,12 @@ class CallRecorder:
 
 
 class OriginalRunner(CallRecorder):
-    """The original transformer behind the part of StepRunner's interface that a generation needs."""
+    """The original transformer behind the part of StepRunner's interface that a generation needs.
+
+    Args:
+        model: The transformer of diffusers.
+        family: Its family.
+    """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         super().__init__()

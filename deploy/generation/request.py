@@ -292,15 +292,17 @@ def resolve_size(
     """Return the size of the clip in pixels, checked against the profile of the export.
 
     Args:
-        request: its size in pixels, or None for what the export was tuned for.
-        sizes: latent sizes of the graphs.
-        scale: pixels per latent unit (time, height, width).
-        patch: latent units that the transformer takes at once (time, height, width).
-        causal: whether the VAE makes one latent of the first frame and one of every ``scale[0]`` more, so
+        request: The request, whose ``num_frames``, ``height`` and ``width`` are pixels, or None for the sizes that the export was
+            tuned for.
+        sizes: The sizes of the graphs, in latents.
+        scale: The pixels of a latent unit (time, height, width).
+        patch: The latent units that the transformer takes at once (time, height, width).
+        causal: Whether the VAE makes one latent of the first frame and one of every ``scale[0]`` more, so
             frames = (latent − 1)·scale + 1.
 
     Raises:
-        ShapeError: outside the profile or no multiple of scale and patch; names the profile in pixels and how to widen it.
+        ShapeError: A size is outside the profile, or no multiple of scale and patch. The error names the profile in pixels, and
+            how to widen it.
     """
     names = ("--num-frames", "--height", "--width")
     asked = (request.num_frames, request.height, request.width)

@@ -11,6 +11,8 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import EngineSession, asks_for_pytorch, check_options, open_session
 from dvdquant.deploy.sessions.guidance_pair import paired
 from dvdquant.hardware.weights import WeightPolicy
+from dvdquant.ops.attention.libraries import refuse_library_in_16_bit
+from dvdquant.recipe import Recipe
 
 __all__ = ["SessionOptions", "WrapSession"]
 
@@ -77,6 +79,18 @@ class SessionOptions:
             self.weights,
             self.fuse,
         )
+
+    def check_for(self, recipe: Recipe) -> None:
+        """Refuse what :meth:`check` refuses, and what an export's recipe excludes, before anything of it is loaded.
+
+        Args:
+            recipe: The recipe of the export.
+
+        Raises:
+            UnsupportedError: See :func:`.sessions.open_session`.
+        """
+        self.check()
+        refuse_library_in_16_bit(self.attention or recipe.attention, self.attention_backend)
 
     def open(self, artifact: Artifact, component: str, loras: Sequence[LoraSpec]) -> EngineSession:
         """Open the session of one transformer; where a LoRA or the wrapper fails, it is closed again.

@@ -58,7 +58,7 @@ def narrow_text(encoders: Sequence[str], bits: int) -> Any:
         bits: Bits of their weights, 8 or 4.
 
     Raises:
-        UnsupportedError: torchao is missing, or it or transformers does not fit the other libraries.
+        UnsupportedError: Torchao is missing, or it or transformers does not fit the other libraries.
     """
     check_text_bits(bits)
     try:

@@ -47,8 +47,11 @@ class FourBitLinear(nn.Module):
     """A linear layer with a packed weight: y = x Wᵀ + bias.
 
     Args:
-        features: Input channels K. rows: Output channels N. bias: Whether it has one.
-        dtype: The dtype of the bias. device: Where its tensors lie; ``meta`` until they are loaded.
+        features: The number of input channels, K.
+        rows: The number of output channels, N.
+        bias: Whether it has a bias.
+        dtype: The dtype of the bias.
+        device: The device of its tensors; ``meta`` until they are loaded.
     """
 
     def __init__(self, features: int, rows: int, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
@@ -129,7 +132,7 @@ def check_packed(model: nn.Module) -> None:
         model: The text encoder, loaded.
 
     Raises:
-        UnsupportedError: transformers did not ask the method that four_bit_config names.
+        UnsupportedError: Transformers did not ask the method that four_bit_config names.
     """
     if _fitting(model):
         raise lost_packing(type(model).__name__)

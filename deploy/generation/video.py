@@ -75,8 +75,8 @@ def check_target(path: Path, suffixes: Sequence[str]) -> Path:
         suffixes: The suffixes that are allowed, with their dot.
 
     Raises:
-        OutputError: another suffix, a folder or device in its place, a folder that cannot be written or made, or for .mp4
-            no encoder.
+        OutputError: The suffix is another, a folder or a device is in the file's place, its folder cannot be written or made, or
+            there is no encoder for .mp4.
     """
     if path.suffix.lower() not in suffixes:
         raise OutputError(
@@ -99,7 +99,7 @@ def write_mp4(path: Path, clip: Clip, fps: float) -> None:
         fps: Frames per second.
 
     Raises:
-        OutputError: the encoder failed, did not answer, or wrote another number of frames than it was given.
+        OutputError: The encoder failed, did not answer, or wrote another number of frames than it was given.
     """
     _check_clip(clip)
     _check_fps(fps)

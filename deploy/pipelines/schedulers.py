@@ -345,9 +345,9 @@ def read_scheduler_config(folder: UntrustedFolder, name: str, fix: str) -> dict[
     default.
 
     Args:
-        folder: of the model or of the scheduler.
-        name: the file in it.
-        fix: what helps where it cannot be used.
+        folder: The folder of the model or of the scheduler.
+        name: The name of the file in it.
+        fix: The way out that the error names.
 
     Raises:
         CheckpointError: It is missing, too large, or no JSON object.

@@ -156,16 +156,16 @@ def plan(
     """Record every prompt with every seed, find δ for ``goal``, and validate it on the first clip.
 
     Args:
-        artifact: the export.
-        prompts: clips to record, two to eight. One text is one prompt.
-        goal: average bits, seconds, or a δ of one's own.
-        seeds: each prompt is recorded with each. One number is one seed.
-        steps: of a clip; default the model's own.
-        reference: compare with the original 16-bit checkpoint too.
-        last_high: so many last steps run on the high engine; the default is the commands'.
+        artifact: The export.
+        prompts: Clips to record, two to eight. One text is one prompt.
+        goal: Average bits, seconds, or a δ of one's own.
+        seeds: Each prompt is recorded with each. One number is one seed.
+        steps: The number of steps of a clip; the default is the model's own.
+        reference: Compare with the original 16-bit checkpoint too.
+        last_high: The number of steps at the end that run on the high engine; the default is the commands'.
         weighting: ``step`` counts a change by how far its step moves, ``none`` is the published rule.
-        progress: where progress goes; default nowhere.
-        **options: what a clip shows, as the fields of :class:`.request.GenerateRequest` in :data:`CLIP`, and how the model is
+        progress: The receiver of the progress; the default is none.
+        **options: What a clip shows, as the fields of :class:`.request.GenerateRequest` in :data:`CLIP`, and how the model is
             opened, as the arguments of :func:`.generate.open_generator` in :data:`OPENING`. With ``text_embeds`` and no
             prompt, all prompts of the file are recorded.
 
@@ -173,7 +173,7 @@ def plan(
         ShapeError: There is no prompt or no seed, or one is of another kind.
         UnsupportedError: A LoRA is out of form, a plugin library is not there, the export has one bit-width only, or no δ
             reaches the goal (saying the range).
-        DvdquantError: Whatever a generation raises.
+        DvdquantError: A clip cannot be drawn, see :meth:`Generator.generate`.
     """
     if unknown := sorted(options.keys() - {*CLIP, *OPENING}):
         raise UnsupportedError(f"plan has no option {unknown[0]}", available=[*CLIP, *OPENING])

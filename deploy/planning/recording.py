@@ -105,7 +105,12 @@ class RecordingSession(WrappedSession):
 
 
 class Recorder:
-    """Wraps every session of a generator, and records clip by clip."""
+    """Wraps every session of a generator, and records clip by clip.
+
+    Args:
+        low: The bits of the low engine.
+        high: The bits of the high engine.
+    """
 
     def __init__(self, low: int, high: int) -> None:
         self.low, self.high = low, high

@@ -107,14 +107,14 @@ def collect(
     and is said on the way: the export is good without it.
 
     Args:
-        root: folder of the files.
-        manifest: what they are.
-        progress: where progress and notes go.
-        out: the folder the export is or will be in, with its schedule.json; default ``root``.
-        samples: prompts to generate clips of.
-        checks: what ``--verify`` found, one record a graph.
-        checkpoint_bytes: tensors of the source, if known already.
-        runs: clips that were drawn, of a trace.
+        root: The folder of the files.
+        manifest: The manifest of the export.
+        progress: The receiver of progress and notes.
+        out: The folder that the export is or will be in, with its schedule.json; the default is ``root``.
+        samples: The prompts to draw clips of.
+        checks: What ``--verify`` found, one record a graph.
+        checkpoint_bytes: The bytes of the source's tensors, if they are known already.
+        runs: The clips of a trace that were drawn.
     """
     folder, notes = out or root, []
 
@@ -248,7 +248,7 @@ def check_place(path: Path, out: Path, manifest: Manifest) -> Path:
         manifest: The manifest of the export.
 
     Raises:
-        OutputError: another suffix, a folder that cannot be written, or a file the manifest of ``out`` lists.
+        OutputError: The suffix is another, the folder cannot be written, or the manifest of ``out`` lists the file.
     """
     from dvdquant.deploy.generation.video import check_target
 
@@ -277,14 +277,14 @@ def add_report(
     """Write the page of an unfinished export into its ``tree``, from where the commit takes it like every other file.
 
     Args:
-        tree: folder of the unfinished export.
-        manifest: without files.
-        known: hashes at hand; those of the other files of ``tree`` are added.
-        checks: what ``--verify`` found, one record a graph.
-        out: the folder that the export will lie in, for the lines that the page shows.
-        samples: prompts to draw clips of; None is one where a clip costs seconds.
-        checkpoint_bytes: tensors of the source.
-        progress: where progress and notes go.
+        tree: The folder of the unfinished export.
+        manifest: The manifest, without its list of files.
+        known: The hashes that are known; those of the other files of ``tree`` are added.
+        checks: What ``--verify`` found, one record a graph.
+        out: The folder that the export will lie in, for the lines that the page shows.
+        samples: The prompts to draw clips of; None is one where a clip costs seconds.
+        checkpoint_bytes: The bytes of the source's tensors.
+        progress: The receiver of progress and notes.
     """
     for name in sorted(walk_files(tree)):
         entry = known.get(name)

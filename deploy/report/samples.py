@@ -126,16 +126,16 @@ def make_samples(
     """Generate ``count`` samples with the export in ``root``.
 
     Args:
-        root: folder of the export.
-        model: folder of the source, with the prompt table.
-        count: number of samples.
-        schedule: followed instead of the default δ.
-        progress: where progress goes.
-        steps: denoising steps; None is the schedule's, or the model's.
+        root: The folder of the export.
+        model: The folder of the source, with the prompt table.
+        count: The number of samples.
+        schedule: The schedule to follow instead of the default δ.
+        progress: The receiver of the progress.
+        steps: The number of denoising steps; None is the schedule's, or the model's.
 
     Raises:
         UnsupportedError: The source has no prompt table.
-        DvdquantError: What a generation raises.
+        DvdquantError: A clip cannot be drawn, see :meth:`Generator.generate`.
     """
     if not has_prompt_table(model):
         raise UnsupportedError(

@@ -69,7 +69,7 @@ def lora_rows(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def recipe_text(recipe: Mapping[str, Any], family: str) -> list[tuple[str, str]]:
-    """Return (what, how) of a ``Recipe.to_json()`` for a model of ``family``.
+    """Return the rows of a recipe for a model of ``family``: what is quantized, and how.
 
     Args:
         recipe: The recipe as ``Recipe.to_json()`` returns it.

@@ -258,7 +258,7 @@ class JobStore(ABC):
             video: The job.
             token: The secret of the claim.
             lease: Seconds from now.
-            progress: Percent.
+            progress: The share of the job that is done, in percent.
             bits: See :class:`Job`.
 
         Returns:

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
+from dvdquant.artifact.manifest import load_manifest
 from dvdquant.clashes import refuse_clashes, session_clashes
 from dvdquant.deploy.serve.bridges.queue_policy import STORE_VARIABLE
 from dvdquant.deploy.serve.bridges.ray_figures import RayFigures
@@ -49,7 +50,8 @@ from dvdquant.deploy.serve.workers.worker import Worker
 from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.ops.attention.libraries import check_library
-from dvdquant.recipe import Attention
+from dvdquant.recipe import Attention, Recipe
+from dvdquant.system.devices import BackendWord
 from dvdquant.text import shown
 
 if TYPE_CHECKING:
@@ -115,7 +117,7 @@ class RayArguments(BaseModel):
     cpus: float = Field(1.0, ge=0)
     interfaces: int = Field(1, ge=1)
     open: bool = False
-    backend: str = "auto"
+    backend: BackendWord = "auto"
     compile: bool = False
     fuse: bool | None = None
     cuda_graphs: bool = False
@@ -141,7 +143,8 @@ class RayArguments(BaseModel):
 
         Raises:
             UnsupportedError: There is no API key, and nobody said that everybody may come; two arguments exclude each
-                other; or no library of attention has the name.
+                other, or the recipe of an export that this node reaches; or no library of attention has the name.
+            OutputError: A folder that this node reaches is no export.
         """
         refuse_clashes(session_clashes(fields_of(EngineSettings, self)))
         if self.attention_backend is not None:
@@ -153,7 +156,9 @@ class RayArguments(BaseModel):
                 available=f"the variable {KEY_VARIABLE} on every node, or open=true to serve everybody",
                 fix="set it before ray start",
             )
-        return ServerSettings(
+        if self.s3_endpoint is not None and self.files is None:
+            raise UnsupportedError("s3_endpoint is for clips in an object store", fix="give files=s3://bucket")
+        settings = ServerSettings(
             models=_models(self.models, self.pipeline),
             data=Path(self.data),
             files=None if self.files is None else ObjectStore(self.files, self.s3_endpoint),
@@ -166,6 +171,10 @@ class RayArguments(BaseModel):
             stall=self.stall_seconds,
             warm_up=self.warm_up,
         )
+        for model in settings.models:
+            if Path(model.out).is_dir():  # else the interface looks, on a node that reaches it
+                settings.check_for(Recipe.from_json(load_manifest(Path(model.out)).recipe))
+        return settings
 
 
 def _models(text: str, pipeline: str | None) -> tuple[ModelSource, ...]:

@@ -75,11 +75,11 @@ class Service:
     """Everything behind the routes.
 
     Args:
-        settings: The server's settings.
-        store: Queue and state.
-        files: Clips.
-        pool: Workers.
-        metrics: Figures.
+        settings: The settings of the server.
+        store: The queue, with the state of every job.
+        files: The place of the clips.
+        pool: The workers that draw.
+        metrics: The counters that ``/metrics`` shows.
     """
 
     def __init__(
@@ -98,7 +98,13 @@ class Service:
         self._waiting: dict[str, set[asyncio.Event]] = {}
 
     async def run(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run a call that may wait for the disk on another thread."""
+        """Run a call that may wait for the disk on another thread, and return what it returns.
+
+        Args:
+            call: The function.
+            *args: Its arguments.
+            **kwargs: Its arguments by name.
+        """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: call(*args, **kwargs))
 
@@ -319,6 +325,9 @@ def open_models(settings: ServerSettings) -> dict[str, ServedModel]:
         settings: The server's settings.
 
     Raises:
-        DvdquantError: One cannot be used.
+        DvdquantError: One cannot be used, or excludes a setting.
     """
-    return {source.name: ServedModel(source, settings.limits) for source in settings.models}
+    models = {source.name: ServedModel(source, settings.limits) for source in settings.models}
+    for model in models.values():
+        settings.check_for(model.checker.artifact.recipe)
+    return models

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dvdquant.hardware.weights import WeightPolicy
-from dvdquant.recipe import Attention
+from dvdquant.ops.attention.libraries import refuse_library_in_16_bit
+from dvdquant.recipe import Attention, Recipe
 
 __all__ = [
     "EngineSettings",
@@ -61,6 +62,17 @@ class EngineSettings:
     attention_backend: str | None = None
     weights: WeightPolicy = "auto"
     plugins: tuple[str, ...] = ()
+
+    def check_for(self, recipe: Recipe) -> None:
+        """Refuse settings that an export's recipe excludes, before a worker starts.
+
+        Args:
+            recipe: The recipe of the export.
+
+        Raises:
+            UnsupportedError: A library of attention was asked for, and attention is in 16 bit.
+        """
+        refuse_library_in_16_bit(self.attention or recipe.attention, self.attention_backend)
 
 
 @dataclass(frozen=True, kw_only=True)

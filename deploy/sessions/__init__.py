@@ -13,7 +13,7 @@ from dvdquant.deploy.sessions.options_text import built_text
 from dvdquant.deploy.sessions.other_process import PROCESS, ProcessSession
 from dvdquant.errors import DvdquantError, UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy, check_policy
-from dvdquant.ops.attention.libraries import check_library
+from dvdquant.ops.attention.libraries import check_library, refuse_library_in_16_bit
 from dvdquant.ops.cuda.errors import BUILD
 from dvdquant.ops.cuda_linear import kernels_for
 from dvdquant.recipe import ATTENTION
@@ -77,13 +77,15 @@ def open_session(
     Raises:
         UnsupportedError: The backend, the device, the attention or the policy is unknown; a policy is given with a backend
             that has none, or ``compile``, ``fuse`` or ``attention_backend`` with one that is not PyTorch, or ``plugins``
-            with one that is not TensorRT; a plugin library is not there, or no library of attention has the name.
+            with one that is not TensorRT; a plugin library is not there, no library of attention has the name, or one was asked
+            for and attention is in 16 bit.
         OutputError: A file differs from the manifest.
         EngineError: No engine fits, or the backend refuses the export.
     """
-    # 1. What the options alone tell.
+    # 1. What the options tell, alone and with the recipe.
     libraries = plugin_paths(plugins)
     name = check_options(backend, libraries, compile, attention, attention_backend, weights, fuse)
+    refuse_library_in_16_bit(attention or artifact.recipe.attention, attention_backend)
     # 2. A session in another process resolves the rest there.
     if device.startswith(PROCESS):
         return ProcessSession(
@@ -134,13 +136,13 @@ def check_options(
     """Refuse options of a session that do not go together or name nothing, before an export is opened.
 
     Args:
-        backend: As of :func:`open_session`, and so are the others.
-        plugins: The paths of the libraries.
-        compile: See above.
-        attention: See above.
-        attention_backend: See above.
-        weights: See above.
-        fuse: See above.
+        backend: One of :data:`BACKENDS`, or ``rtx``, ``ort`` or ``torch`` for short.
+        plugins: The paths of the TensorRT plugin libraries.
+        compile: Whether the transformer's blocks are compiled.
+        attention: ``16``, ``int8`` or ``fp8``, or None for the recipe's.
+        attention_backend: The library of 8-bit attention that is asked for, or None.
+        weights: ``auto``, ``packed`` or ``expanded``.
+        fuse: Whether layers take what comes before them into their kernels; None leaves it to ``compile``.
 
     Returns:
         The full name of the backend.
@@ -234,9 +236,9 @@ def asks_for_pytorch(compile: bool, fuse: bool | None, attention_backend: str | 
     """Return whether options of a session make it one of PyTorch, whatever backend fits best.
 
     Args:
-        compile: As of :func:`open_session`, and so are the others.
-        fuse: See above.
-        attention_backend: See above.
+        compile: Whether the transformer's blocks are compiled.
+        fuse: Whether layers take what comes before them into their kernels, or None.
+        attention_backend: The library of 8-bit attention that is asked for, or None.
     """
     return compile or bool(fuse) or attention_backend is not None
 

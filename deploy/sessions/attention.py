@@ -83,14 +83,14 @@ class AttentionState:
         """Compute attention: in 8 bits where it is self-attention of a long sequence without a mask.
 
         Args:
-            q: [B, S, H, d], and k and v [B, T, H, d].
-            k: See q.
-            v: See q.
+            q: [B, S, H, d] in 16 bit (fp32 on a CPU).
+            k: [B, T, H, d] of the dtype of q.
+            v: [B, T, H, d] of the dtype of q.
             bounds: fp32 [2], the largest values of the layer's q and k, or None.
-            attn_mask: As of PyTorch's function.
-            is_causal: As of PyTorch's function.
-            scale: As of PyTorch's function.
-            dropout_p: As of PyTorch's function.
+            attn_mask: The mask of PyTorch's ``scaled_dot_product_attention``, or None.
+            is_causal: Whether a token sees only those before it.
+            scale: The factor of the scores; None is 1/√d.
+            dropout_p: The share of scores that are dropped; 0 in a step.
         """
         if self.whole and attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.shape[-2] == 1:
             attn_mask = None

@@ -50,9 +50,10 @@ class LoraBranches:
     """The branches of a model, attached until :meth:`remove`.
 
     Args:
-        model: the diffusers transformer with QuantLinear modules.
-        loras: the changes, by the names of the checkpoint's tensors.
-        dtype: of the branches. device: where they run.
+        model: The diffusers transformer with QuantLinear modules.
+        loras: The changes, by the names of the checkpoint's tensors.
+        dtype: The dtype of the branches.
+        device: The device that they run on.
     """
 
     def __init__(self, model: nn.Module, loras: Loras, dtype: torch.dtype, device: torch.device) -> None:

@@ -99,8 +99,8 @@ class ProcessSession(EngineSession):
             bits: Activation bits, one of ``self.bits``.
 
         Raises:
-            ShapeError: See :meth:`EngineSession.run`.
-            EngineError: The same.
+            ShapeError: The export does not serve one of the inputs.
+            EngineError: The session is closed, lacks ``bits``, or the backend failed.
             ResourceError: The process has ended, for example for want of memory. The next call starts another one.
         """
         with self._lock:

@@ -35,6 +35,7 @@ from dvdquant.model.quantized_model import (
 )
 from dvdquant.model.weight_choice import WeightChoice
 from dvdquant.ops.attention.ladder import Attention, rungs_for
+from dvdquant.ops.attention.libraries import refuse_library_in_16_bit
 from dvdquant.ops.cuda_linear import CACHE, CudaKernels, usable_kernels
 from dvdquant.recipe import ATTENTION, Recipe
 from dvdquant.system.devices import cuda_sm, current_device
@@ -319,13 +320,8 @@ def wanted_attention(wanted: str, backend: str | None, device: torch.device, nam
     """
     if wanted not in ATTENTION:
         raise UnsupportedError(f"unknown attention {wanted!r:.100}", available=ATTENTION, fix="pick one of these")
+    refuse_library_in_16_bit(wanted, backend)
     if wanted == "16":
-        if backend is not None:
-            raise UnsupportedError(
-                f"{backend!r:.100} computes 8-bit attention, and attention is in 16 bit here",
-                available=ATTENTION[1:],
-                fix="ask for int8 or fp8 attention too, or leave the library out",
-            )
         return None
     sm = cuda_sm(device) if device.type == "cuda" else None
     return Attention(wanted, rungs_for(wanted, sm, backend), sm, must_be_faster=backend is None, name=name)

@@ -50,7 +50,6 @@ def choose_form(
     choice = choose_weights(held, policy, room, plugin) if named is None else expand_named(held, named, plugin)
     if unknown := frozenset(named or ()) - {layer.name for layer in held.layers}:
         log.warning("%s: no quantized layer is named %s", session.component, ", ".join(map(shown, sorted(unknown)[:5])))
-    nbytes = held.plugin_bytes if plugin else held.nbytes
     log.info(
         "%s: weights are %s (%s)%s: %.2f GiB, %.0f %% of them expanded, and a step pays some %.1f %% for the others on SM %d.%d "
         "[modelled]; packed they would hold %s for %.1f %%, expanded %s",
@@ -62,9 +61,9 @@ def choose_form(
         100 * choice.share,
         100 * choice.cost,
         *divmod(sm, 10),
-        amount(nbytes("packed")),
+        amount(held.nbytes("packed", plugin)),
         100 * held.cost,
-        amount(nbytes("expanded")),
+        amount(held.nbytes("expanded", plugin)),
     )
     return choice
 

@@ -191,7 +191,7 @@ class Kept:
     Args:
         tensor: v_j, or v_j − x_j for ``latent``.
         residual: How it is reused, see :class:`StepCachePolicy`.
-        timestep: τ_j.
+        timestep: The timestep of step j, τ_j.
         bits: The activation bits that step j ran on.
         before: v_{j'} of the computed step before, if the residual is ``line`` and there is a line, or None.
         distance: τ_j − τ_{j'}, or 0 without a line.

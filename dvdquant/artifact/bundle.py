@@ -44,6 +44,7 @@ __all__ = [
     "listed_files",
     "open_bundle",
     "unpack_bundle",
+    "unpacked_manifest",
     "write_bundle",
 ]
 
@@ -392,6 +393,19 @@ def kept_engines(there: Manifest | None, bundle: Bundle) -> tuple[EngineEntry, .
         return ()
     packed = {entry["path"] for entry in bundle.manifest.engines}
     return tuple(entry for entry in there.engines if entry["path"] not in packed)
+
+
+def unpacked_manifest(bundle: Bundle, there: Manifest | None) -> Manifest:
+    """Return the manifest that a folder would have once a bundle was unpacked into it, if the engines that stay are intact.
+
+    Args:
+        bundle: The open bundle.
+        there: The manifest of the export in the folder, or None.
+    """
+    engines = kept_engines(there, bundle)
+    files = {} if there is None else {entry["path"]: there.files[entry["path"]] for entry in engines}
+    packed = bundle.manifest
+    return replace(packed, engines=(*packed.engines, *engines), files={**packed.files, **files})
 
 
 def unpack_bundle(

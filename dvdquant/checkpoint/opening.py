@@ -137,7 +137,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         path: The path of the file, or of the folder that holds it.
 
     Raises:
-        CheckpointError: it is no JSON object, or asks for code.
+        CheckpointError: It is no JSON object, or asks for code.
     """
     place = Path(os.path.realpath(os.path.expanduser(path)))
     if place.is_dir():
@@ -153,7 +153,7 @@ def _config_beside(folder: UntrustedFolder, name: str) -> dict[str, Any] | None:
     Shapes do not tell all: where the folder does, it is right.
 
     Raises:
-        CheckpointError: the file is one of a diffusers folder, and that has a config.json which cannot be used; or it is one
+        CheckpointError: The file is one of a diffusers folder, and that has a config.json which cannot be used; or it is one
             of several shards.
     """
     if is_shard(name):

@@ -59,7 +59,7 @@ class ReadOnce(Checkpoint):
             name: The name of the tensor.
 
         Raises:
-            CheckpointError: as :meth:`Checkpoint.read`.
+            CheckpointError: The tensor is absent or unreadable, see :meth:`Checkpoint.read`.
         """
         import torch
 

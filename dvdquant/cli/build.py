@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dvdquant.artifact.bundle import Bundle
     from dvdquant.artifact.entries import BuildEntry
     from dvdquant.artifact.manifest import Manifest
+    from dvdquant.backends import Backend
     from dvdquant.export.on_device import DeviceBuild, DeviceResult
     from dvdquant.system.gpu import Gpu
     from dvdquant.system.progress import Progress
@@ -95,10 +96,9 @@ def main(
     does not fit this GPU, this TensorRT or the memory is refused before any work.
     """
     setup_logging(verbose, log_format)
-    from dvdquant.artifact.bundle import holds_bundle, open_bundle
+    from dvdquant.artifact.bundle import holds_bundle, open_bundle, unpacked_manifest
     from dvdquant.artifact.layout import PLUGIN_PLACE
     from dvdquant.artifact.manifest import load_manifest
-    from dvdquant.export.build_room import check_builds
     from dvdquant.export.on_device import build_on_device, plan_on_device
     from dvdquant.system.gpu import read_gpu
     from dvdquant.system.progress import Progress
@@ -117,18 +117,14 @@ def main(
             ours = _bundle_builds(bundle, gpu, plugins, bits, version_compatible)
             there = _export_in(folder)
             _check_replaced(bundle, folder, there, replace)
-            held = there is not None and holds_bundle(there, bundle)
-            if dry_run or not held:  # of what the folder holds, memory is asked for only what is to be built
-                check_builds(ours, bundle.manifest, gpu)
+            held = there if there is not None and holds_bundle(there, bundle) else None
+            if dry_run or held is None:  # else memory is asked for below, once the folder is known to be whole
+                first = _bundle_plan(bundle, folder, held or unpacked_manifest(bundle, there), gpu, plugins, ours)
             if dry_run:
-                echo(
-                    json_text(_bundle_json(bundle, gpu, ours))
-                    if log_format == "json"
-                    else "dry run: nothing was unpacked"
-                )
+                echo(json_text(_bundle_json(bundle, first)) if log_format == "json" else _bundle_plan_text(first))
                 return
             _check_plugin_choice(bundle, plugins, ours)
-            manifest = _unpacked(bundle, folder, there if held else None, replace, progress)
+            manifest = _unpacked(bundle, folder, held, replace, progress)
     elif out is not None or replace:
         raise UnsupportedError(
             f"{'--replace' if out is None else '-o'} is for a bundle, and {source} is none",
@@ -183,7 +179,7 @@ def _bundle_builds(
     source, facts = bundle.path, bundle.facts
     ours = builds_here(bundle.manifest, gpu, bits, str(source))
     if version_compatible:
-        as_compatible(ours, str(source))
+        ours = as_compatible(ours, str(source))
     tensorrt = any(entry["backend"] == "tensorrt" for entry in ours)
     if tensorrt:
         backend = load_backend("tensorrt")
@@ -203,6 +199,44 @@ def _bundle_builds(
         if tensorrt and library is not None:
             check_plugin(library, backend, gpu)
     return ours
+
+
+def _bundle_plan(
+    bundle: Bundle,
+    folder: Path,
+    manifest: Manifest,
+    gpu: Gpu | None,
+    plugins: tuple[Path, ...],
+    ours: list[BuildEntry],
+) -> DeviceBuild:
+    """Return what would be built of a bundle in a folder, and refuse it where the memory is too small for that.
+
+    Args:
+        bundle: The open bundle.
+        folder: The folder.
+        manifest: The manifest that it would have with the bundle in it.
+        gpu: The GPU of this machine, or None.
+        plugins: What ``--plugin`` says; where it says nothing, that of the bundle is taken.
+        ours: The engines of the bundle that this machine builds.
+
+    Raises:
+        ResourceError: The memory is too small.
+        EngineError: A builder of engines that are there is not installed.
+    """
+    from dvdquant.artifact.bundle import listed_files
+    from dvdquant.artifact.layout import PLUGIN_PLACE
+    from dvdquant.backends import load_backend
+    from dvdquant.export.on_device import DeviceBuild, without_current
+    from dvdquant.system.files import hash_file
+
+    there = {entry["path"] for entry in manifest.engines}
+    builders = {entry["backend"] for entry in ours if entry["engine"] in there}  # the others are not asked for yet
+    backends: dict[str, Backend] = {name: load_backend(name) for name in sorted(builders)}
+    packed = listed_files(bundle)
+    named = plugins or ((Path(BUNDLED),) if bundle.library is not None else ())
+    libraries = [packed.get(PLUGIN_PLACE) if str(path) == BUNDLED else hash_file(path) for path in named]
+    hashes = tuple(each["sha256"] for each in libraries if each is not None)
+    return without_current(DeviceBuild(folder, manifest, tuple(ours), (), backends, plugins, hashes, gpu))
 
 
 def _check_plugin_choice(bundle: Bundle, plugins: tuple[Path, ...], ours: list[BuildEntry]) -> None:
@@ -294,13 +328,20 @@ def _unpacked(bundle: Bundle, folder: Path, held: Manifest | None, replace: bool
         return unpack_bundle(bundle, folder, stage.update, accept)
 
 
-def _bundle_json(bundle: Bundle, gpu: Gpu | None, builds: list[BuildEntry]) -> dict[str, Any]:
+def _bundle_json(bundle: Bundle, plan: DeviceBuild) -> dict[str, Any]:
     facts = {name: value for name, value in bundle.facts.items() if name != "files"}
     return {
         "bundle": {"path": str(bundle.path), **facts, "files": len(bundle.facts["files"]), "bytes": bundle.nbytes},
-        "gpu": None if gpu is None else vars(gpu),
-        "builds": [dict(entry) for entry in builds],
+        "gpu": None if plan.gpu is None else vars(plan.gpu),
+        "builds": [dict(entry) for entry in plan.builds],
+        "up_to_date": [entry["engine"] for entry in plan.current],
     }
+
+
+def _bundle_plan_text(plan: DeviceBuild) -> str:
+    """Return which engines of a bundle would be built in its folder, in words."""
+    would = [f"{entry['engine']} would be built" for entry in plan.builds]
+    return "\n".join([*would, *_current_lines(plan), "dry run: nothing was unpacked"])
 
 
 def _bundle_text(bundle: Bundle) -> str:
@@ -357,8 +398,12 @@ def _plan_text(plan: DeviceBuild) -> str:
             for e in plan.builds
             if e.get("version_compatible")
         ]
-    lines += [f"{e['engine']} is up to date" for e in plan.current]
-    return "\n".join([*lines, "dry run: nothing was written"])
+    return "\n".join([*lines, *_current_lines(plan), "dry run: nothing was written"])
+
+
+def _current_lines(plan: DeviceBuild) -> list[str]:
+    """Return a line for each engine that is there already."""
+    return [f"{entry['engine']} is up to date" for entry in plan.current]
 
 
 def _plan_json(plan: DeviceBuild) -> dict[str, Any]:
@@ -371,11 +416,11 @@ def _plan_json(plan: DeviceBuild) -> dict[str, Any]:
 
 
 def _say_current(plan: DeviceBuild, log_format: str, progress: Progress) -> None:
-    names = [entry["engine"] for entry in plan.current]
     if log_format == "json":
+        names = [entry["engine"] for entry in plan.current]
         progress.event("done", output=str(plan.out), engines=[], up_to_date=names)
     else:
-        echo("\n".join([*(f"{name} is up to date" for name in names), "nothing to do"]))
+        echo("\n".join([*_current_lines(plan), "nothing to do"]))
 
 
 def _result_json(result: DeviceResult) -> dict[str, Any]:

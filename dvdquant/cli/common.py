@@ -8,14 +8,17 @@ import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from dvdquant.cli.paths import PATH, WORD
 from dvdquant.cli.process import echo, require_folder, run_as_process, user_error
+from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.weights import WEIGHTS
+from dvdquant.system.devices import BACKEND_WORDS
 from dvdquant.text import json_text, shown
 
 __all__ = [
@@ -37,7 +40,12 @@ R = TypeVar("R")
 
 
 class ProcessCommand(click.Command):
-    """A command whose errors are words and an exit code."""
+    """A command whose errors are words and an exit code.
+
+    Args:
+        *args: The arguments of :class:`click.Command`.
+        **kwargs: Those by name; ``context_settings`` are ours.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs["context_settings"] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -63,7 +71,13 @@ class ProcessCommand(click.Command):
 
 
 class ExamplesCommand(ProcessCommand):
-    """A command whose help ends with its examples, printed as they are."""
+    """A command whose help ends with its examples, printed as they are.
+
+    Args:
+        *args: The arguments of :class:`ProcessCommand`.
+        examples: The examples, lines of a terminal.
+        **kwargs: The arguments of :class:`ProcessCommand` by name.
+    """
 
     def __init__(self, *args: Any, examples: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -159,7 +173,7 @@ def runs_on(command: Callable[P, R]) -> Callable[P, R]:
     """
     backend = click.option(
         "--backend",
-        type=click.Choice(["auto", "onnxruntime", "pytorch", "rtx", "tensorrt"]),
+        type=click.Choice(BACKEND_WORDS),
         default="auto",
         show_default=True,
         help="auto: an engine for this GPU, else PyTorch with the CUDA kernels, else ONNX Runtime.",
@@ -193,6 +207,34 @@ def takes_plugins(command: Callable[P, R]) -> Callable[P, R]:
         help="TensorRT plugin library, which engines with the plugin need. Its code runs: take none that you do not trust.",
     )
     return option(command)
+
+
+def refuse_besides(why: str, takes: Collection[str], fix: str, available: str | None = None) -> None:
+    """Refuse options of the command line that another one leaves without effect. Those of the environment are for all.
+
+    Args:
+        why: The option that does, and why: "--check records nothing".
+        takes: The names of the parameters that go with it, itself included.
+        fix: The way to solve it.
+        available: Options that do apply, for the error.
+
+    Raises:
+        UnsupportedError: Another option was given; the error names all of them.
+    """
+    context = click.get_current_context()
+    given = [
+        parameter.opts[-1]
+        for parameter in context.command.params
+        if isinstance(parameter, click.Option)
+        and parameter.name not in takes
+        and context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise UnsupportedError(
+            f"{why}, so {', '.join(given)} {'does' if len(given) == 1 else 'do'} not apply",
+            available=available,
+            fix=fix,
+        )
 
 
 def paragraphs(items: Sequence[tuple[str, str]], width: int = 100) -> str:

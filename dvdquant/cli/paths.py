@@ -46,8 +46,8 @@ class FilePath(_Checked):
     """A path as a :class:`Path`; whether anything is there is the command's matter.
 
     Args:
-        standard_stream: whether ``-`` stands for standard input; else it is refused, for nobody means a file of that name.
-        folder: whether a file in its place is refused.
+        standard_stream: Whether ``-`` stands for standard input; else it is refused, for nobody means a file of that name.
+        folder: Whether a file in its place is refused.
     """
 
     name = "path"

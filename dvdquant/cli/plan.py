@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from dvdquant import __version__
 from dvdquant.clashes import refuse_clashes
 from dvdquant.cli.clips.clip_options import clip_options, loading_clashes, loading_options
 from dvdquant.cli.clips.prompt_file import check_prompt, read_prompts
-from dvdquant.cli.common import ExamplesCommand, echo, loading, runs_on, setup_logging, table
+from dvdquant.cli.common import ExamplesCommand, echo, loading, refuse_besides, runs_on, setup_logging, table
 from dvdquant.cli.paths import EXPORT, LORA, PATH, TEXT_FILE, WORD
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
@@ -111,7 +110,12 @@ def main(out: Path, check: Path | None, revision: str | None, log_format: str, v
     from dvdquant.hub.locate import locate_export
 
     if check is not None:
-        _refuse_besides_check()
+        refuse_besides(
+            "--check records nothing",
+            ("check", "steps", "revision", "log_format", "verbose"),
+            "leave out --check to plan, or the others to check",
+            available="--steps",
+        )
         out = locate_export(out, revision)
         echo(_checked(check, load_manifest(out), options["steps"]))
         return
@@ -161,24 +165,6 @@ def main(out: Path, check: Path | None, revision: str | None, log_format: str, v
 def _check_loading(options: dict[str, Any]) -> None:
     """UnsupportedError for options of loading that contradict each other, as dvdq-run says them."""
     refuse_clashes(loading_clashes(options))
-
-
-def _refuse_besides_check() -> None:
-    """UnsupportedError for an option that is about recording a plan, which ``--check`` does not do."""
-    context = click.get_current_context()
-    given = [
-        parameter.opts[-1]
-        for parameter in context.command.params
-        if isinstance(parameter, click.Option)
-        and parameter.name not in ("check", "steps", "revision", "log_format", "verbose")
-        and context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
-    ]
-    if given:
-        raise UnsupportedError(
-            f"--check records nothing, so {', '.join(given)} {'does' if len(given) == 1 else 'do'} not apply",
-            available="--steps",
-            fix="leave out --check to plan, or the others to check",
-        )
 
 
 def _checked(path: Path, manifest: Manifest, steps: int | None) -> str:

@@ -24,6 +24,7 @@ from typing import Any, TextIO
 import click
 
 from dvdquant.errors import DvdquantError, EngineError, ExportError, OutputError, ResourceError
+from dvdquant.ops.cuda.errors import KernelError
 from dvdquant.system.files import disk_error
 from dvdquant.system.garbage import collect_less_often
 from dvdquant.system.out_of_memory import is_out_of_memory, says_no_memory
@@ -38,7 +39,11 @@ _BAR = re.compile(r"(\n|\x1b\[A)*")  # how tqdm moves between its bars
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, raised where the program is so that every ``finally`` runs."""
+    """SIGTERM or SIGHUP, raised where the program is so that every ``finally`` runs.
+
+    Args:
+        signum: The number of the signal.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -243,8 +248,8 @@ def user_error(error: BaseException) -> DvdquantError | None:
     Args:
         error: What ended the command.
     """
-    if isinstance(error, (EngineError, ExportError)) and is_out_of_memory(error):
-        return ResourceError(error.what, fix=_MEMORY_FIX)  # whatever it advised: the engine is not to blame
+    if isinstance(error, (EngineError, ExportError, KernelError)) and is_out_of_memory(error):
+        return ResourceError(error.what, fix=_MEMORY_FIX)  # whatever it advised: engine and kernels are not to blame
     if isinstance(error, DvdquantError):
         return error
     text = str(error)
@@ -308,8 +313,8 @@ def run_as_process(call: Callable[[], Any], words: Sequence[str]) -> int:
     """Return the exit code of ``call``, a click command outside its standalone mode, its errors printed.
 
     Args:
-        call: runs the command and returns what it returns.
-        words: the command line; with ``--log-format json`` errors are JSON lines.
+        call: Runs the command and returns what it returns.
+        words: The command line; with ``--log-format json`` errors are JSON lines.
     """
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_bug

@@ -12,7 +12,7 @@ import click
 from dvdquant import __version__
 from dvdquant.clashes import refuse_clashes, session_clashes
 from dvdquant.cli.attention_options import takes_attention
-from dvdquant.cli.common import CUDA_GRAPHS, FUSE, ExamplesCommand, runs_on, takes_plugins
+from dvdquant.cli.common import CUDA_GRAPHS, FUSE, ExamplesCommand, refuse_besides, runs_on, takes_plugins
 from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.cli.serve_options import (
     KEY_VARIABLE,
@@ -25,6 +25,7 @@ from dvdquant.cli.serve_options import (
     read_models,
     read_one,
     read_sessions,
+    session_options,
 )
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.devices import check_device_word
@@ -202,7 +203,7 @@ def main(exports: tuple[str, ...], **options: Any) -> None:
         return
     keys = read_keys(options["api_key_file"])
     check_open(options["host"], bool(keys), options["is_open"])
-    models = read_models(exports, options["pipeline"], options["schedule"])
+    models = read_models(exports, options)
     names = devices(options["device"], options["workers"])
     for name in names:
         check_device_word(name)
@@ -243,11 +244,14 @@ def write_triton(exports: tuple[str, ...], options: dict[str, Any]) -> None:
         options: ``triton_repository``, ``pipeline``, and those of sessions.
 
     Raises:
-        UnsupportedError: There are several exports, or the device is unknown.
+        UnsupportedError: There are several exports, the device is unknown, or another option has no effect.
         OutputError: The export cannot be used, or the folder cannot be written.
     """
-    if options["schedule"]:
-        raise UnsupportedError("a model repository takes no schedules", fix="leave --schedule out")
+    refuse_besides(
+        "--triton-repository writes files and serves nothing",
+        ("triton_repository", "pipeline", *session_options(), "log_format", "verbose"),
+        "leave out what does not apply, or --triton-repository",
+    )
     model = read_one(exports, options, "a model repository")
 
     from dvdquant.deploy.serve.bridges.triton_repository import write_repository
@@ -265,9 +269,16 @@ def run_dynamo(exports: tuple[str, ...], options: dict[str, Any]) -> None:
         options: ``pipeline``, ``schedule``, ``log_format``, ``verbose``, those of sessions and the limits.
 
     Raises:
-        UnsupportedError: There are several exports, the device is unknown, or Dynamo is not installed.
+        UnsupportedError: There are several exports, the device is unknown, another option has no effect, or Dynamo is not
+            installed.
         DvdquantError: The export or its model cannot be used.
     """
+    limits = ("max_steps", "max_pixels", "max_prompt", "max_picture")
+    refuse_besides(
+        "--dynamo serves no HTTP, keeps no queue, and warms up in any case",
+        ("dynamo", "pipeline", "schedule", *session_options(), *limits, "log_format", "verbose"),
+        "leave out what does not apply, or --dynamo",
+    )
     model = read_one(exports, options, "a worker of Dynamo")
     if importlib.util.find_spec("dynamo") is None or importlib.util.find_spec("dynamo.common") is None:
         raise UnsupportedError("--dynamo needs NVIDIA Dynamo", fix="pip install 'dvdquant[serve-dynamo]'")

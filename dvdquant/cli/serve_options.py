@@ -30,6 +30,7 @@ __all__ = [
     "read_one",
     "read_schedules",
     "read_sessions",
+    "session_options",
 ]
 
 KEY_VARIABLE = "DVDQ_API_KEY"
@@ -45,7 +46,14 @@ def read_sessions(options: dict[str, Any]) -> SessionSettings:
     """
     from dvdquant.deploy.serve.settings import SessionSettings
 
-    return SessionSettings(**{each.name: options[each.name] for each in fields(SessionSettings)})
+    return SessionSettings(**{name: options[name] for name in session_options()})
+
+
+def session_options() -> tuple[str, ...]:
+    """Return the names of the options that say how sessions are opened."""
+    from dvdquant.deploy.serve.settings import SessionSettings
+
+    return tuple(each.name for each in fields(SessionSettings))
 
 
 def read_one(exports: tuple[str, ...], options: dict[str, Any], what: str) -> ModelSource:
@@ -60,7 +68,7 @@ def read_one(exports: tuple[str, ...], options: dict[str, Any], what: str) -> Mo
         UnsupportedError: There are several, or the device is unknown.
         OutputError: The export cannot be used.
     """
-    models = read_models(exports, options["pipeline"], options["schedule"])
+    models = read_models(exports, options)
     if len(models) != 1:
         raise UnsupportedError(f"{what} is for one export", fix="start the command once for each")
     check_device_word(options["device"])
@@ -117,7 +125,7 @@ def read_keys(path: Path | None) -> list[str]:
 
 
 def check_open(host: str, has_keys: bool, is_open: bool) -> None:
-    """Refuse to start a server that others reach and nobody said that they may.
+    """Refuse a server that other machines reach without a key, unless ``--open`` allows it.
 
     Args:
         host: The address to listen at.
@@ -156,13 +164,14 @@ def read_files(address: str | None, endpoint: str | None, link_seconds: float) -
         link_seconds: See :class:`.settings.ObjectStore`.
 
     Raises:
-        UnsupportedError: Options for an object store without one.
+        UnsupportedError: Options for an object store are given, and no object store is.
     """
     from dvdquant.deploy.serve.settings import ObjectStore
 
     if address is None:
-        if link_seconds:
-            raise UnsupportedError("--s3-link-seconds is for clips in an object store", fix="give --files s3://bucket")
+        for option, given in (("--s3-link-seconds", link_seconds), ("--s3-endpoint", endpoint)):
+            if given:
+                raise UnsupportedError(f"{option} is for clips in an object store", fix="give --files s3://bucket")
         return None
     return ObjectStore(address, endpoint, link_seconds)
 
@@ -197,22 +206,22 @@ def gpus(root: Path = Path("/dev")) -> int:
     return len([path for path in root.glob("nvidia*") if path.name[6:].isdecimal()])
 
 
-def read_models(
-    exports: tuple[str, ...], pipelines: tuple[str, ...], schedules: tuple[Path, ...]
-) -> tuple[ModelSource, ...]:
+def read_models(exports: tuple[str, ...], options: dict[str, Any]) -> tuple[ModelSource, ...]:
     """Return the models to serve; their manifests are read, nothing else.
 
     Args:
         exports: ``OUT`` or ``NAME=OUT``.
-        pipelines: ``PATH`` for the only export, or ``NAME=PATH``.
-        schedules: Files of dvdq-plan; each belongs to the exports it was made for.
+        options: ``pipeline``, each ``PATH`` for the only export, or ``NAME=PATH``; ``schedule``, files of dvdq-plan, each of
+            the exports it was made for; and those of :func:`read_sessions`.
 
     Raises:
-        UnsupportedError: Two models have one name, or a name is of no use in requests.
+        UnsupportedError: Two models have one name, a name is of no use in requests, or an export's recipe excludes an option
+            of sessions.
         OutputError: A folder is no export, or a schedule belongs to none of them.
     """
     from dvdquant.artifact.manifest import load_manifest
     from dvdquant.deploy.serve.settings import ModelSource
+    from dvdquant.recipe import Recipe
 
     places: dict[str, str] = {}
     for text in exports:
@@ -221,7 +230,7 @@ def read_models(
             raise UnsupportedError(f"two models are called {name}", fix=f"give one another name: NAME={shown(place)}")
         places[name] = place
     parts: dict[str, str] = {}
-    for text in pipelines:
+    for text in options["pipeline"]:
         name, place = named(text) or (next(iter(places)), text)
         if name not in places or (named(text) is None and len(places) > 1):
             raise UnsupportedError(
@@ -229,7 +238,10 @@ def read_models(
             )
         parts[name] = place
     manifests = {name: load_manifest(Path(place)) for name, place in places.items()}
-    plans = read_schedules(schedules, manifests)
+    sessions = read_sessions(options)
+    for manifest in manifests.values():
+        sessions.check_for(Recipe.from_json(manifest.recipe))
+    plans = read_schedules(options["schedule"], manifests)
     return tuple(ModelSource(name, place, parts.get(name), plans[name]) for name, place in places.items())
 
 

@@ -138,24 +138,19 @@ class HeldWeights:
         traffic = dict(self.traffic)
         return max((traffic.get(bits, 0) / pace for bits, pace in self.pace), default=0.0)
 
-    def nbytes(self, form: WeightForm) -> int:
-        """Return what a PyTorch session on the kernels holds.
+    def nbytes(self, form: WeightForm, plugin: bool = False) -> int:
+        """Return what a PyTorch session on the kernels holds, or what engines with the TensorRT plugin hold, all together.
 
         Args:
             form: ``packed`` or ``expanded``.
+            plugin: Whether engines hold it, which have the packed and the large tensors as inputs.
         """
+        if plugin:
+            return self.outside_engines(form) + self.constants
         return self.kept + (self.packed if form == "packed" else self.expanded)
 
-    def plugin_bytes(self, form: WeightForm) -> int:
-        """Return what engines with the TensorRT plugin hold, which have the packed and the large tensors as inputs.
-
-        Args:
-            form: ``packed`` or ``expanded``.
-        """
-        return self.outside_engines(form) + self.constants
-
     def outside_engines(self, form: WeightForm) -> int:
-        """Return what of that the engines do not hold in themselves: their inputs, and what the plugin holds beside those.
+        """Return what engines with the plugin hold outside of themselves: their inputs, and what the plugin holds beside those.
 
         Args:
             form: ``packed`` or ``expanded``.

@@ -65,7 +65,7 @@ class LayerSpec:
         """Return the activation grid that the layer runs with.
 
         Args:
-            asked: The grid of the graph. The layer's floor replaces it if it has fewer bits.
+            asked: The grid of the graph. If it has fewer bits than the layer's floor, the floor replaces it.
         """
         return self.floor if self.floor is not None and asked.bits < self.floor.bits else asked
 

@@ -76,7 +76,7 @@ def expand_named(held: HeldWeights, names: Collection[str], plugin: bool = False
     beside = (
         sum(layer.plugin_expanded if layer.name in expanded else layer.rows for layer in held.layers) if plugin else 0
     )
-    packed = held.plugin_bytes("packed") if plugin else held.nbytes("packed")
+    packed = held.nbytes("packed", plugin)
     nbytes = packed + sum(layer.added(plugin) for layer in chosen)
     # A layer that no path expands is the same in both forms.
     rest = [layer for layer in held.layers if layer.name not in expanded and layer.scratch]
@@ -107,7 +107,7 @@ def _enough(held: HeldWeights, room: int | None, plugin: bool) -> list[HeldLayer
     if not pace or held.cost <= COST_LIMIT:
         return []
     slowest = max(pace, key=cost)
-    size = held.plugin_bytes("packed") if plugin else held.nbytes("packed")
+    size = held.nbytes("packed", plugin)
 
     def order(layer: HeldLayer) -> tuple[float, int, str]:
         moved = dict(layer.traffic)[slowest]

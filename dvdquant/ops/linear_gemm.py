@@ -23,7 +23,7 @@ def decode_codes(codes: Tensor, path: str, dtype: torch.dtype = torch.float64) -
     Args:
         codes: uint8 [M, K/2] on s4 paths, [M, K] on others.
         path: One of :data:`dvdquant.ops.repack.PATHS`.
-        dtype: dtype of the result.
+        dtype: Dtype of the result.
     """
     if path.startswith("s4"):
         return unpack_int4(codes).to(dtype)
@@ -56,14 +56,14 @@ def linear_gemm(
         float_zero_point: Whether the packed weight has float zero-points, uint8 [N, groups].
         act_group: Channels per activation scale; 0 for the whole token.
         path: One of :data:`dvdquant.ops.repack.PATHS`; on CUDA one that the device runs.
-        dtype: dtype of y; float16 or bfloat16 on CUDA.
+        dtype: Dtype of y; float16 or bfloat16 on CUDA.
 
     Returns:
         [M, N] of dtype.
 
     Raises:
         ShapeError: The prepared weight or the scales do not belong to codes of that width.
-        UnsupportedError: An unknown path.
+        UnsupportedError: The path is unknown.
     """
     layer = _layer(codes, rows, weight_groups, float_zero_point, act_group, path)
     values = decode_codes(codes, path)

@@ -85,7 +85,7 @@ def expand(
 
     Raises:
         ShapeError: The rows have another size than the layer's.
-        UnsupportedError: An unknown path, or weight groups on s4_token or e4m3_group.
+        UnsupportedError: The path is unknown, or is s4_token or e4m3_group and the weight has groups.
     """
     if len(rows) != rows_bytes(layer):
         raise ShapeError(f"rows of {len(rows)} bytes", available=f"{rows_bytes(layer)} bytes")

@@ -45,7 +45,7 @@ def prepare_weight(
 
     Raises:
         ShapeError: A tensor has another shape or dtype than the others require.
-        UnsupportedError: An unknown path, or weight groups on s4_token or e4m3_group.
+        UnsupportedError: The path is unknown, or is s4_token or e4m3_group and the weight has groups.
     """
     layer = packed_shape(weight, weight_group_scale, weight_zero)
     tensors = (weight, weight_scale, weight_group_scale, weight_zero, bias)

@@ -94,7 +94,7 @@ class PreparedCache:
         Args:
             scale: fp32 [K], or None.
             shift: fp32 [K], or None.
-            dtype: dtype of x.
+            dtype: Dtype of x.
 
         Raises:
             KernelError: It would have to be made while a CUDA graph is being captured.

@@ -76,19 +76,19 @@ def prepared_linear(
         outer: fp32 [p, p], the outer factor of the rotation.
         prepared: uint8 [bytes], of :meth:`.CudaKernels.prepare`.
         pre_quant: [K/8, 2, 8] of x's dtype, what x is multiplied by and what is added to it; or None.
-        kernels: the number of the kernels, of :func:`handle_of`.
-        rows: N.
-        weight_groups: scales per row of the weight.
-        float_zero_point: whether the weight has a zero-point per group.
-        block: the order of the inner Hadamard matrix.
+        kernels: The number of the kernels, of :func:`handle_of`.
+        rows: The output features, N.
+        weight_groups: Scales per row of the weight.
+        float_zero_point: Whether the weight has a zero-point per group.
+        block: The order of the inner Hadamard matrix.
         act_bits: 4 or 8.
-        act_group: channels per activation scale, 0 for the whole token.
+        act_group: Channels per activation scale, 0 for the whole token.
 
     Returns:
         [..., N] of x's dtype.
 
     Raises:
-        KernelError: the kernels of this number are gone.
+        KernelError: The kernels of this number are gone.
     """
     library, layer = opened(kernels, x, len(outer), rows, weight_groups, float_zero_point, block, act_bits, act_group)
     y = library.quant_linear(layer, _tokens(x), outer.contiguous(), prepared, pre_quant)
@@ -134,18 +134,18 @@ def packed_linear(
         codes: int8 [N, K/2], of :meth:`.CudaKernels.make_rows`.
         weight_rows: uint8 [bytes], of the same call.
         pre_quant: [K/8, 2, 8] of x's dtype, what x is multiplied by and what is added to it; or None.
-        kernels: the number of the kernels, of :func:`handle_of`.
-        weight_groups: scales per row of the weight.
-        float_zero_point: whether the weight has a zero-point per group.
-        block: the order of the inner Hadamard matrix.
+        kernels: The number of the kernels, of :func:`handle_of`.
+        weight_groups: Scales per row of the weight.
+        float_zero_point: Whether the weight has a zero-point per group.
+        block: The order of the inner Hadamard matrix.
         act_bits: 4 or 8.
-        act_group: channels per activation scale, 0 for the whole token.
+        act_group: Channels per activation scale, 0 for the whole token.
 
     Returns:
         [..., N] of x's dtype.
 
     Raises:
-        KernelError: the kernels of this number are gone.
+        KernelError: The kernels of this number are gone.
     """
     rows = codes.shape[0]
     library, layer = opened(kernels, x, len(outer), rows, weight_groups, float_zero_point, block, act_bits, act_group)
@@ -192,7 +192,7 @@ def opened(
         number: The number of the kernels, of :func:`handle_of`.
         x: [..., K] bf16 or fp16.
         outer: The order of the outer factor of the rotation.
-        rows: N.
+        rows: The output features, N.
         weight_groups: Scales per row of the weight.
         float_zero_point: Whether the weight has a zero-point per group.
         block: The order of the inner Hadamard matrix.

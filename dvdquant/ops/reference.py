@@ -47,7 +47,7 @@ def dequantize_weight(
         scale: fp32 [N].
         group_scale: uint8 [N, groups], 255 = 1.0.
         zero: fp32 [N], centred, or uint8 [N, groups] (see :func:`dvdquant.numerics.packing.expand_zero`).
-        dtype: dtype of the arithmetic and of the result.
+        dtype: Dtype of the arithmetic and of the result.
     """
     codes = unpack_int4(weight).to(dtype)
     rows, features = codes.shape
@@ -84,7 +84,7 @@ def quant_linear_reference(
         outer: The outer rotation factor, fp32 [p, p].
         act_bits: Bits of the activation codes: 4, 6 or 8.
         act_group: Channels per activation scale; 0 for the whole token.
-        compute: dtype of the arithmetic.
+        compute: Dtype of the arithmetic.
 
     Returns:
         [..., N] of x's dtype.

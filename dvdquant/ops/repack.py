@@ -85,7 +85,7 @@ class LayerShape:
         outer: Order of the outer rotation factor; 1 for none.
         act_bits: Bits of the activation codes: 4 or 8.
         act_group: Channels per activation scale; 0 for the whole token.
-        dtype: dtype of x and y: ``bf16`` or ``fp16``.
+        dtype: Dtype of x and y: ``bf16`` or ``fp16``.
     """
 
     n: int
@@ -136,7 +136,7 @@ def prepare(
 
     Raises:
         ShapeError: An array has another shape or dtype than the layer says.
-        UnsupportedError: An unknown path, or s4_token or e4m3_group with weight groups.
+        UnsupportedError: The path is unknown, or is s4_token or e4m3_group and the weight has groups.
     """
     if path not in PATHS:
         raise UnsupportedError(f"unknown path {path!r}", available=PATHS)
@@ -284,7 +284,7 @@ def added_error(
 
     Raises:
         ShapeError: An array has another shape or dtype than the layer says.
-        UnsupportedError: An unknown path, or s4_token or e4m3_group with weight groups.
+        UnsupportedError: The path is unknown, or is s4_token or e4m3_group and the weight has groups.
     """
     packed, step, group_scales, zeros = _canonical(layer, codes, scale, group_scale, zero)
     grid = dequantize(layer, PreparedWeight(packed, step, np.zeros(layer.n, np.float32), step, group_scales, None))

@@ -35,7 +35,7 @@ def pack_pre_quant(scale: Tensor | None, shift: Tensor | None, dtype: torch.dtyp
     Args:
         scale: fp32 [K], ± powers of two; None for ones.
         shift: fp32 [K]; None for zeros.
-        dtype: dtype of x and of the result.
+        dtype: Dtype of x and of the result.
     """
     scale = torch.ones_like(shift) if scale is None else scale  # type: ignore[arg-type]
     offset = torch.zeros_like(scale) if shift is None else -shift.to(dtype) * scale

@@ -58,7 +58,7 @@ class QuantizedWeight:
         codes: int8 [N, K] in −8..7.
         scale: fp32 [N], finite and at least 2⁻¹¹⁸.
         group_scale: uint8 [N, groups] in 1..255; groups = K / group size, [N, 1] of 255 for per-row scales.
-        zero: the centred zero-point: fp32 [N], or for ``float`` uint8 [N, groups] (see :func:`packing.expand_zero`). 0
+        zero: The centred zero-point: fp32 [N], or for ``float`` uint8 [N, groups] (see :func:`packing.expand_zero`). 0
             for a row of zeros in every mode, and for a group of zeros in ``float``, so that it reconstructs exactly.
     """
 
@@ -79,7 +79,7 @@ class QuantizedWeight:
         """Return ``scale · (group_scale/255) · (codes − zero)`` [N, K], scales rounded to fp32 as every kernel does.
 
         Args:
-            dtype: dtype of the result; float64 also computes in float64, all others in fp32.
+            dtype: Dtype of the result; float64 also computes in float64, all others in fp32.
         """
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         groups = self.group_scale.shape[1]
@@ -121,7 +121,7 @@ def quantize_weight(w: Tensor, spec: WeightSpec) -> QuantizedWeight:
     Raises:
         ShapeError: w is not a non-empty [N, K], or the group size is odd or does not divide K.
         CheckpointError: w has NaN or Inf.
-        RecipeError: An unknown solver or zero-point, or an integer zero-point with groups.
+        RecipeError: The solver or the zero-point is unknown, or an integer zero-point is asked for with groups.
     """
     mode, solver = _check_names(spec.zero_point, spec.solver)
     if spec.zero_point == "paper" and spec.group_size:
@@ -189,7 +189,7 @@ def refine_grid(
     Raises:
         ShapeError: w is not a non-empty [N, K], or the group size does not divide K.
         CheckpointError: w has NaN or Inf.
-        RecipeError: An unknown solver or zero-point.
+        RecipeError: The solver or the zero-point is unknown.
     """
     mode, solver_code = _check_names(zero_point, solver)
     groups = _check_shape(w, group_size)

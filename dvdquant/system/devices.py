@@ -1,18 +1,20 @@
-"""The PyTorch device that a user's word means, decided here for exporter and runtime alike, and the wait for its work."""
+"""The words for backends and devices, the PyTorch device that a user's word means, and the wait for its work."""
 
 from __future__ import annotations
 
 import contextlib
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dvdquant.errors import UnsupportedError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEVICE_WORDS", "check_device_word", "cuda_sm", "resolve_device", "wait_for"]
+__all__ = ["BACKEND_WORDS", "DEVICE_WORDS", "BackendWord", "check_device_word", "cuda_sm", "resolve_device", "wait_for"]
 
+BackendWord = Literal["auto", "onnxruntime", "pytorch", "rtx", "tensorrt"]
+BACKEND_WORDS: tuple[BackendWord, ...] = get_args(BackendWord)
 DEVICE_WORDS = ("auto", "cpu", "cuda", "cuda:N")
 # A number with more digits is no index of a device, and torch.device overflows on it.
 _CUDA = re.compile(r"cuda(?::(0|[1-9][0-9]{0,2}))?", re.ASCII)

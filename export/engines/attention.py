@@ -22,7 +22,7 @@ class AttentionWish:
 
     Args:
         kind: ``16``, ``int8`` or ``fp8``.
-        obstacle: why this model's attention stays in 16 bit in engines; empty where nothing is in the way.
+        obstacle: Why this model's attention stays in 16 bit in engines; empty where nothing is in the way.
     """
 
     kind: str = "16"

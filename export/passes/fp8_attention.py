@@ -100,7 +100,7 @@ def fp8_attention(model: ir.Model, tokens: int) -> list[AttentionScales]:
 
     Args:
         model: The graph, which is changed in place.
-        tokens: of the video at the largest sizes.
+        tokens: The number of tokens of the video at the largest sizes.
     """
     done = []
     # All are read before any is changed: a constant of one may be one of another.

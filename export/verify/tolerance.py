@@ -35,7 +35,7 @@ class OpInputs:
     """The tensors and attributes of one ``dvdquant::QuantLinear``.
 
     Args:
-        tensors: weight int8 [N, K/2], weight_scale fp32 [N], weight_group_scale uint8 [N, groups], weight_zero fp32 [N]
+        tensors: Weight int8 [N, K/2], weight_scale fp32 [N], weight_group_scale uint8 [N, groups], weight_zero fp32 [N]
             or uint8 [N, groups], bias fp32 [N], hadamard fp32 [b, b], outer fp32 [p, p]; by name, in the order of the
             op.
         act_bits: The bits of the activation codes.

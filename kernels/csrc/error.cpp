@@ -23,10 +23,11 @@ dvdq_status fail(dvdq_status status, const char* format, ...) {
 dvdq_status check_cuda(int error, const char* what) {
   if (error == 0) return DVDQ_OK;
 #if !defined(DVDQ_EMULATE) && !defined(DVDQ_HOST_ONLY)
+  static_assert(cudaErrorMemoryAllocation == 2, "cuda_failure");
   const cudaError_t code = static_cast<cudaError_t>(error);
-  return fail(DVDQ_CUDA_ERROR, "%s: %s (%s)", what, cudaGetErrorString(code), cudaGetErrorName(code));
+  return fail(cuda_failure(error), "%s: %s (%s)", what, cudaGetErrorString(code), cudaGetErrorName(code));
 #else
-  return fail(DVDQ_CUDA_ERROR, "%s: CUDA error %d", what, error);
+  return fail(cuda_failure(error), "%s: CUDA error %d", what, error);
 #endif
 }
 

@@ -104,8 +104,9 @@ struct Instance {
       status = gemm.run(args.stream);
     }
     if (status != cutlass::Status::kSuccess) {
-      return fail(DVDQ_CUDA_ERROR, "%s: %s (CUDA: %s)", name, cutlass::cutlassGetStatusString(status),
-                  cudaGetErrorString(cudaGetLastError()));
+      const cudaError_t error = cudaGetLastError();
+      return fail(cuda_failure(error), "%s: %s (CUDA: %s)", name, cutlass::cutlassGetStatusString(status),
+                  cudaGetErrorString(error));
     }
     return DVDQ_OK;
   }

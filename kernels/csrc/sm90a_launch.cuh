@@ -95,7 +95,7 @@ dvdq_status launch(typename Gemm::Arguments arguments, const GemmArgs& args, int
   }
   if (status != cutlass::Status::kSuccess) {
     error = cudaGetLastError();
-    return fail(DVDQ_CUDA_ERROR, "%s: %s (CUDA: %s)", name, cutlass::cutlassGetStatusString(status),
+    return fail(cuda_failure(error), "%s: %s (CUDA: %s)", name, cutlass::cutlassGetStatusString(status),
                 cudaGetErrorString(error));
   }
   return DVDQ_OK;

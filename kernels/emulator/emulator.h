@@ -103,6 +103,11 @@ inline uint64_t schedule_seed = 0;
 constexpr size_t kStack = 256 * 1024;
 constexpr size_t kGuard = 4096;
 
+inline cudaError_t refusal = cudaSuccess;
+
+// Lets the next launch fail with a code of the CUDA runtime, and run nothing.
+inline void refuse_next(cudaError_t error) { refusal = error; }
+
 // 0 runs threads in order, other values shuffle them differently.
 inline void set_schedule(uint64_t seed) { schedule_seed = seed; }
 

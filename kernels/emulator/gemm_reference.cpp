@@ -81,3 +81,6 @@ dvdq_status gemm_e4m3_group(const GemmArgs& args) {
 
 // Shuffles the order in which threads run; 0 runs them in order.
 extern "C" __attribute__((visibility("default"))) void dvdq_emulator_schedule(uint64_t seed) { dvdq::emulator::set_schedule(seed); }
+
+// Lets the next launch fail with a code of the CUDA runtime.
+extern "C" __attribute__((visibility("default"))) void dvdq_emulator_refuse(int error) { dvdq::emulator::refuse_next(error); }

@@ -250,6 +250,7 @@ inline void mma_16bit_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint3
 template <class... Parameters, class... Arguments>
 inline cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t,
                           Arguments... arguments) {
+  if (const cudaError_t error = std::exchange(emulator::refusal, cudaSuccess); error != cudaSuccess) return error;
   const auto body = [=] { kernel(arguments...); };
   emulator::run_grid(grid, block, shared, [](const void* b) { (*static_cast<decltype(&body)>(b))(); }, &body);
   return cudaSuccess;

@@ -17,7 +17,7 @@ from dvdquant.artifact.verify_files import verify_files
 from dvdquant.export import build_room
 from dvdquant.system.files import hash_file
 from tests.support.commands import digests
-from tests.support.device_build import A4, A8, build_here, flip_last_bit, pack
+from tests.support.device_build import A4, A8, build_here, flip_last_bit, pack, plugin_library
 from tests.support.device_build import made as made
 from tests.support.device_build import plugin as plugin
 from tests.support.device_build import quick_builder as quick_builder
@@ -170,9 +170,11 @@ def test_a_bundle_with_other_build_settings_is_built_with_them(
     assert [entry["workspace_gib"] for entry in manifest.builds] == [3.0, 3.0]
     assert manifest.sampling == {"steps": 4}
     assert [e["path"] for e in manifest.engines] == [A4, A8]
-    done = build_here(monkeypatch, tmp_path / "other.tar", *line, "--dry-run", "--log-format", "json")
-    assert [entry["workspace_gib"] for entry in json.loads(done.stdout)["builds"]] == [3.0, 3.0]
     # The engine of a4 has the old settings, so it is built again.
+    done = build_here(monkeypatch, tmp_path / "other.tar", *line, "--dry-run", "--log-format", "json")
+    said = json.loads(done.stdout)
+    assert [(entry["engine"], entry["workspace_gib"]) for entry in said["builds"]] == [(A4, 3.0)]
+    assert said["up_to_date"] == [A8]
     done = build_here(monkeypatch, tmp_path / "other.tar", *line)
     assert f"{there} holds what {tmp_path / 'other.tar'} holds" in done.stderr
     assert A4 in done.stdout
@@ -202,9 +204,47 @@ def test_where_nothing_is_to_be_built_no_memory_is_asked_for(
         done = build_here(monkeypatch, *source, *line, "--bits", 8)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == [f"{A8} is up to date", "nothing to do"]
-        refused = build_here(monkeypatch, *source, *line)
-        assert refused.returncode == 2
-        assert f"{A4}: the builder is estimated to take" in refused.stderr
+        dry = build_here(monkeypatch, *source, *line[:2], "--bits", 8, "--dry-run")
+        assert dry.returncode == 0, dry.stderr
+        assert f"{A8} is up to date" in dry.stdout
+        for more in ((), ("--dry-run",)):
+            refused = build_here(monkeypatch, *source, *line[:2], *more)
+            assert refused.returncode == 2
+            assert f"{A4}: the builder is estimated to take" in refused.stderr
+
+
+def test_a_bundle_whose_engines_stay_asks_for_no_memory(
+    made: Path, tmp_path: Path, there: Path, monkeypatch: pytest.MonkeyPatch, quick_builder: None
+) -> None:
+    """Its own plugin library; then another bundle of the same graphs and weights, which is unpacked over the first one."""
+    library = plugin_library(tmp_path / "own.so", machine="aarch64")
+    for place in ("dvdquant.system.plugin_file", "dvdquant.plugin_library"):  # the device, an Orin
+        monkeypatch.setattr(f"{place}.machine_name", lambda: "aarch64")
+    first, second = tmp_path / "first.tar", tmp_path / "second.tar"
+    pack(made, first, "--plugin", library)
+    line = ("-o", there, "--plugin", "bundled", "--no-check")
+    assert build_here(monkeypatch, first, *line).returncode == 0
+    other = Path(shutil.copytree(made, tmp_path / "other"))
+    change_manifest(other, sampling={"steps": 4})
+    pack(other, second, "--plugin", library)
+    monkeypatch.setattr(build_room, "memory_limit", lambda: 1 << 20)
+    for source in (first, second):
+        for words in (line[:2], line[:4]):  # where nothing is named, it is the bundle's
+            dry = build_here(monkeypatch, source, *words, "--dry-run")
+            assert dry.returncode == 0, dry.stderr
+            assert dry.stdout.splitlines()[-3:] == [
+                f"{A4} is up to date",
+                f"{A8} is up to date",
+                "dry run: nothing was unpacked",
+            ]
+        done = build_here(monkeypatch, source, *line)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "nothing to do"
+    assert load_manifest(there).sampling == {"steps": 4}
+    flip_last_bit(there / A4)
+    dry = build_here(monkeypatch, second, *line, "--dry-run")
+    assert dry.returncode == 2
+    assert f"{A4}: the builder is estimated to take" in dry.stderr
 
 
 def test_replace_is_for_bundles(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:

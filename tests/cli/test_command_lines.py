@@ -22,6 +22,7 @@ from dvdquant.cli.process import user_error
 from dvdquant.errors import EngineError, ExportError, ResourceError
 from dvdquant.export.engines.precision import PRECISIONS
 from dvdquant.export.model_card import model_card
+from dvdquant.ops.cuda.errors import KernelError
 from dvdquant.system.whole_file import UNFINISHED
 from dvdquant.text import unsafe
 from tests.support import tiny_models as tiny
@@ -202,7 +203,7 @@ def test_a_library_without_memory(message: str, server: CommandServer) -> None:
 
 
 def test_an_error_that_wraps_a_failed_allocation_advises_memory() -> None:
-    for kind in (EngineError, ExportError):
+    for kind in (EngineError, ExportError, KernelError):
         for cause in (RuntimeError("std::bad_alloc"), MemoryError(), OSError(12, "Cannot allocate memory")):
             failed = kind(f"onnxruntime failed in a8: {cause}", fix="check the engines")
             failed.__cause__ = cause

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import socket
@@ -17,11 +18,14 @@ from click.testing import CliRunner, Result
 
 from dvdquant.cli.serve import main
 from dvdquant.cli.serve_options import allowed_names, devices, gpus, read_keys
+from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.serve.bridges.direct import DirectModel
 from dvdquant.deploy.serve.request.model_names import named, named_export
+from dvdquant.deploy.serve.service import open_models
 from dvdquant.deploy.serve.settings import Limits, ModelSource, ServerSettings, SessionSettings
 from dvdquant.deploy.serve.workers.worker import open_model
-from dvdquant.errors import DvdquantError
+from dvdquant.deploy.sessions import open_session
+from dvdquant.errors import DvdquantError, UnsupportedError
 from tests.support.commands import refused
 from tests.support.session_exports import family_export
 
@@ -156,12 +160,58 @@ def test_options_of_sessions_without_effect_are_refused_before_an_export_is_open
         ),
         (("--attention", "fp8", "--backend", "onnxruntime"), "in 16 bit, so --attention fp8 does not apply"),
         ((*LIBRARY, "--attention", "16", "--triton-repository", tmp_path / "t"), "--attention 16 does not apply"),
+        (("--weights", "packed", "--backend", "rtx"), "as they were built, so --weights packed does not apply"),
         (("--compile", "--backend", "rtx", "--dynamo"), "--compile runs in PyTorch, so --backend rtx does not apply"),
     ):
         refused(_run(gone, *words), said, "leave one of the two out")
     refused(_run(gone, "--plugin", tmp_path / "none.so"), "none.so is not there", "make plugin")
     refused(_run(gone, "--attention-backend", "flash"), "unknown attention library 'flash'", "fa3-fwd", "reference")
     assert not list(tmp_path.iterdir())
+
+
+def test_options_of_the_server_that_triton_and_dynamo_have_no_place_for_are_refused(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVDQ_STORE", "postgresql://none.invalid/jobs")  # of the environment: for all commands
+    folder = tmp_path / "triton"
+    for words, said in (
+        (("--queue", 5), "--triton-repository writes files and serves nothing, so --queue does not apply"),
+        (("--schedule", "s.json", "--dynamo"), "so --schedule, --dynamo do not apply"),
+        (("--host", "0.0.0.0", "--workers", 2), "so --host, --workers do not apply"),
+    ):
+        refused(_run(out, "--triton-repository", folder, *words), said, "leave out what does not apply")
+    for words, said in (
+        (
+            ("--port", 9000),
+            "--dynamo serves no HTTP, keeps no queue, and warms up in any case, so --port does not apply",
+        ),
+        (("--store", "postgresql://x/y", "--no-warm-up"), "so --store, --no-warm-up do not apply"),
+    ):
+        refused(_run(out, "--dynamo", "--max-steps", 9, "-v", *words), said, "leave out what does not apply")
+    assert not list(tmp_path.iterdir())
+    assert _run(out, "--triton-repository", folder, "--device", "cpu", "--weights", "packed", "-v").exit_code == 0
+
+
+def test_a_library_of_attention_that_a_recipe_in_16_bit_excludes_is_refused_before_a_worker_starts(
+    out: Path, tmp_path: Path
+) -> None:
+    """In the words of a session, by the server, for Triton and for Dynamo; nothing is written."""
+    with pytest.raises(UnsupportedError) as session:
+        open_session(Artifact.open(out), device="cpu", attention_backend="reference")
+    where = ("--data", tmp_path / "data", "--port", 0)
+    for words in (where, ("--triton-repository", tmp_path / "triton"), ("--dynamo",)):
+        refused(_run(out, *words, *LIBRARY), session.value.what, session.value.fix or "", "int8, fp8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_in_16_bit_does_not_take_the_place_of_one_in_8_while_a_library_of_attention_is_named(
+    out: Path,
+) -> None:
+    """The interface says so, also where the server or Ray's builder does not reach the export."""
+    settings = ServerSettings(models=(ModelSource("wan", str(out)),), data=out, attention_backend="reference")
+    with pytest.raises(UnsupportedError, match="'reference' computes 8-bit attention, and attention is in 16 bit"):
+        open_models(settings)
+    assert list(open_models(dataclasses.replace(settings, attention="int8"))) == ["wan"]
 
 
 def test_what_is_wrong_is_said_before_anything_starts(out: Path, tmp_path: Path) -> None:
@@ -172,6 +222,7 @@ def test_what_is_wrong_is_said_before_anything_starts(out: Path, tmp_path: Path)
     refused(_run(f"a={out}", f"b={out}", "--pipeline", "org/model"), "is for no model here")
     refused(_run(out, "--schedule", tmp_path / "none.json"), "none.json")
     refused(_run(out, "--api-key-file", tmp_path / "none"), "cannot be read")
+    refused(_run(out, "--s3-endpoint", "http://minio:9000"), "--s3-endpoint is for clips in an object store", "--files")
     refused(_run(out, "--device", ","), "names no device", "available: auto")
     refused(_run(out, "--port", 99999), "99999", way_out=False)
     (tmp_path / "keys").write_text("# none\n\n")

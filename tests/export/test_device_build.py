@@ -281,7 +281,7 @@ def test_the_engines_of_both_widths_share_what_is_not_quantized(
     read = sum(weights[name].nbytes for name in inputs)
     held = held_weights(plan, 87, (4, 8))
     rows = sum(layer.rows for layer in held.layers)
-    assert held.plugin_bytes("packed") == read + rows + sum(constants.values())
+    assert held.nbytes("packed", plugin=True) == read + rows + sum(constants.values())
     assert (held.shared, held.constants) == (kept, sum(constants.values()))
     # 1. What a session holds, and what is said of it before; 2. the same of engines that hold all of it in themselves.
     machine, request = Machine(monkeypatch, "11.4.0.1", None), SimpleNamespace(mode="a8")
@@ -301,7 +301,7 @@ def test_the_engines_of_both_widths_share_what_is_not_quantized(
         }
         total = there["weights"] + there["engines"]
         counted = held_weights(plan, 87, (4, 8), shared=artifact.kept_inputs("transformer", "tensorrt", (4, 8)))
-        assert counted.plugin_bytes("packed") == total
+        assert counted.nbytes("packed", plugin=True) == total
         said = needs.transformer_bytes(artifact, [request], "tensorrt", False, "8.7", "packed", {})  # type: ignore[list-item]
         assert said == {Loaded("packed"): total}
     # 3. The graphs of such an export are made again for their builder, its weights are not.

@@ -36,8 +36,8 @@ def test_what_a_policy_chooses() -> None:
     # What the plugin holds beside its inputs.
     plugin = choose_weights(dear, "auto", plugin=True)
     assert (plugin.expanded, plugin.beside, plugin.nbytes) == ({"large"}, 122, 332)
-    assert choose_weights(dear, "packed", plugin=True).nbytes == dear.plugin_bytes("packed") == 213
-    assert choose_weights(dear, "expanded", plugin=True).nbytes == dear.plugin_bytes("expanded") == 410
+    assert choose_weights(dear, "packed", plugin=True).nbytes == dear.nbytes("packed", plugin=True) == 213
+    assert choose_weights(dear, "expanded", plugin=True).nbytes == dear.nbytes("expanded", plugin=True) == 410
 
 
 def test_what_does_not_fit_stays_packed() -> None:
@@ -68,8 +68,8 @@ def test_a_published_model_pays_little_and_holds_what_it_must(name: str, sm: int
         choice = choose_weights(counted, "auto", plugin=plugin)
         assert choice.form == "mixed"
         assert COST_LIMIT * 0.95 < choice.cost <= COST_LIMIT
-        most = counted.plugin_bytes("expanded") if plugin else counted.nbytes("expanded")
-        least = counted.plugin_bytes("packed") if plugin else counted.nbytes("packed")
+        most = counted.nbytes("expanded", plugin)
+        least = counted.nbytes("packed", plugin)
         # Every byte more saves alike, so what is held grows as the cost falls.
         grown = (choice.nbytes - least) / (most - least)
         assert grown == pytest.approx(1 - choice.cost / counted.cost, abs=0.02)

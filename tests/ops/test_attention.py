@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dvdquant.errors import ChoiceError, EngineError, ShapeError, UnsupportedError
-from dvdquant.hardware.capabilities import CAPABILITIES
+from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
 from dvdquant.numerics.hadamard import hadamard_matrix
 from dvdquant.ops.attention.definition import (
     FORMATS,
@@ -32,7 +32,15 @@ from dvdquant.ops.attention.definition import (
 )
 from dvdquant.ops.attention.e4m3 import e4m3_operands
 from dvdquant.ops.attention.ladder import Attention, exact, rungs_for
-from dvdquant.ops.attention.libraries import LADDERS, LIBRARIES, REFERENCE, Library, ladder, ladders_text
+from dvdquant.ops.attention.libraries import (
+    LADDERS,
+    LIBRARIES,
+    REFERENCE,
+    Library,
+    ladder,
+    ladder_rows,
+    ladders_text,
+)
 from dvdquant.ops.attention.operation import attention, number_of
 
 
@@ -426,23 +434,32 @@ def test_ladders() -> None:
     assert "installed here" in words
 
 
-def test_the_page_names_what_is_tried_on_every_gpu() -> None:
-    """The table of docs/runtime.md against the ladders; a GPU with kernels and no library has a row that says so."""
+def test_the_page_and_the_command_name_what_is_tried_on_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of docs/runtime.md, row by row, and the text of dvdq-inspect where no library is installed."""
     page = (Path(__file__).parents[2] / "docs/runtime.md").read_text()
-    rows = re.findall(
+    told = re.findall(
         r"^\| (\d[^|]*) \| ([^|]+) \| ([^|]+) \|$", page[page.index("## Attention in 8 bits") :], re.MULTILINE
     )
-    told: dict[str, dict[str, str]] = {}
-    for sms, int8, fp8 in rows:
-        for sm in re.findall(r"\d+\.\d", sms):
-            assert sm not in told, sm
-            told[sm] = {"int8": int8, "fp8": int8 if fp8 == "the same" else fp8}
+    rows = ladder_rows()
+    assert [re.findall(r"\d+\.\d", sms) for sms, _, _ in told] == [sms for sms, _ in rows]
+    for (_, int8, fp8), (sms, formats) in zip(told, rows):
+        for wanted, words in (("int8", int8), ("fp8", int8 if fp8 == "the same" else fp8)):
+            tried = ", ".join(library.name for library in formats[wanted])
+            assert words == tried if tried else words.startswith("none"), (sms, wanted)
+            assert all(ladder(wanted, sm_number(sm)) == formats[wanted] for sm in sms)
     kernels = {sm for sm, facts in CAPABILITIES.items() if facts.kernels and not facts.refused}
-    assert told.keys() == kernels | {f"{sm / 10}" for sm in LADDERS}
-    for sm, formats in told.items():
-        for wanted, words in formats.items():
-            tried = ", ".join(library.name for library in ladder(wanted, round(10 * float(sm))))
-            assert words == tried if tried else words.startswith("none"), (sm, wanted)
+    assert {sm for sms, _ in rows for sm in sms} == kernels | {f"{sm / 10}" for sm in LADDERS}
+    monkeypatch.setattr(Library, "installed", lambda library: "it is not installed")
+    assert ladders_text("fp8")[1:] == [
+        "  SM 8.0 (A100, A30), 8.6 (RTX 30, RTX A, A10, A40): comfy-kitchen, sageattention-2, sageattention-1",
+        "  SM 8.9 (RTX 40, RTX Ada, L4, L40S): sageattention-2, comfy-kitchen, sageattention-1",
+        "  SM 9.0 (H100, H200, GH200): fa3-fwd, cudnn, sageattention-2, comfy-kitchen",
+        "  SM 10.0 (B200, GB200): cudnn, comfy-kitchen",
+        "  SM 10.3 (B300, GB300): cudnn",
+        "  SM 12.0 (RTX 50, RTX PRO Blackwell): comfy-kitchen, sageattention-2",
+        "  SM 8.7 (Jetson Orin), 11.0 (Jetson Thor), 12.1 (GB10 (DGX Spark)): none, so 16 bit",
+        "  installed here: none",
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- operation

@@ -32,6 +32,7 @@ from dvdquant.ops.prepared_cache import PreparedCache
 from dvdquant.ops.quant_linear import quant_linear
 from dvdquant.ops.repack import PATHS, LayerShape, prepared_bytes
 from dvdquant.ops.rotate_quantize import rotate_quantize
+from dvdquant.system.out_of_memory import is_out_of_memory
 from tests.support.emulated_kernels import KERNELS, one_thread  # noqa: F401
 from tests.support.emulated_kernels import library as library
 
@@ -85,6 +86,18 @@ def test_statuses_become_errors_with_the_librarys_words(library: KernelLibrary) 
     pointers = (x.data_ptr(), 0, prepared.data_ptr(), y.data_ptr())
     with pytest.raises(ResourceError, match="workspace"):
         library.quant_linear(layer, 90, *pointers, 4, workspace.data_ptr(), 256, 0)
+
+
+@pytest.mark.parametrize(("code", "memory"), [(2, True), (1, False), (719, False)])
+def test_want_of_memory_is_known_by_cudas_code(library: KernelLibrary, code: int, memory: bool) -> None:
+    """cudaErrorMemoryAllocation is 2; the words of the message, which here name no memory, decide nothing."""
+    kernels, layer = check_kernels.GuardedKernels(library, 90), LayerShape(8, 256)
+    stored = make_weight(layer, "midrise", CPU, 1).stored()
+    library.c_library.dvdq_emulator_refuse(code)
+    with pytest.raises(KernelError, match=rf"prepare_weight: CUDA error {code}\n") as caught:
+        kernels.prepare(layer, stored)
+    assert is_out_of_memory(caught.value) is memory
+    assert kernels.prepare(layer, stored).numel()  # the next launch runs
 
 
 def test_what_executes_agrees_with_the_plan(library: KernelLibrary) -> None:

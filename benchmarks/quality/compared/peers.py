@@ -330,7 +330,7 @@ def modelopt_linear(layer: Layer, config: dict[str, Any]) -> Any:
 
     Args:
         layer: The layer, with the inputs that it had.
-        config: modelopt's configuration.
+        config: Modelopt's configuration.
     """
     with _quiet():
         import modelopt.torch.quantization as mtq

@@ -102,7 +102,13 @@ class Gate:
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Answer one request, as ASGI has it.
+
+        Args:
+            scope: The request's line and headers; anything else than HTTP is left alone.
+            receive: A function that gives the next part of the request's body.
+            send: A function that takes the next part of the answer.
+        """
         if scope["type"] != "http":
             return  # no websockets, no lifespan
         headers = _headers(scope)

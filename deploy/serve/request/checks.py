@@ -28,11 +28,11 @@ class CheckedRequest:
     Args:
         model: The name of the model.
         values: The fields of the request; ``seconds`` has become ``num_frames``.
-        steps: Denoising steps.
-        guidance: Guidance scale.
-        frames: Frames.
-        height: Pixels.
-        width: Pixels.
+        steps: The number of denoising steps.
+        guidance: The guidance scale.
+        frames: The number of frames.
+        height: The height in pixels.
+        width: The width in pixels.
         fps: Frames per second.
         calls: Calls of the transformer in a step.
         mode: ``switch``, ``planned``, ``a4`` or ``a8``.

@@ -37,10 +37,10 @@ class DecodedPicture:
     """A picture that was decoded and written anew.
 
     Args:
-        png: RGB, 8 bits a channel, upright, without anything but pixels.
-        width: Pixels.
-        height: Pixels.
-        sha256: Of the file that was sent.
+        png: The picture as PNG: RGB, 8 bits a channel, upright, and only pixels.
+        width: The width in pixels.
+        height: The height in pixels.
+        sha256: The SHA-256 of the file that was sent.
     """
 
     png: bytes

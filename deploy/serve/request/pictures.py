@@ -47,7 +47,7 @@ def take_pictures(fields: Mapping[str, Any], most: int) -> tuple[dict[str, Any],
 
     Args:
         fields: The fields as they came; a file of a form as bytes.
-        most: Bytes of a picture.
+        most: The most bytes of a picture.
 
     Raises:
         ShapeError: A picture is empty, too large, or no base64.

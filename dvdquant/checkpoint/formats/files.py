@@ -115,7 +115,7 @@ def model_files(folder: UntrustedFolder, names: list[str]) -> dict[str, str]:
         names: The names of the entries of the folder.
 
     Raises:
-        CheckpointError: there are several, and they are not the two halves of one model; or what there may be is behind a link
+        CheckpointError: There are several, and they are not the two halves of one model; or what there may be is behind a link
             that leaves the folder.
     """
     linked: list[str] = []
@@ -175,7 +175,7 @@ def check_order(first: str, second: str) -> None:
         second: The name of the second.
 
     Raises:
-        CheckpointError: the first is named as the one of low noise and the second as that of high noise.
+        CheckpointError: The first is named as the one of low noise and the second as that of high noise.
     """
     if _noise(first) == "low" and _noise(second) == "high":
         raise CheckpointError(
@@ -212,7 +212,7 @@ def read_file(folder: UntrustedFolder, name: str) -> HeldFile:
         name: The name of the file in it.
 
     Raises:
-        CheckpointError: it is neither a safetensors file nor a GGUF file, is damaged, or changes meanwhile.
+        CheckpointError: It is neither a safetensors file nor a GGUF file, is damaged, or changes meanwhile.
     """
     path = folder.root / name
     try:

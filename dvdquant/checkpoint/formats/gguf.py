@@ -130,7 +130,7 @@ def read_gguf(fd: int, path: Path, shard: str) -> GgufHeader:
         shard: The name of the file in its folder.
 
     Raises:
-        CheckpointError: the file is damaged, of another version, a part of a model, or has weights of fewer than 4 bits.
+        CheckpointError: The file is damaged, of another version, a part of a model, or has weights of fewer than 4 bits.
     """
     try:
         return _read(_Cursor(fd, os.fstat(fd).st_size), path, shard)
@@ -241,7 +241,7 @@ def _tensor(name: str, shape: tuple[int, ...], kind: str, offset: int, reshaped:
         shape: Its shape.
         kind: Its type, a key of ``PLAIN`` or ``BLOCKS``.
         offset: The position of its first byte in the file.
-        reshaped: the shape that it had before the file's writer made rows of whole blocks of it, None where it has its own.
+        reshaped: The shape that it had before the file's writer made rows of whole blocks of it, None where it has its own.
     """
     count = math.prod(shape)
     if kind in PLAIN:

@@ -58,7 +58,7 @@ def pair_scales(
         read: A function that returns the bytes of a small tensor.
 
     Raises:
-        CheckpointError: a scale without its weight, a weight without its scale, or scales of another kind.
+        CheckpointError: A scale lacks its weight, a weight lacks its scale, or scales are of another kind.
     """
     _check_labels(tensors, metadata, place, read)
     scales: dict[str, ShardTensor] = {}

@@ -22,7 +22,9 @@ class Shapes:
     """The shapes of a checkpoint.
 
     Args:
-        shapes: name -> shape. place: the file, for errors. what: the model they should be of, for errors.
+        shapes: The shape of each tensor, by its name in the file.
+        place: The file, for errors.
+        what: The model that the tensors should be of, for errors.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], place: str, what: str) -> None:
@@ -39,7 +41,7 @@ class Shapes:
             axes: The number of its axes.
 
         Raises:
-            CheckpointError: it is missing, or has another number of axes, or none of its elements.
+            CheckpointError: It is missing, or has another number of axes, or none of its elements.
         """
         shape = self._shapes.get(name)
         if shape is None:
@@ -60,7 +62,7 @@ class Shapes:
             stack: The name of the list of blocks.
 
         Raises:
-            CheckpointError: one of them is missing.
+            CheckpointError: One of them is missing.
         """
         return count_blocks(self._shapes, stack, self.place)
 
@@ -96,7 +98,7 @@ def known_fields(record: type[Record], config: Mapping[str, Any], place: str) ->
         place: The path of the file, for the error.
 
     Raises:
-        CheckpointError: one is of another type or out of bounds.
+        CheckpointError: One is of another type or out of bounds.
     """
     try:
         return record.model_validate(dict(config))

@@ -21,10 +21,10 @@ class Stored:
     """How the bytes of a tensor become it.
 
     Args:
-        dtype: what the bytes are, as a safetensors code; U8 for blocks.
-        blocks: the GGUF type whose blocks the bytes are, "" for none.
-        scale: the factor of all values, or one for each row; it is applied in fp32.
-        swapped: whether the first and the second half of the rows change places.
+        dtype: What the bytes are, as a safetensors code; U8 for blocks.
+        blocks: The GGUF type whose blocks the bytes are, "" for none.
+        scale: The factor of all values, or one for each row; it is applied in fp32.
+        swapped: Whether the first and the second half of the rows change places.
     """
 
     dtype: str
@@ -85,7 +85,7 @@ def rows(info: ShardTensor, start: int, stop: int) -> ShardTensor:
         stop: The row after the last one.
 
     Raises:
-        ValueError: the rows are not there, or begin inside a block.
+        ValueError: The rows are not there, or begin inside a block.
     """
     if not info.shape or not 0 <= start < stop <= info.shape[0]:
         raise ValueError(f"has no rows {start} to {stop}: its shape is {list(info.shape)}")

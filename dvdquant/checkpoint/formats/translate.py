@@ -54,13 +54,13 @@ class SourceFormat:
     """What was recognised of the source of a checkpoint.
 
     Args:
-        layout: the kind of file or folder, and whose names it has.
-        precision: what the weights are stored as, the most bytes first.
-        notes: what was left out, assumed or applied, a sentence each.
-        file: name of the single file, "" for a folder.
-        is_diffusers: whether diffusers reads the same source by itself.
-        diffusers_folder: whether it is a folder whose tensors have the names of diffusers, as that of a pipeline has.
-        few_bits: the block types of 4 and 5 bits that its weights are stored in.
+        layout: The kind of file or folder, and whose names it has.
+        precision: What the weights are stored as, the most bytes first.
+        notes: What was left out, assumed or applied, a sentence each.
+        file: Name of the single file, "" for a folder.
+        is_diffusers: Whether diffusers reads the same source by itself.
+        diffusers_folder: Whether it is a folder whose tensors have the names of diffusers, as that of a pipeline has.
+        few_bits: The block types of 4 and 5 bits that its weights are stored in.
     """
 
     layout: str = DIFFUSERS_FOLDER
@@ -119,7 +119,7 @@ def translate(
         file: The file, as :class:`SourceFormat` has it.
 
     Raises:
-        CheckpointError: it is no transformer that is supported, is quantized in a way that is not read, or its config cannot
+        CheckpointError: It is no transformer that is supported, is quantized in a way that is not read, or its config cannot
             be told.
     """
     metadata = metadata or {}

@@ -87,7 +87,7 @@ class LoraFile:
             path: The path of the file.
 
         Raises:
-            CheckpointError: it is missing, no safetensors file, or its metadata cannot be used.
+            CheckpointError: It is missing, no safetensors file, or its metadata cannot be used.
         """
         real = Path(os.path.realpath(path))
         if real.is_dir():
@@ -125,7 +125,7 @@ class LoraFile:
             info: The place of the tensor in the file.
 
         Raises:
-            CheckpointError: it cannot be read, or the file is another one by now.
+            CheckpointError: It cannot be read, or the file is another one by now.
         """
         with self._same() as fd:
             return read_tensor_from(fd, info, self.path).float()

@@ -55,7 +55,7 @@ def read_loras(class_name: str, shapes: Mapping[str, tuple[int, ...]], specs: Se
         specs: The LoRAs.
 
     Raises:
-        CheckpointError: a file that is no LoRA, of another model, of another kind, or with values that are not finite.
+        CheckpointError: A file is no LoRA, is of another model or of another kind, or has values that are not finite.
     """
     fused: list[FusedLora] = []
     terms: dict[str, list[Term]] = {}
@@ -313,7 +313,7 @@ def components_of(specs: Sequence[LoraSpec], components: Sequence[str]) -> dict[
         components: The names of the transformers.
 
     Raises:
-        UnsupportedError: one names a transformer that the model has not.
+        UnsupportedError: One names a transformer that the model has not.
     """
     found: dict[str, list[LoraSpec]] = {name: [] for name in components}
     first = "transformer" if "transformer" in found or len(components) != 1 else components[0]
@@ -338,7 +338,7 @@ def model_fingerprint(checkpoints: Sequence[Checkpoint]) -> str:
         checkpoints: The transformers of the model.
 
     Raises:
-        CheckpointError: a file has gone or has changed since it was opened.
+        CheckpointError: A file has gone or has changed since it was opened.
     """
     first = checkpoints[0].fingerprint()
     others = [checkpoint.lora.identity() if checkpoint.lora else b"" for checkpoint in checkpoints[1:]]

@@ -54,11 +54,11 @@ class Layer:
     """What a file holds about one layer of another tool's.
 
     Args:
-        name: the layer without the prefixes around it.
-        flat: whether the dots of the name are underscores.
-        component: the transformer that the key names, None where it names none.
-        prefixed: whether ComfyUI's prefix stood before the name.
-        parts: kind (``down``, ``up``, ``bias``, ``alpha``, ``diff``, ``diff_b``) -> key.
+        name: The layer without the prefixes around it.
+        flat: Whether the dots of the name are underscores.
+        component: The transformer that the key names, None where it names none.
+        prefixed: Whether ComfyUI's prefix stood before the name.
+        parts: Kind (``down``, ``up``, ``bias``, ``alpha``, ``diff``, ``diff_b``) -> key.
     """
 
     name: str

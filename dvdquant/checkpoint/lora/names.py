@@ -23,11 +23,11 @@ class Place:
     """Where a layer of another tool's lies in the checkpoint.
 
     Args:
-        weight: name of the tensor; a table without ``.weight`` is one, too.
-        bias: name of its bias, None where it has none.
+        weight: Name of the tensor; a table without ``.weight`` is one, too.
+        bias: Name of its bias, None where it has none.
         rows: [start, stop) of the other tool's output rows, in the order of ours; None is all of them as they are.
-        height: rows that the other tool's layer has.
-        original: whether it is the authors' name rather than that of diffusers.
+        height: Rows that the other tool's layer has.
+        original: Whether it is the authors' name rather than that of diffusers.
     """
 
     weight: str
@@ -41,8 +41,8 @@ def aliases(class_name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     """Return every name a layer of the transformer is known by, and where it lies.
 
     Args:
-        class_name: the diffusers class.
-        shapes: of every tensor of the checkpoint, by name.
+        class_name: The diffusers class.
+        shapes: The shape of every tensor of the checkpoint, by name.
     """
     modules = dict(_modules(shapes))
     found: dict[str, tuple[Place, ...]] = {name: (place,) for name, place in modules.items()}

@@ -29,11 +29,12 @@ def with_recorded(
         checkpoint: The transformer.
         entries: The LoRAs of the export's manifest.
         component: The name of the transformer.
-        given: files that the user names, for those that no longer lie where they were.
+        given: Files that the user names, for those that no longer lie where they were.
         beside: LoRAs of this component that the export does not have, fused after them.
 
     Raises:
-        CheckpointError: a LoRA is neither given nor where it was, or the file there is another one: says which is needed.
+        CheckpointError: A LoRA is neither given nor where it was, or the file there is another one. The error says which one
+            is needed.
     """
     wanted = [entry for entry in entries if entry["component"] == component]
     if not wanted:
@@ -58,7 +59,7 @@ def split_given(
         given: The LoRAs that were given with the request.
 
     Raises:
-        UnsupportedError: a scale of a LoRA of the export that it was not made with.
+        UnsupportedError: A LoRA of the export is given with another scale than the export was made with.
     """
     known: dict[str, list[LoraEntry]] = {}
     for entry in entries:

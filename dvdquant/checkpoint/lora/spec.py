@@ -26,9 +26,9 @@ class LoraSpec:
     """One LoRA to fuse.
 
     Args:
-        path: the safetensors file.
-        scale: its strength; the trained one is 1.
-        component: the transformer it goes to; None is ``transformer``, or the only one there is.
+        path: The safetensors file.
+        scale: Its strength; the trained one is 1.
+        component: The transformer it goes to; None is ``transformer``, or the only one there is.
     """
 
     path: Path
@@ -55,7 +55,7 @@ def parse_lora(text: str) -> LoraSpec:
         text: The text as it is given on the command line.
 
     Raises:
-        UnsupportedError: the file is missing in the text, or the scale is no finite number.
+        UnsupportedError: The file is missing in the text, or the scale is no finite number.
     """
     component, rest = None, text
     if (match := _COMPONENT.fullmatch(text)) and not os.path.lexists(text):
@@ -79,7 +79,7 @@ def parse_loras(value: str | Path | LoraSpec | Sequence[str | Path | LoraSpec]) 
         value: One of them, or a sequence.
 
     Raises:
-        UnsupportedError: one of them is out of form or of another kind, or there are more than 64.
+        UnsupportedError: One of them is out of form or of another kind, or there are more than 64.
     """
     several = one_or_several(value)
     if len(several) > MAX_LORAS:

@@ -64,7 +64,7 @@ class Term:
 
     Args:
         file: The file of the LoRA.
-        factor: scale · alpha / rank.
+        factor: Scale · alpha / rank.
         up: B [N, rank], or None.
         down: A [rank, K], or None.
         diff: The change itself, or None.
@@ -160,7 +160,7 @@ class Loras:
             value: The tensor as stored, of any floating dtype; it is not used afterwards.
 
         Raises:
-            CheckpointError: a LoRA has changed since it was opened, or a change that fp32 does not hold.
+            CheckpointError: A LoRA has changed since it was opened, or fp32 does not hold its change.
         """
         terms = self.terms.get(name, ())
         if not terms:

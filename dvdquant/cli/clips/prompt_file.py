@@ -38,8 +38,8 @@ def read_prompts(texts: Sequence[str], path: Path | None) -> list[str]:
         path: The value of ``--prompts``, or None.
 
     Raises:
-        ShapeError: there is none, one is empty or holds a control character, or there are too many.
-        OutputError: a file that cannot be read or is no text.
+        ShapeError: There is none, one is empty or holds a control character, or there are too many.
+        OutputError: The file cannot be read or is no text.
     """
     for text in texts:
         check_prompt("--prompt", text)
@@ -124,7 +124,7 @@ def decode_text(raw: bytes, name: str) -> str:
         name: What the message calls the file.
 
     Raises:
-        OutputError: bytes that are no such text, saying at which byte and line, and how to convert the file.
+        OutputError: The bytes are no such text. The error names the byte and the line, and how to convert the file.
     """
     for mark, encoding in _MARKS:
         if raw.startswith(mark):

@@ -114,7 +114,7 @@ def _with_plugin(choice: Choice) -> bool:
 
 def _held(transformers: Sequence[HeldWeights], form: WeightForm, plugin: bool) -> int:
     """Return the bytes that all transformers hold in a form, in engines with the plugin or in a PyTorch session."""
-    return sum(one.plugin_bytes(form) if plugin else one.nbytes(form) for one in transformers)
+    return sum(one.nbytes(form, plugin) for one in transformers)
 
 
 def _auto(held: Mapping[str, Sequence[HeldWeights]], plugin: bool) -> str:

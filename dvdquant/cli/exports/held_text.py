@@ -34,7 +34,7 @@ def held_text(artifact: Artifact) -> str:
         rows = []
         for sms, held in _by_gpu(artifact, component):
             cost = f"{100 * held.cost:.1f} %" if held.cost else "-"
-            plugin = [amount(held.plugin_bytes("packed")), amount(held.plugin_bytes("expanded"))]
+            plugin = [amount(held.nbytes("packed", plugin=True)), amount(held.nbytes("expanded", plugin=True))]
             sizes = [amount(held.nbytes("packed")), amount(held.nbytes("expanded")), *plugin, amount(held.scratch)]
             rows.append((f"SM {', '.join(sms)}", *sizes, cost, choice_text(choose_weights(held, "auto"))))
         header = (
@@ -70,8 +70,8 @@ def held_json(artifact: Artifact) -> dict[str, Any]:
             sm: {
                 "packed": held.nbytes("packed"),
                 "expanded": held.nbytes("expanded"),
-                "plugin_packed": held.plugin_bytes("packed"),
-                "plugin_expanded": held.plugin_bytes("expanded"),
+                "plugin_packed": held.nbytes("packed", plugin=True),
+                "plugin_expanded": held.nbytes("expanded", plugin=True),
                 "expands_into": held.scratch,
                 "cost_of_a_step": round(held.cost, 4),
                 **_auto_json(choose_weights(held, "auto")),

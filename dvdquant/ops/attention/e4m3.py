@@ -18,9 +18,9 @@ def e4m3_operands(
     """Rotate q and k, and round q, k and v to e4m3.
 
     Args:
-        q: [B, S, H, d], and k and v [B, T, H, d], in 16 bit. q and k may be codes already, by their bounds.
-        k: See q.
-        v: See q.
+        q: [B, S, H, d] in 16 bit, or codes already, by their bounds.
+        k: [B, T, H, d], as q.
+        v: [B, T, H, d] in 16 bit.
         bounds: fp32 [2], the largest values that q and k can have. None takes them from the values.
         v_per_head: Whether v has a scale per head, or one for all.
 

@@ -91,13 +91,13 @@ class Attention:
     _lead: str | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> Tensor:
-        """Return attention.
+        """Return softmax(scale · q kᵀ) v, by the library that the first call chooses.
 
         Args:
-            q: [B, S, H, d], and k and v [B, T, H, d], in 16 bit (fp32 on a CPU).
-            k: See q.
-            v: See q.
-            scale: What scores are multiplied by.
+            q: [B, S, H, d] in 16 bit (fp32 on a CPU).
+            k: [B, T, H, d] of the dtype of q.
+            v: [B, T, H, d] of the dtype of q.
+            scale: The factor of the scores.
             bounds: fp32 [2], the largest values that q and k can have, or None.
 
         Returns:
@@ -122,11 +122,11 @@ class Attention:
         """Return attention of q and k as e4m3 codes of rotated heads, or None where the library that took them is none any more.
 
         Args:
-            q: As of a call, in e4m3.
-            k: See q.
-            v: As of a call.
-            scale: As of a call.
-            bounds: What the largest codes stand for, fp32 [2].
+            q: Codes, float8_e4m3fn [B, S, H, d].
+            k: Codes, float8_e4m3fn [B, T, H, d].
+            v: [B, T, H, d] in 16 bit.
+            scale: The factor of the scores.
+            bounds: The values that the largest codes of q and k stand for, fp32 [2].
         """
         kernel = self._kernel
         return self._attempt(kernel, q, k, v, scale, bounds) if kernel is not None and self.takes_codes else None

@@ -14,6 +14,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from dvdquant.errors import UnsupportedError
+from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
+from dvdquant.recipe import ATTENTION
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +23,17 @@ if TYPE_CHECKING:
     # q, k, v [B, S, H, d], the scale of scores, the largest values of q and k (or None) -> [B, S, H, d].
     Kernel = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 
-__all__ = ["LADDERS", "LIBRARIES", "REFERENCE", "Library", "check_library", "ladder", "ladders_text"]
+__all__ = [
+    "LADDERS",
+    "LIBRARIES",
+    "REFERENCE",
+    "Library",
+    "check_library",
+    "ladder",
+    "ladder_rows",
+    "ladders_text",
+    "refuse_library_in_16_bit",
+]
 
 
 @dataclass(frozen=True)
@@ -214,6 +226,24 @@ def check_library(name: str) -> None:
         )
 
 
+def refuse_library_in_16_bit(wanted: str, library: str | None) -> None:
+    """Refuse a library for attention in 16 bit, which none of them computes.
+
+    Args:
+        wanted: What was asked for, or else the recipe's attention: ``16``, ``int8`` or ``fp8``.
+        library: The library that was asked for, or None.
+
+    Raises:
+        UnsupportedError: A library was asked for, and attention is in 16 bit.
+    """
+    if wanted == "16" and library is not None:
+        raise UnsupportedError(
+            f"{library!r:.100} computes 8-bit attention, and attention is in 16 bit here",
+            available=ATTENTION[1:],
+            fix="ask for int8 or fp8 attention too, or leave the library out",
+        )
+
+
 def ladder(wanted: str, sm: int | None) -> tuple[Library, ...]:
     """Return the libraries that are tried on a device, best first.
 
@@ -224,25 +254,42 @@ def ladder(wanted: str, sm: int | None) -> tuple[Library, ...]:
     return LADDERS.get(sm or 0, {}).get(wanted, ())
 
 
+def ladder_rows() -> list[tuple[list[str], dict[str, tuple[Library, ...]]]]:
+    """Return the SMs that our kernels are built for or a library has, grouped by what is tried on them, as pages list them.
+
+    Returns:
+        For each group its SMs, such as "8.9", and the libraries by format, best first; last those that no library has.
+    """
+    none: dict[str, tuple[Library, ...]] = {"int8": (), "fp8": ()}
+    rows: list[tuple[list[str], dict[str, tuple[Library, ...]]]] = []
+    ours = {sm_number(sm) for sm, facts in CAPABILITIES.items() if facts.kernels and not facts.refused}
+    for sm in (*LADDERS, *sorted(ours - LADDERS.keys())):
+        formats = LADDERS.get(sm, none)
+        same = next((sms for sms, known in rows if known == formats), None)
+        if same is None:
+            rows.append(([f"{sm / 10}"], formats))
+        else:
+            same.append(f"{sm / 10}")
+    return rows
+
+
 def ladders_text(wanted: str) -> list[str]:
-    """Return in words what PyTorch sessions try on each SM, for people who ask before one runs.
+    """Return in words what PyTorch sessions try on each card, for people who ask before one runs.
 
     Args:
         wanted: The recipe's attention: ``16``, ``int8`` or ``fp8``.
 
     Returns:
-        A line, and one for each SM; nothing for 16.
+        A line, and one for each group of SMs; nothing for 16.
     """
     if wanted == "16":
         return []
-    tried: dict[str, list[str]] = {}
-    for sm, formats in LADDERS.items():
-        tried.setdefault(", ".join(library.name for library in formats[wanted]), []).append(f"{sm / 10}")
     lines = [
         f"attention of long sequences in PyTorch sessions: {wanted}, by the first library that is right and faster than 16 "
         "bit on the first layer, else 16 bit"
     ]
-    for names, sms in tried.items():
-        lines.append(f"  SM {', '.join(sms)}: {names}")
+    for sms, formats in ladder_rows():
+        cards = ", ".join(f"{sm} ({CAPABILITIES[sm].cards})" for sm in sms)
+        lines.append(f"  SM {cards}: {', '.join(library.name for library in formats[wanted]) or 'none, so 16 bit'}")
     there = [library.name for library in LIBRARIES.values() if library.installed() is None]
     return [*lines, f"  installed here: {', '.join(there) or 'none'}"]

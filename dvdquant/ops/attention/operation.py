@@ -45,12 +45,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, scale: flo
     """Compute attention as the session of this number does.
 
     Args:
-        q: [B, S, H, d], and k and v [B, T, H, d].
-        k: See q.
-        v: See q.
+        q: [B, S, H, d] in 16 bit (fp32 on a CPU).
+        k: [B, T, H, d] of the dtype of q.
+        v: [B, T, H, d] of the dtype of q.
         bounds: fp32 [2], the largest values that q and k can have, or None.
-        scale: What scores are multiplied by.
-        number: Of :func:`number_of`.
+        scale: The factor of the scores.
+        number: The number of the session's attention, int64, from :func:`number_of`.
 
     Returns:
         [B, S, H, d], contiguous.
@@ -111,11 +111,11 @@ def rope_attention(
     a call that chooses one: the session's first, and the one at which a library fails.
 
     Args:
-        q: [B, S, C], and k [B, S, C], of the layers.
-        k: See q.
+        q: [B, S, C], the output of the layer of q.
+        k: [B, S, C], the output of the layer of k.
         v: [B, S + T, H, d], and [B, S, H, d] without text of its own.
         text_q: [B, T, C], text tokens behind those of q, of a layer of their own: they have a norm and no rope. Or None.
-        text_k: The same behind those of k.
+        text_k: [B, T, C], text tokens behind those of k, as text_q. Or None.
         q_weight: fp32 [C] or [d], of the norm of q.
         k_weight: fp32 [C] or [d], of the norm of k.
         text_q_weight: In the same form, of the norm of text_q.
@@ -125,15 +125,15 @@ def rope_attention(
         cosines: Tables of the rope of q and k, as of :class:`.Rope`.
         sines: In the same form.
         bounds: fp32 [2], the largest values that q and k can have, or None.
-        norm: As of :class:`.Rope`.
-        q_eps: What the norm of q adds.
-        k_eps: What the norm of k adds.
-        text_q_eps: What the norm of text_q adds.
-        text_k_eps: What the norm of text_k adds.
-        first: As of :class:`.Rope`.
-        per_channel: As of :class:`.Rope`.
-        scale: What scores are multiplied by.
-        number: Of :func:`number_of`.
+        norm: ``none``, ``all``, ``head`` or ``layer``, see :class:`.Rope`.
+        q_eps: The number that the norm of q adds to the mean of squares, or to the variance.
+        k_eps: The same of the norm of k.
+        text_q_eps: The same of the norm of text_q.
+        text_k_eps: The same of the norm of text_k.
+        first: The token of a sample that the tables' first row is for.
+        per_channel: Whether both channels of a pair have a cosine and a sine of their own.
+        scale: The factor of the scores.
+        number: The number of the session's attention, int64, from :func:`number_of`.
         kernels: The number of the kernels, of :func:`.handle_of`.
 
     Returns:

@@ -26,19 +26,19 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class Rope:
-    """What q or k [B, S, C] goes through. C is H heads of d channels.
+    """The norm, the rope and the rotation of q or k [B, S, C]. C is H heads of d channels.
 
     Args:
-        head: d.
+        head: The channels of a head, d.
         norm: ``none``, ``all`` (over C) or ``head`` (over d), an RMS norm, or ``layer``, a layer norm over d.
-        eps: What it adds to the mean of squares, or the variance.
+        eps: The number that the norm adds to the mean of squares, or to the variance.
         rotated: Whether each head is multiplied by the Hadamard matrix / √d.
-        weight: Of the norm, fp32 [C] or [d], or None for ones.
+        weight: The weight of the norm, fp32 [C] or [d], or None for ones.
         cosines: fp32 [R, d/2], or [R, C/2] where every head has its own; None for no rope. With ``per_channel``, [R, d]
             or [R, C]. R is up to S - ``first`` for the same rows in every sample, or B · S for rows of each.
-        sines: The same.
+        sines: The sines, as the cosines.
         bound: fp32 [1], the value that becomes 448 of e4m3, or None for 16 bits out.
-        bias: Of the norm, as the weight, or None for zeros.
+        bias: The bias of the norm, fp32 [C] or [d], or None for zeros.
         first: The token of a sample that the tables' first row is for. Tokens that have no row are not turned.
         per_channel: Whether both channels of a pair have a cosine and a sine of their own.
     """
@@ -57,7 +57,7 @@ class Rope:
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
-    """Return what q or k becomes.
+    """Take q or k through its norm, rope and rotation, and round it.
 
     ``n = x / sqrt(mean(x²) + eps) · weight + bias``, of x or, for a layer norm, of x less its mean. Rope turns the pairs
     (2i, 2i + 1) of n by their angles, ``n0 cos - n1 sin`` and ``n1 cos + n0 sin``, in the tokens that have a row of the
@@ -66,7 +66,7 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
 
     Args:
         x: [B, S, C] of a floating dtype.
-        rope: What it goes through.
+        rope: The norm, the rope and the rotation.
 
     Returns:
         [B, S, C]: float8_e4m3fn with a bound, else x's dtype.
@@ -155,13 +155,13 @@ def run_rope_quantize(kernels: CudaKernels, x: Tensor, rope: Rope, out: Tensor |
     Args:
         kernels: The kernels of x's device.
         x: bf16 or fp16 [B, S, C]. Its tokens may lie apart, such as q in the output of a merged layer.
-        rope: What it goes through.
+        rope: The norm, the rope and the rotation.
         out: Where the result is written, of its shape and dtype, contiguous and at a multiple of 16 bytes; None for a new
             tensor.
 
     Raises:
         ShapeError: The tensors do not fit each other.
-        UnsupportedError: Heads of another size than 32, 64, 128 or 256, more than 8192 channels, or another dtype.
+        UnsupportedError: The size of a head is not 32, 64, 128 or 256, x has more than 8192 channels, or the dtype is another.
     """
     _check(x, rope)
     if x.dtype not in DTYPE_NAMES:
@@ -215,17 +215,17 @@ def rope_quantize(
 
     Args:
         x: [B, S, C] float32 (CPU only), float16 or bfloat16.
-        weight: As in :class:`Rope`.
-        cosines: As in :class:`Rope`.
-        sines: As in :class:`Rope`.
-        bound: As in :class:`Rope`.
-        head: As in :class:`Rope`.
-        norm: As in :class:`Rope`.
-        eps: As in :class:`Rope`.
-        rotated: As in :class:`Rope`.
-        bias: As in :class:`Rope`.
-        first: As in :class:`Rope`.
-        per_channel: As in :class:`Rope`.
+        weight: The weight of the norm, fp32 [C] or [d], or None for ones.
+        cosines: The cosines, fp32 [R, d/2] or [R, C/2], or None for no rope. With ``per_channel``, [R, d] or [R, C].
+        sines: The sines, as the cosines.
+        bound: The value that becomes 448 of e4m3, fp32 [1], or None for 16 bits out.
+        head: The channels of a head, d.
+        norm: ``none``, ``all``, ``head`` or ``layer``, see :class:`Rope`.
+        eps: The number that is added to the mean of squares, or to the variance.
+        rotated: Whether each head is multiplied by the Hadamard matrix / √d.
+        bias: The bias of the norm, fp32 [C] or [d], or None for zeros.
+        first: The token of a sample that the tables' first row is for.
+        per_channel: Whether both channels of a pair have a cosine and a sine of their own.
 
     Returns:
         [B, S, C], contiguous: float8_e4m3fn with a bound, else x's dtype.

@@ -171,7 +171,7 @@ class RopePointers:
         weight: Address of fp32 [channels] or [head]; 0 for ones.
         bias: Address of as many, added behind the weight; 0 for zeros.
         cosines: Address of fp32 [rope_tokens, rope_channels / 2 or rope_channels]; 0 without rope.
-        sines: The same.
+        sines: Address of the sines, as the cosines.
         bound: Address of fp32 [1], what becomes 448; 0 for 16 bits out.
     """
 

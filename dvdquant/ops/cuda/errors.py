@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dvdquant.errors import DvdquantError, ResourceError, ShapeError, UnsupportedError
 
-__all__ = ["BUILD", "ERRORS", "KernelError"]
+__all__ = ["BUILD", "ERRORS", "OUT_OF_MEMORY", "KernelError"]
 
 BUILD = "run `make kernels` in a checkout (needs nvcc), or set DVDQUANT_KERNELS to the built library"
 
@@ -14,4 +14,11 @@ class KernelError(DvdquantError):
 
 
 # dvdq_status other than DVDQ_OK.
-ERRORS: dict[int, type[DvdquantError]] = {1: ShapeError, 2: UnsupportedError, 3: ResourceError, 4: KernelError}
+OUT_OF_MEMORY = 5
+ERRORS: dict[int, type[DvdquantError]] = {
+    1: ShapeError,
+    2: UnsupportedError,
+    3: ResourceError,
+    4: KernelError,
+    OUT_OF_MEMORY: KernelError,
+}

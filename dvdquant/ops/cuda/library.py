@@ -23,7 +23,7 @@ from dvdquant.ops.cuda.arguments import (
     rope_struct,
     weight_struct,
 )
-from dvdquant.ops.cuda.errors import BUILD, ERRORS, KernelError
+from dvdquant.ops.cuda.errors import BUILD, ERRORS, OUT_OF_MEMORY, KernelError
 from dvdquant.ops.repack import LayerShape
 
 __all__ = ["KernelLibrary"]
@@ -33,8 +33,9 @@ class KernelLibrary:
     """An opened kernel library; a failed call raises the error of its status, with the library's own message.
 
     ``ShapeError`` stands for DVDQ_BAD_ARGUMENT, ``UnsupportedError`` for DVDQ_UNSUPPORTED, ``ResourceError`` for
-    DVDQ_WORKSPACE, :class:`KernelError` for DVDQ_CUDA_ERROR. In all methods addresses are integers and 0 is null, a
-    stream is the integer of a ``cudaStream_t``, and ``sm`` is major · 10 + minor of the device.
+    DVDQ_WORKSPACE, :class:`KernelError` for DVDQ_CUDA_ERROR, and for DVDQ_OUT_OF_MEMORY, with ``out_of_memory`` set. In all
+    methods addresses are integers and 0 is null, a stream is the integer of a ``cudaStream_t``, and ``sm`` is
+    major · 10 + minor of the device.
 
     Args:
         path: The shared library file.
@@ -64,7 +65,9 @@ class KernelLibrary:
     def _check(self, status: int) -> None:
         if status:
             text = self.c_library.dvdq_last_error().decode(errors="replace")
-            raise ERRORS.get(status, KernelError)(text or f"the kernel library answered status {status}")
+            raise ERRORS.get(status, KernelError)(
+                text or f"the kernel library answered status {status}", out_of_memory=status == OUT_OF_MEMORY
+            )
 
     def _size(self, function: Any, *arguments: Any) -> int:
         """Return the size that a function of the library writes to its last argument."""
@@ -476,7 +479,7 @@ class KernelLibrary:
         """Take q or k through norm, rope and rotation to e4m3 codes or 16 bits.
 
         Args:
-            rope: What it goes through.
+            rope: The norm, the rope and the rotation.
             x: Address of bf16 or fp16 [M, channels] at ``rope.stride``, aligned to 16 bytes.
             out: Address of [M, channels], packed: bytes of codes, or values of x's dtype.
             tokens: Rows M of x.
@@ -484,7 +487,7 @@ class KernelLibrary:
 
         Raises:
             ShapeError: The sizes do not fit each other.
-            UnsupportedError: Heads of another size, or too many channels.
+            UnsupportedError: The kernels do not serve the size of the heads, or there are too many channels.
         """
         self._check(self.c_library.dvdq_rope_quantize(ctypes.byref(rope_struct(rope)), x, out, tokens, stream))
 

@@ -196,7 +196,7 @@ def _locked(path: Path) -> int | None:
     """Return the descriptor of a lock file, held; None where there is none to hold.
 
     Raises:
-        ResourceError: another process held it for `WAIT_SECONDS`.
+        ResourceError: Another process held it for `WAIT_SECONDS`.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,8 @@ typedef enum dvdq_status {
   DVDQ_BAD_ARGUMENT = 1,  // a null or misaligned pointer, a size that is negative, a K that the block does not divide
   DVDQ_UNSUPPORTED = 2,   // a valid layer that no path of this device runs; the message names what it can run
   DVDQ_WORKSPACE = 3,     // workspace or prepared buffer too small
-  DVDQ_CUDA_ERROR = 4     // the CUDA runtime refused; the message holds its text
+  DVDQ_CUDA_ERROR = 4,    // the CUDA runtime refused; the message holds its text
+  DVDQ_OUT_OF_MEMORY = 5  // the CUDA runtime had no memory left (cudaErrorMemoryAllocation); the message holds its text
 } dvdq_status;
 
 typedef enum dvdq_dtype { DVDQ_BF16 = 0, DVDQ_FP16 = 1 } dvdq_dtype;

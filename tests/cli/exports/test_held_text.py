@@ -44,7 +44,7 @@ def test_both_forms_are_told_for_every_gpu() -> None:
         assert (told["auto"], told["auto_bytes"]) == (choice.form, choice.nbytes)
         assert choice_text(choice) in text
         assert amount(held.nbytes("packed")) in text
-        assert amount(held.plugin_bytes("expanded")) in text
+        assert amount(held.nbytes("expanded", plugin=True)) in text
     assert data["transformer"]["8.9"]["expanded"] > data["transformer"]["9.0"]["expanded"]
     largest = largest_kept(plan, 1)[0]
     assert f"{largest.name} " in text

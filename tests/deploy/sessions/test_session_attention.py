@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 
 from dvdquant.cli.inspect import summary_text
 from dvdquant.deploy.artifact import Artifact
+from dvdquant.deploy.generation.generate import open_generator
 from dvdquant.deploy.sessions import attention as taken_over
 from dvdquant.deploy.sessions import compiled, open_session, pytorch
 from dvdquant.deploy.sessions.attention import cut_padded_words, fold_norms, norm_bounds, self_attentions
@@ -243,7 +244,7 @@ def test_masks_that_are_no_padding_stay() -> None:
 # ------------------------------------------------------------------------------------------------------------- options
 
 
-def test_what_attention_does_not_go_with(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_attention_does_not_go_with(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = Artifact.open(short_wan_export())
     with pytest.raises(UnsupportedError, match="unknown attention 'int4'") as info:
         open_session(artifact, device="cpu", attention="int4")
@@ -252,6 +253,12 @@ def test_what_attention_does_not_go_with(caplog: pytest.LogCaptureFixture) -> No
         open_session(artifact, backend="onnxruntime", device="cpu", attention_backend="reference")
     with pytest.raises(UnsupportedError, match="attention is in 16 bit here"):
         open_session(artifact, backend="pytorch", device="cpu", attention_backend="reference")
+    # Before a clip's text encoder is loaded, or a process of the session starts.
+    with pytest.raises(UnsupportedError, match="attention is in 16 bit here"):
+        open_generator(artifact, pipeline=TINY_WAN, attention_backend="reference")
+    monkeypatch.setattr("dvdquant.deploy.sessions.ProcessSession", lambda *_, **__: pytest.fail("a process starts"))
+    with pytest.raises(UnsupportedError, match="attention is in 16 bit here"):
+        open_session(artifact, device="process:cpu", attention_backend="reference")
     with open_session(artifact, backend="onnxruntime", device="cpu", attention="int8") as session:
         assert session.attention is None
     (said,) = [r for r in caplog.records if "only PyTorch sessions have int8, not onnxruntime" in r.message]

@@ -73,6 +73,8 @@ def test_arguments_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         app(RayArguments(models="out", open=True))
     with pytest.raises(UnsupportedError, match="one name"):
         app(RayArguments(models="a/out,b/out", open=True))
+    with pytest.raises(UnsupportedError, match="s3_endpoint is for clips in an object store"):
+        app(RayArguments(models="out", open=True, s3_endpoint="http://minio:9000"))
     with pytest.raises(ValueError, match="nonsense"):
         RayArguments(models="out", nonsense=1)  # type: ignore[call-arg]
 
@@ -110,6 +112,12 @@ def test_how_engines_run_reaches_the_workers() -> None:
         RayArguments(models="out", open=True, attention_backend="cudnn", backend="rtx").server()
     with pytest.raises(UnsupportedError, match="unknown attention library 'flash'"):
         RayArguments(models="out", open=True, attention_backend="flash").server()
+    with pytest.raises(UnsupportedError, match="'cudnn' computes 8-bit attention, and attention is in 16 bit here"):
+        RayArguments(models=f"wan={tiny_wan_export()}", open=True, attention_backend="cudnn").server()
+    with pytest.raises(UnsupportedError, match="as they were built, so --weights packed does not apply"):
+        RayArguments(models="out", open=True, weights="packed", backend="rtx").server()
+    with pytest.raises(ValueError, match="backend"):
+        RayArguments.model_validate({"models": "out", "backend": "onnx"})
     with pytest.raises(ValueError, match="int4"):
         RayArguments.model_validate({"models": "out", "attention": "int4"})
 
