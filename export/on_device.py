@@ -39,6 +39,7 @@ __all__ = [
     "build_on_device",
     "builds_here",
     "plan_on_device",
+    "refuse_idle_plugins",
     "without_current",
 ]
 
@@ -195,6 +196,24 @@ def as_compatible(builds: Sequence[BuildEntry], what: str) -> list[BuildEntry]:
     ]
 
 
+def refuse_idle_plugins(builds: Sequence[BuildEntry], plugins: Sequence[Path], what: str) -> None:
+    """Refuse plugin libraries where no engine to build takes them.
+
+    Args:
+        builds: The engines to build.
+        plugins: The plugin libraries that were given.
+        what: What holds the engines, as the subject of the error.
+
+    Raises:
+        UnsupportedError: There are some, and all engines are TensorRT-RTX's.
+    """
+    if plugins and not any(entry["backend"] == "tensorrt" for entry in builds):
+        raise UnsupportedError(
+            f"{what} has TensorRT-RTX engines to build here, and --plugin is for TensorRT engines",
+            fix="leave --plugin out",
+        )
+
+
 def plan_on_device(
     out: Path,
     manifest: Manifest,
@@ -217,7 +236,7 @@ def plan_on_device(
 
     Raises:
         UnsupportedError: The export has nothing to build, nothing for this GPU, or no engine that can be version-compatible;
-            or a plugin library is missing, for another processor, another TensorRT or other GPUs.
+            or a plugin library is missing, without use, for another processor, another TensorRT or other GPUs.
         EngineError: A builder is not installed.
         ResourceError: The memory is too small for what is not there yet; the error says what fits.
     """
@@ -226,6 +245,7 @@ def plan_on_device(
     if version_compatible:
         ours = as_compatible(ours, str(out))
     # 2. The builders and the plugin.
+    refuse_idle_plugins(ours, plugins, str(out))
     backends: dict[str, Backend] = {name: load_backend(name) for name in sorted({e["backend"] for e in ours})}
     if "tensorrt" in backends:
         if not plugins:
@@ -235,10 +255,11 @@ def plan_on_device(
             )
         for path in plugins:
             check_plugin(read_plugin(path), backends["tensorrt"], gpu)
-    taken = tuple(plugins) if "tensorrt" in backends else ()
     # 3. What is there already.
-    hashes = tuple(hash_file(plugin)["sha256"] for plugin in taken)
-    plan = DeviceBuild(out, manifest, tuple(ours), (), backends, taken, hashes, gpu, tuple(bits), version_compatible)
+    hashes = tuple(hash_file(plugin)["sha256"] for plugin in plugins)
+    plan = DeviceBuild(
+        out, manifest, tuple(ours), (), backends, tuple(plugins), hashes, gpu, tuple(bits), version_compatible
+    )
     return without_current(plan)
 
 

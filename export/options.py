@@ -195,6 +195,37 @@ class ExportOptions:
                 raise UnsupportedError(
                     f"there is no plugin library {plugin}", fix="give the path of the built dvdquant plugin library"
                 )
+        self._check_builder_options()
+
+    def _check_builder_options(self) -> None:
+        """Refuse options of engine builders that none runs with here.
+
+        Raises:
+            UnsupportedError: One was given.
+        """
+        targets = f"--target is {', '.join(self.targets)}"
+        if self.plugins and "tensorrt" not in self.targets:
+            raise UnsupportedError(
+                f"--plugin is for TensorRT engines, and {targets}",
+                available="tensorrt",
+                fix="leave --plugin out, or take --target tensorrt",
+            )
+        if self.plugins and self.build == "device":
+            raise UnsupportedError(
+                "--plugin builds TensorRT engines here, and --build device leaves them to dvdq-build on the device",
+                fix="leave one of the two out; dvdq-build takes --plugin, too",
+            )
+        for option, given in (
+            ("--workspace-gib", self.workspace_gib),
+            ("--timing-cache", self.timing_cache),
+            ("--optimization-level", self.optimization_level),
+        ):
+            if given is not None and not self.backends:
+                raise UnsupportedError(
+                    f"{option} is for engines, and {targets}",
+                    available="rtx, tensorrt",
+                    fix=f"leave {option} out, or take one of these targets",
+                )
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -244,6 +244,15 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "negative workspace": ([*SIZES, "--workspace-gib", "-3"], ["--workspace-gib", "-3"]),
     "workspace NaN": ([*SIZES, "--workspace-gib", "nan"], ["--workspace-gib", "nan"]),
     "plugin for rtx that is not there": ([*SIZES, "--plugin", "/nowhere/plugin.so"], ["/nowhere/plugin.so"]),
+    "plugin for rtx": ([*SIZES, "--plugin", __file__], ["--plugin is for TensorRT engines, and --target is rtx"]),
+    "plugin for the device": (
+        [*SIZES, "--target", "tensorrt", "--plugin", __file__, "--build", "device"],
+        ["--plugin builds TensorRT engines here, and --build device leaves them to dvdq-build"],
+    ),
+    "workspace without engines": (
+        [*SIZES, "--target", "graphs", "--workspace-gib", "1"],
+        ["--workspace-gib is for engines, and --target is graphs"],
+    ),
     "unknown option": ([*SIZES, "--recipee", "w4a4"], ["--recipee"]),
     "sizes beyond the rotary table": (["--latent", "40x8x8", "--dry-run"], ["frames is 40", "up to 32"]),
     "a range beyond the rotary table": (["--latent", "2x8x8:16:66", "--dry-run"], ["width is 66", "up to 64"]),

@@ -536,6 +536,8 @@ def test_the_real_builder_builds_what_was_left_to_it(
     for source in ((tmp_path / "a.tar", "-o", tmp_path / "there"), (out,)):
         done = build_here(monkeypatch, *source, "--version-compatible", gpu=None)
         refused(done, "--version-compatible is for TensorRT engines", "export with --target tensorrt")
+        done = build_here(monkeypatch, *source, "--plugin", __file__, gpu=None)
+        refused(done, "has TensorRT-RTX engines to build here, and --plugin is for TensorRT", "leave --plugin out")
     assert not (tmp_path / "there").exists()
     done = build_here(monkeypatch, tmp_path / "a.tar", "-o", tmp_path / "there", "--bits", "8", gpu=None)
     assert done.returncode == 0, done.stderr

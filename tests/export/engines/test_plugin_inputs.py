@@ -125,7 +125,9 @@ def test_the_engine_stage_builds_from_that_graph(spec: qg.Spec, tmp_path: Path) 
         plan=SimpleNamespace(family=None, lora_rank=0, kept={}),  # fixed sizes need no profile
         sizes=Sizes(fixed, fixed, fixed, 1),
         component="transformer",
-        options=ExportOptions("model", tmp_path, RECIPES["w4a4"], plugins=(library,), keep_graphs=True),
+        options=ExportOptions(
+            "model", tmp_path, RECIPES["w4a4"], targets=("tensorrt",), plugins=(library,), keep_graphs=True
+        ),
         progress=Progress(),
         hashes={},
     )

@@ -6,10 +6,13 @@ import gc
 import importlib
 import logging
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -436,7 +439,7 @@ def test_ladders() -> None:
 
 def test_the_page_and_the_command_name_what_is_tried_on_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of docs/runtime.md, row by row, and the text of dvdq-inspect where no library is installed."""
-    page = (Path(__file__).parents[2] / "docs/runtime.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/runtime.md").read_text()
     told = re.findall(
         r"^\| (\d[^|]*) \| ([^|]+) \| ([^|]+) \|$", page[page.index("## Attention in 8 bits") :], re.MULTILINE
     )
@@ -476,3 +479,25 @@ def test_the_operation_by_itself() -> None:
     gc.collect()
     with pytest.raises(EngineError, match="is gone"):
         attention(*arguments)
+
+
+def test_sageattention_1_does_not_change_the_caller_s_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself it subtracts the mean in place, from what another library, or a later operation of the model, reads."""
+
+    def sageattn(q: Tensor, k: Tensor, v: Tensor, smooth_k: bool = True, sm_scale: float = 1.0, **_: Any) -> Tensor:
+        if smooth_k:
+            k -= k.mean(dim=1, keepdim=True)
+        centred.append(bool(k.mean(1).abs().amax() < 1e-12))
+        return exact(q, k, v, sm_scale)
+
+    centred: list[bool] = []
+    library = ModuleType("sageattention")
+    library.sageattn = sageattn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sageattention", library)
+    q, k, v = (part.transpose(1, 2) for part in operands(150))
+    k += 1
+    before = k.clone()
+    out = LIBRARIES["sageattention-1"].load()(q, k, v, 0.1, None)
+    assert torch.equal(k, before)
+    assert centred == [True]
+    assert relative(out, exact(q, before, v, 0.1)) < 1e-12
