@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.common import ExamplesCommand, echo, paragraphs, setup_logging, table
-from dvdquant.cli.paths import PATH
+from dvdquant.cli.shared.common import ExamplesCommand, echo, paragraphs, setup_logging, table
+from dvdquant.cli.shared.paths import PATH
 from dvdquant.errors import OutputError, UnsupportedError
 from dvdquant.text import amount, json_text
 

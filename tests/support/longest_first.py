@@ -47,7 +47,7 @@ LONGEST = (
     "quantize/backends/test_quantizer_kernels.py",
     "artifact/test_manifest_attacks.py",
     "artifact/test_transaction_resume.py",
-    "cli/test_command_lines.py",
+    "cli/shared/test_command_lines.py",
     "export/passes/lowering/test_lowering.py",
     "ops/cuda/test_cuda_binding.py",
     "artifact/test_hostile_output.py",

@@ -41,7 +41,7 @@ PARTS = {
     "comfyui": "tests/deploy/comfyui/test_comfyui_attacks.py::test_nodes_take_or_refuse_whatever_they_are_given[20000]",
     "output-folders": "tests/artifact/test_hostile_output.py::test_random_hostile_folders[20000]",
     "prompts": "tests/cli/clips/test_prompt_file.py::test_any_bytes_at_length",
-    "command-lines": "tests/cli/test_command_lines.py::test_no_command_line_of_all_ends_in_a_traceback",
+    "command-lines": "tests/cli/shared/test_command_lines.py::test_no_command_line_of_all_ends_in_a_traceback",
     "kills": "tests/artifact/test_kill_and_full_disk.py::test_random_kills_then_resume_is_bit_identical[200]",
 }
 """Part -> a test, or the beginning of several; those of the normal run are left out."""
