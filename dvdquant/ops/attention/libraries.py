@@ -28,6 +28,7 @@ __all__ = [
     "LIBRARIES",
     "REFERENCE",
     "Library",
+    "cards_text",
     "check_library",
     "ladder",
     "ladder_rows",
@@ -273,6 +274,19 @@ def ladder_rows() -> list[tuple[list[str], dict[str, tuple[Library, ...]]]]:
     return rows
 
 
+def cards_text(wanted: str) -> list[str]:
+    """Return in words which libraries are tried on which cards: a text for each group of SMs.
+
+    Args:
+        wanted: ``int8`` or ``fp8``.
+    """
+    found = []
+    for sms, formats in ladder_rows():
+        cards = ", ".join(f"{sm} ({CAPABILITIES[sm].cards})" for sm in sms)
+        found.append(f"SM {cards}: {', '.join(library.name for library in formats[wanted]) or 'none, so 16 bit'}")
+    return found
+
+
 def ladders_text(wanted: str) -> list[str]:
     """Return in words what PyTorch sessions try on each card, for people who ask before one runs.
 
@@ -288,8 +302,6 @@ def ladders_text(wanted: str) -> list[str]:
         f"attention of long sequences in PyTorch sessions: {wanted}, by the first library that is right and faster than 16 "
         "bit on the first layer, else 16 bit"
     ]
-    for sms, formats in ladder_rows():
-        cards = ", ".join(f"{sm} ({CAPABILITIES[sm].cards})" for sm in sms)
-        lines.append(f"  SM {cards}: {', '.join(library.name for library in formats[wanted]) or 'none, so 16 bit'}")
+    lines += [f"  {words}" for words in cards_text(wanted)]
     there = [library.name for library in LIBRARIES.values() if library.installed() is None]
     return [*lines, f"  installed here: {', '.join(there) or 'none'}"]
