@@ -33,6 +33,7 @@ __all__ = [
     "ladder",
     "ladder_rows",
     "ladders_text",
+    "library_for",
     "refuse_library_in_16_bit",
 ]
 
@@ -225,6 +226,29 @@ def check_library(name: str) -> None:
         raise UnsupportedError(
             f"unknown attention library {name!r:.100}", available=known, fix="pick one, or leave it out"
         )
+
+
+def library_for(wanted: str, sm: int | None, name: str) -> Library:
+    """Return a library that was asked for by name. It is not imported.
+
+    Args:
+        wanted: ``int8`` or ``fp8``.
+        sm: The compute capability times 10, or None for a CPU.
+        name: The name of one of :data:`LIBRARIES`, or ``reference``.
+
+    Raises:
+        UnsupportedError: There is no such library, or it cannot serve the device.
+    """
+    check_library(name)
+    known = {**LIBRARIES, "reference": REFERENCE[wanted]}
+    reason = known[name].refused(sm)
+    if reason is not None:
+        raise UnsupportedError(
+            f"attention by {name} is not possible: {reason}",
+            available=[each for each, library in known.items() if library.refused(sm) is None],
+            fix="leave the library out, so that what is there is tried",
+        )
+    return known[name]
 
 
 def refuse_library_in_16_bit(wanted: str, library: str | None) -> None:
