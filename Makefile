@@ -23,7 +23,7 @@ help:
 	@echo "make demo    export examples/tiny-wan: 4-bit weights, ONNX graphs, TensorRT-RTX engines; inspect it; make a clip"
 	@echo "make test    ruff, mypy and the tests but the slow ones"
 	@echo "make slow    the tests that take longest: a server in a browser, the notebook, kills, whole graphs of every family"
-	@echo "make gpu-check  the CUDA kernels on this machine's GPU: right and how fast, one table (GPU_PYTHON=, GPU_OUT=)"
+	@echo "make gpu-check  the CUDA kernels on this machine's GPU: right and how fast, one table (GPU_PYTHON=, GPU_OUT=, GPU_ARGS=)"
 	@echo "make stress  the fault tests at their full counts: 500 kills, 200 races, 100 000 mutations"
 	@echo "make campaign  more than 400 000 mutations over the parsers, command lines, 200 kills, as a table (CAMPAIGN= names some parts)"
 	@echo "make variants  the numeric tests as other processors run them: threads, instruction sets (VARIANTS= names some)"
@@ -235,8 +235,10 @@ plugin:
 # Runs in the Python that holds a CUDA build of torch, which may not be this checkout's environment.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_OUT ?= kernels/bench/results
+# Such as --seconds 240 --bench-seconds 120 where there are ten minutes: by default it takes about fifteen.
+GPU_ARGS ?=
 gpu-check:
-	$(GPU_PYTHON) kernels/check/gpu_check.py --out $(GPU_OUT)
+	$(GPU_PYTHON) kernels/check/gpu_check.py --out $(GPU_OUT) $(GPU_ARGS)
 
 # The drawings take minutes and stay as they are: python docs/scripts/drawings.py.
 docs: $(INSTALLED_TEST)

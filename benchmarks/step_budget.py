@@ -14,6 +14,7 @@ its work over the GPU's rate, and the classes add up: a GPU runs them one after 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -212,8 +213,11 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return forward
 
 
+@functools.cache
 def work_of_block(case: Case, bits: int, recipe: str = "w4a4") -> Work:
     """Return the work of one block in eager mode: that of a model with two blocks less that of one with one.
+
+    It takes about a second, and tables ask for it again with every row: it is counted once, and not to be changed.
 
     Args:
         case: The case.

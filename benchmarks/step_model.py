@@ -73,20 +73,22 @@ class StepModel:
         return words + ", with a mask" * mask
 
 
-def fill(model: nn.Module, device: torch.device) -> nn.Module:
+def fill(model: nn.Module, device: torch.device, home: torch.device) -> nn.Module:
     """Put random parameters and packed weights into a model, of sizes that keep activations near 1.
 
     Args:
         model: The skeleton, which is changed in place and returned.
-        device: The device of the tensors.
+        device: Where the numbers are drawn: billions of them take a GPU no time, and one core of a CPU many seconds.
+        home: The device of the tensors.
     """
     torch.manual_seed(0)
     for module in model.modules():
         if isinstance(module, QuantLinear):
             for name, (dtype, shape) in module.spec.tensors().items():
-                setattr(module, name.removeprefix(module.spec.name + "."), _random(name, dtype, shape, module, device))
+                value = _random(name, dtype, shape, module, device).to(home)
+                setattr(module, name.removeprefix(module.spec.name + "."), value)
     fill_parameters(model, device)
-    return model.to(device).eval()
+    return model.to(home).eval()
 
 
 def _random(name: str, dtype: torch.dtype, shape: tuple[int, ...], layer: QuantLinear, device: torch.device) -> Tensor:
@@ -147,7 +149,7 @@ def build(plan: ModelPlan, flavour: Flavour, device: torch.device, inputs: dict[
     skeleton = (
         quantized_skeleton(plan, flavour.bits) if quantized else build_skeleton(plan.family.config, torch.bfloat16)
     )
-    model = fill(skeleton, device if kernels is None else torch.device("cpu"))
+    model = fill(skeleton, device, device if kernels is None else torch.device("cpu"))
     if kernels is not None:
         prepare_layers(model, kernels, [plan.recipe.activation(flavour.bits)], plan.dtype, device, flavour.weights)
         make_weights(model)

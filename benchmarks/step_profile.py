@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.step_budget import ATTENTION, LINEARS, POINTWISE, QUANTIZING
 
-__all__ = ["MEASURED", "class_of", "profile_classes"]
+__all__ = ["MEASURED", "class_of", "profile_classes", "sum_by_class"]
 
 # The kernels of self-attention and of text attention have the same names, so that one class holds both.
 MEASURED = (LINEARS, ATTENTION, POINTWISE, QUANTIZING)
@@ -24,6 +24,11 @@ _PATTERNS = (
     (ATTENTION, r"flash|fmha|sdpa|attention|attn|\bmha|sage"),
     # By their full names: torch has kernels that quantize, too. The last four work on weights, before the first step.
     (QUANTIZING, r"(?:rotate|fused|rope)_quantize|expand_packed|expand_weight|make_rows|search_rows|round_rows"),
+    # Of the libraries of 8-bit attention: comfy-kitchen, SageAttention 1 and 2.
+    (
+        QUANTIZING,
+        r"\bquant_(?:[qkv]|query|key)_|quant_per_block|(?:QuantInt8|SubMean|MeanScale|TransposePadPermute)Kernel",
+    ),
     (LINEARS, r"gemm|gemv|nvjet|cutlass|cublas|splitk|quant_linear|prepared_linear|addmm|linear|\bmm\b"),
 )
 
@@ -41,7 +46,7 @@ def class_of(name: str) -> str:
 
 
 def profile_classes(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> dict[str, float]:
-    """Return the milliseconds of a call by class.
+    """Return the milliseconds of a call by class; nothing where the profiler sees no kernel, as without CUPTI.
 
     Args:
         work: The call, which ran before.
@@ -55,11 +60,24 @@ def profile_classes(work: Callable[[], Any], device: torch.device, repeats: int 
             work()
         if cuda:
             torch.cuda.synchronize()
+    sums = sum_by_class(seen.key_averages(), cuda)
+    return {name: ms / repeats for name, ms in sums.items()} if any(sums.values()) else {}
+
+
+def sum_by_class(events: Iterable[Any], cuda: bool) -> dict[str, float]:
+    """Return the milliseconds of events by class.
+
+    Args:
+        events: What torch.profiler saw, averaged by name.
+        cuda: Whether kernels of a GPU count; else operations on a CPU.
+    """
     sums = dict.fromkeys(MEASURED, 0.0)
-    for event in seen.key_averages():
-        on_gpu = event.device_type.name == "CUDA"
-        if on_gpu != cuda:
+    for event in events:
+        if (event.device_type.name == "CUDA") != cuda:
+            continue
+        # On a GPU a range spans kernels that are in the list themselves. Inductor marks every call of a graph with one.
+        if cuda and event.is_user_annotation:
             continue
         microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
-        sums[class_of(event.key)] += microseconds / 1000 / repeats
+        sums[class_of(event.key)] += microseconds / 1000
     return sums

@@ -12,8 +12,9 @@ A flavour is a way of running: eager bf16, compiled bf16 (what a user could have
 a8 and a4 with the compiler, fused kernels, 8-bit attention, CUDA graphs and both branches of guidance in one call switched on
 one by one. ``--attention-backend`` measures 8-bit attention by each library that it names. HunyuanVideo runs without its padded
 words and their mask, as in sessions, and once with them. One that this machine cannot run, or that fails, is a row that says
-why, and ``--out`` holds the rows so far at any time. ``--budget`` adds, for every flavour, the time of its classes of operations
-by torch.profiler beside the prediction of step_budget.py, where that has a model of it.
+why, and ``--out`` holds the rows so far at any time. On a GPU a process of its own measures: one that crashes, hangs or breaks
+the device's context is a row, too, and the next one goes on. ``--budget`` adds, for every flavour, the time of its classes of
+operations by torch.profiler beside the prediction of step_budget.py, where that has a model of it.
 
 A step is one call of the transformer. What is no property of one step is not measured here: ``python -m benchmarks.quality
 caches`` counts the steps that a step cache leaves out, and guidance on two devices is in the time of a whole ``dvdq run``.
@@ -25,6 +26,7 @@ caches`` counts the steps that a step cache leaves out, and guidance on two devi
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import statistics
 import sys
@@ -42,6 +44,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.apart import Apart, EndedError
+from benchmarks.commit import commit
 from benchmarks.published import config_of
 from benchmarks.step_budget import ATTENTION, TEXT_ATTENTION, predict, rates_for, work_of_block
 from benchmarks.step_cases import CASES, FLAVOURS, Case, Flavour, inputs_of, select_cases, shallow, with_libraries
@@ -58,6 +62,8 @@ from dvdquant.system.whole_file import check_writable, write_whole
 from dvdquant.text import markdown_table
 
 BASELINE = "bf16 compiled"
+# Makes a call here, or in a process of its own.
+Runner = Callable[..., Any]
 # The longest text of a failure in a table; its traceback is on stderr.
 _LONGEST_REASON = 300
 # What shells say of a command that Ctrl-C ended.
@@ -121,7 +127,7 @@ def measure(case: Case, depth: int, flavour: Flavour, options: argparse.Namespac
     Raises:
         UnsupportedError: See :func:`build`.
     """
-    device = resolve_device(options.device)
+    device = device_of(options)
     plan = plan_model(shallow(config_of(case.config), depth, options.scale), get_recipe(options.recipe), torch.bfloat16)
     inputs = inputs_of(plan.family, case, options.scale, device, flavour.batch)
     tokens = plan.family.tokens(*inputs["hidden_states"].shape[-3:]) * flavour.batch
@@ -131,10 +137,61 @@ def measure(case: Case, depth: int, flavour: Flavour, options: argparse.Namespac
             torch.cuda.reset_peak_memory_stats()
         ms = milliseconds(lambda: model(inputs), device, options.steps)
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-        classes = profile_classes(lambda: model(inputs), device) if options.budget else {}
+        classes = classes_of(lambda: model(inputs), device) if options.budget else {}
         # Before the words, which tell of the last step.
         output = model(inputs).cpu()
     return Times(ms, peak, classes, model.words(inputs), output)
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    """Return the device of the command line; a GPU becomes the current one, which events and counts of memory are of.
+
+    Args:
+        options: The command line.
+    """
+    device = resolve_device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def classes_of(work: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Return the milliseconds of a call by class; nothing where the profiler fails, whose time is known all the same.
+
+    Args:
+        work: The call.
+        device: The device that it runs on.
+    """
+    try:
+        return profile_classes(work, device)
+    except Exception as error:  # noqa: BLE001 - as in tried
+        tqdm.write(f"the profiler failed: {reason_of(error)}", file=sys.stderr)
+        return {}
+
+
+def tried(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a call returns, or in words why it did not run; its memory is free behind it.
+
+    Args:
+        work: The call.
+        arguments: Its arguments.
+    """
+    try:
+        return work(*arguments)
+    except Exception as error:  # noqa: BLE001 - a compiler or a library may raise anything, and the other rows still count
+        return reason_of(error)
+    finally:
+        release()
+
+
+def call_here(work: Runner, *arguments: Any) -> Any:
+    """Return what a call returns.
+
+    Args:
+        work: The call.
+        arguments: Its arguments.
+    """
+    return work(*arguments)
 
 
 def switching_cost(case: Case, options: argparse.Namespace) -> dict[str, float]:
@@ -144,7 +201,7 @@ def switching_cost(case: Case, options: argparse.Namespace) -> dict[str, float]:
         case: The case.
         options: The command line.
     """
-    device = resolve_device(options.device)
+    device = device_of(options)
     plan = plan_model(shallow(config_of(case.config), 1, options.scale), get_recipe(options.recipe), torch.bfloat16)
     inputs = inputs_of(plan.family, case, options.scale, device)
     model = build(plan, Flavour(8), device, inputs, 0)
@@ -239,7 +296,9 @@ def distance(flavour: Flavour, output: Tensor | None, plain: dict[int, Tensor]) 
     return float((output.double() - reference).norm() / reference.norm())
 
 
-def row_of(case: Case, flavour: Flavour, options: argparse.Namespace, plain: dict[int, Tensor]) -> Row:
+def row_of(
+    case: Case, flavour: Flavour, options: argparse.Namespace, plain: dict[int, Tensor], run: Runner = call_here
+) -> Row:
     """Measure one flavour of one case at two depths, and extrapolate to the real depth.
 
     Args:
@@ -247,22 +306,23 @@ def row_of(case: Case, flavour: Flavour, options: argparse.Namespace, plain: dic
         flavour: What runs.
         options: The command line.
         plain: See :func:`distance`.
+        run: Makes the calls that measure.
     """
-    found = []
-    try:
-        for depth in case.depths:
-            found.append(measure(case, depth, flavour, options))
-            release()
-    except Exception as error:  # noqa: BLE001 - a compiler or a library may raise anything, and the other rows still count
-        return Row(flavour, refused=reason_of(error))
-    finally:
-        release()
+    found: list[Times] = []
+    for depth in case.depths:
+        try:
+            times = run(tried, measure, case, depth, flavour, options)
+        except EndedError as error:
+            times = str(error)
+        if isinstance(times, str):
+            return Row(flavour, refused=times)
+        found.append(times)
     low, high = found
     shallower, deeper = case.depths
     blocks = deeper - shallower
     block = (high.ms - low.ms) / blocks
     step = high.ms + block * (config_of(case.config)["num_layers"] - deeper)
-    classes = {name: (high.classes[name] - low.classes[name]) / blocks for name in high.classes}
+    classes = {name: (high.classes[name] - low.classes[name]) / blocks for name in high.classes if name in low.classes}
     apart = distance(flavour, high.output, plain)
     return Row(flavour, block, step, high.peak, classes, high.attention, apart)
 
@@ -308,7 +368,8 @@ def budget_table(case: Case, rows: list[Row], gpu: str) -> list[list[str]]:
         cells = []
         for name in MEASURED:
             guess = "–" if predicted is None else f"{predicted[name]:.2f}"
-            cells.append(f"{row.classes[name]:.2f} / {guess}")
+            seen = f"{row.classes[name]:.2f}" if name in row.classes else "–"
+            cells.append(f"{seen} / {guess}")
         guess = "–" if predicted is None else f"{sum(predicted.values()):.2f}"
         lines.append([case.name, row.flavour.name, *cells, f"{row.block:.2f} / {guess}"])
     return lines
@@ -334,6 +395,12 @@ def try_engine(path: Path) -> str:
     return "deserializes" + " and makes an execution context" * made
 
 
+def beginning() -> str:
+    """Return the time, and the commit of the checkout if there is one, in words."""
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return ", ".join(filter(None, (now, commit())))
+
+
 @dataclass
 class Report:
     """What was measured so far.
@@ -344,6 +411,7 @@ class Report:
         measured: The cases and their rows.
         switching: What a switch costs, a line for each case.
         engine: What became of the engine, in words.
+        begun: When, and what was run, in words.
     """
 
     gpu: str
@@ -351,13 +419,15 @@ class Report:
     measured: list[tuple[Case, list[Row]]] = field(default_factory=list)
     switching: list[str] = field(default_factory=list)
     engine: str = ""
+    begun: str = field(default_factory=lambda: beginning())
 
     def text(self) -> str:
         """Return the tables in Markdown."""
         times = [line for case, rows in self.measured for line in time_table(case, rows)]
         header = ["case", "runs", "block, ms", f"times {BASELINE}", "step, ms", "peak, GiB", "self-attention", "apart"]
+        how = f"recipe {self.options.recipe}, {self.options.steps} runs of each; {self.begun}"
         lines = [
-            f"{self.gpu}, torch {torch.__version__}, recipe {self.options.recipe}",
+            f"{self.gpu}, torch {torch.__version__}, {how}",
             "",
             markdown_table(header, times),
             "",
@@ -388,29 +458,31 @@ class Report:
         return True
 
 
-def measure_all(cases: Sequence[Case], flavours: Sequence[Flavour], report: Report) -> None:
+def measure_all(cases: Sequence[Case], flavours: Sequence[Flavour], report: Report, run: Runner = call_here) -> None:
     """Measure every flavour of every case. What is done is written at once: a run that is cut off keeps its rows.
 
     Args:
         cases: The cases.
         flavours: The flavours.
         report: Gets the rows.
+        run: Makes the calls that measure.
     """
     for case in tqdm(cases, desc="cases"):
         rows: list[Row] = []
         plain: dict[int, Tensor] = {}
         report.measured.append((case, rows))
         for flavour in flavours:
-            rows.append(row_of(case, flavour, report.options, plain))
+            rows.append(row_of(case, flavour, report.options, plain, run))
             tqdm.write(" | ".join(time_table(case, rows)[-1]), file=sys.stderr)
             report.save()
         try:
-            cost = switching_cost(case, report.options)
+            cost = run(tried, switching_cost, case, report.options)
+        except EndedError as error:
+            cost = str(error)
+        if isinstance(cost, str):
+            words = f"not measured: {cost}"
+        else:
             words = ", ".join(f"{name} {ms:.3f} ms" for name, ms in cost.items())
-        except Exception as error:  # noqa: BLE001 - as in row_of
-            words = f"not measured: {reason_of(error)}"
-        finally:
-            release()
         report.switching.append(f"{case.name}: {words}")
         report.save()
 
@@ -437,6 +509,9 @@ def main() -> int:
     parser.add_argument("--budget", action="store_true", help="also the time by class, measured and predicted")
     parser.add_argument("--recipe", default="w4a4")
     parser.add_argument("--steps", type=int, default=10, help="timed runs of each flavour")
+    parser.add_argument(
+        "--row-seconds", type=float, default=300.0, help="on a GPU, the longest time of one depth of a flavour"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scale", type=int, default=1, help="divide all sizes, to try the script")
     parser.add_argument("--engine", type=Path, help="a TensorRT-RTX engine to try on this GPU")
@@ -464,12 +539,16 @@ def main() -> int:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, toy sizes: the times mean nothing"
     report = Report(gpu, options)
     status = 0
+    run = Apart(options.row_seconds) if device.type == "cuda" else call_here
     try:
-        measure_all(cases, with_libraries(flavours, options.attention_backend or ()), report)
+        measure_all(cases, with_libraries(flavours, options.attention_backend or ()), report, run)
         if options.engine:
             report.engine = f"{options.engine.name}: {try_engine(options.engine)}"
     except KeyboardInterrupt:
         status = _INTERRUPTED
+    finally:
+        if isinstance(run, Apart):
+            run.close()
 
     # 3. Print.
     print(report.text())

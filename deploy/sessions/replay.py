@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dvdquant.system.torch_hooks import close_capture_pool
+
 __all__ = ["MOST_CAPTURES", "MOST_TOKENS", "GraphReplay", "capture_step", "failure_text", "why_not"]
 
 log = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ def capture_step(
 
     PyTorch's own stream for captures belongs to the device of the first one, and kernels of another device would run instead of
     being captured. So each capture has a stream of its device. The caller's stream is the current one again behind a capture that
-    fails, too, where PyTorch may leave that of the capture.
+    fails, too, where PyTorch may leave that of the capture, and memory can be freed again, which PyTorch goes on to put off.
 
     Args:
         step: The step.
@@ -70,11 +72,15 @@ def capture_step(
     """
     with _CAPTURING, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(device) if stream is None else stream  # type: ignore[no-untyped-call]
-        # Other threads may allocate memory meanwhile: those of a second session, or of a server.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            output = step(inputs)
+        try:
+            # Other threads may allocate memory meanwhile: those of a second session, or of a server.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                output = step(inputs)
+        except BaseException:
+            close_capture_pool(torch.cuda.current_device(), pool)
+            raise
     return output, graph.replay
 
 

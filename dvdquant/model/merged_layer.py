@@ -90,7 +90,8 @@ class SharedInput:
         part = parts.pop(index)
         with nullcontext() if lock is None else lock:
             # Rows are kept only if no other thread changed the input or switched the bits while the layer ran.
-            keep = bool(parts) and state == self._state(x)
+            # Not bool(parts): PyTorch 2.11 cannot trace it.
+            keep = len(parts) > 0 and state == self._state(x)
             self.input = x if keep else None
             self.state = state
             self.pending = parts if keep else {}

@@ -18,6 +18,7 @@ __all__ = [
     "FakeTensorMode",
     "allow_recompiles",
     "check_example_values",
+    "close_capture_pool",
     "compile_in_this_process",
     "compiler_named",
     "example_value",
@@ -54,6 +55,26 @@ def parse_to(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtyp
     """
     device, dtype, *_ = _parse_to(*args, **kwargs)
     return device, dtype
+
+
+def close_capture_pool(device: int, pool: Any) -> None:
+    """Give back the memory of a CUDA graph whose capture failed; nothing happens where PyTorch has done so.
+
+    PyTorch's allocator takes a capture that could not be ended for one that goes on: it frees no cached memory any more, neither
+    on request nor where memory runs out.
+
+    Args:
+        device: The index of the device.
+        pool: The capture's memory, of ``torch.cuda.graph_pool_handle``.
+    """
+    why = "to give back the memory of a capture that failed"
+    end = hook("torch", "torch._C:_cuda_endAllocateToPool", why, REQUIREMENT)
+    release = hook("torch", "torch._C:_cuda_releasePool", why, REQUIREMENT)
+    try:
+        end(device, pool)
+    except RuntimeError:
+        return  # it was ended, and the graph itself gives its memory back
+    release(device, pool)
 
 
 def allow_recompiles(count: int) -> None:

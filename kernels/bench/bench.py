@@ -4,18 +4,18 @@
     python kernels/bench/bench.py --shapes Wan    only layers whose name or sizes contain "Wan"
 
 Every number is the median of 20 calls after 30 ms of others, by CUDA events, on random data, with the L2 emptied before
-each call. The table goes to ``kernels/bench/results/<date>-<gpu>.md``. ``gpu_check.py`` checks whether results are
-right.
+each call. The table goes to ``kernels/bench/results/<date>-<gpu>-bench.md``, after every layer what there is so far.
+``gpu_check.py`` checks whether results are right.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ import torch
 from check_cases import make_weight
 from cublaslt import CublasLtError, Int8Product
 from peers import PEERS, REFUSALS, Peer, random_codes, random_tokens
-from report import Machine, Row, Shape, floor_expand, floor_gemm, floor_rotate_quantize, to_markdown
+from report import Machine, Row, Shape, floor_expand, floor_gemm, floor_rotate_quantize, free_path, to_markdown
 from timing import CudaTimer, HostTimer, Timer, record_clocks
 
 from dvdquant.errors import DvdquantError, UnsupportedError
@@ -37,7 +37,7 @@ from dvdquant.ops.cuda_linear import CudaKernels
 from dvdquant.ops.repack import LayerShape
 from dvdquant.system.devices import cuda_sm, resolve_device
 
-__all__ = ["MODES", "SHAPES", "Mode", "run", "to_markdown", "write"]
+__all__ = ["MODES", "SHAPES", "Mode", "result_path", "run", "to_markdown", "write"]
 
 SHAPES = (
     Shape(118800, 3072, 3072, "HunyuanVideo"),
@@ -205,6 +205,11 @@ def measure_peer(peer: Peer, x: torch.Tensor, shape: Shape, machine: Machine, ti
     return Row(shape, peer.stage, peer.name, milliseconds, False, floor, _tera(shape, milliseconds))
 
 
+def _failed(error: BaseException) -> str:
+    """Return the note of a row that failed."""
+    return f"failed: {_first_line(error)}"
+
+
 def _first_line(error: BaseException) -> str:
     """Return the first line of an error, fit for a cell of a table."""
     text = str(error).strip() or type(error).__name__
@@ -222,8 +227,9 @@ def run(
     sm: int | None = None,
     seconds: float = 230.0,
     progress: Callable[[str], None] = lambda text: None,
+    so_far: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """Measure everything, and return the rows for :func:`to_markdown`.
+    """Measure everything, and return the rows for :func:`to_markdown`. What fails is a row that says so.
 
     Args:
         library: The kernels, or anything with the methods of KernelLibrary.
@@ -235,6 +241,7 @@ def run(
         sm: The compute capability, major · 10 + minor; None means the device's own.
         seconds: Peers that would start later than this are left out, and the table says so.
         progress: A function that gets a line for every layer that starts, and for everything measured when it ends.
+        so_far: A function that gets all rows after every layer, so that a run that is cut off keeps them.
     """
     device, start = torch.device(device), time.monotonic()
     if timer is None:
@@ -247,9 +254,16 @@ def run(
     for shape in shapes:
         progress(str(shape))
         first = len(rows)
-        x = random_tokens(shape, device)
+        try:
+            x = random_tokens(shape, device)
+        except RuntimeError as error:
+            rows.append(Row(shape, "RQ+QL", "x", None, ours=True, note=_failed(error)))
+            continue
         for mode in MODES:
-            rows += measure_mode(kernels, mode, x, shape, machine, timer)
+            try:
+                rows += measure_mode(kernels, mode, x, shape, machine, timer)
+            except (DvdquantError, RuntimeError) as error:
+                rows.append(Row(shape, "RQ+QL", mode.name, None, ours=True, note=_failed(error)))
         for peer in peers:
             if time.monotonic() - start > seconds:
                 rows.append(Row(shape, peer.stage, peer.name, None, note=f"left out: {seconds:.0f} s were over"))
@@ -258,9 +272,11 @@ def run(
         for row in rows[first:]:
             took = "–" if row.milliseconds is None else f"{row.milliseconds:.4g} ms"
             progress(f"  {row.stage:5s} {row.name:36s} {took:>11s}  {row.rate or row.note}")
+        so_far(rows)
         del x
         if device.type == "cuda":
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # a device whose context is broken: the rows say so
+                torch.cuda.empty_cache()
     return rows
 
 
@@ -280,21 +296,27 @@ def describe(device: torch.device, library: KernelLibrary) -> list[str]:
     ]
 
 
-def write(rows: Sequence[Row], environment: Sequence[str], gpu: str, folder: Path = RESULTS) -> Path:
-    """Write ``<date>-<gpu>.md``, and return its path.
+def write(rows: Sequence[Row], environment: Sequence[str], gpu: str, path: Path) -> None:
+    """Write the table.
 
     Args:
         rows: The rows of the table.
         environment: The lines about machine and software.
         gpu: The name of the GPU.
-        folder: The folder of the file.
+        path: The file, of :func:`result_path`.
     """
-    date = datetime.date.today().isoformat()
-    slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{date}-{slug}.md"
-    path.write_text(to_markdown(rows, f"Kernels on {gpu}, {date}", environment), encoding="utf-8")
-    return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_markdown(rows, f"Kernels on {gpu}, {path.name[:10]}", environment), encoding="utf-8")
+
+
+def result_path(gpu: str, folder: Path = RESULTS) -> Path:
+    """Return ``<date>-<gpu>-bench.md`` in a folder, with a number where that file is there.
+
+    Args:
+        gpu: The name of the GPU.
+        folder: The folder.
+    """
+    return free_path(folder, datetime.date.today().isoformat(), gpu, "bench")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -334,14 +356,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.cuda.set_device(device)
     gpu = torch.cuda.get_device_name(device)
     peers = PEERS[:1] if options.no_peers else PEERS
+    path = result_path(gpu, options.output)
     try:
         library = load_library()
+        facts = describe(device, library)
         with record_clocks(torch.cuda.current_device()) as clocks:
-            rows = run(library, device, shapes=shapes, peers=peers, seconds=options.seconds, progress=print)
+            rows = run(
+                library,
+                device,
+                shapes=shapes,
+                peers=peers,
+                seconds=options.seconds,
+                progress=print,
+                so_far=lambda rows: write(rows, facts, gpu, path),
+            )
     except DvdquantError as error:
         print(error)
         return 2
-    path = write(rows, [*describe(device, library), str(clocks)], gpu, options.output)
+    write(rows, [*facts, str(clocks)], gpu, path)
     print(path.read_text(encoding="utf-8"), path, sep="\n")
     return 0
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
 from typing import Literal
 
-__all__ = ["Machine", "Row", "Shape", "Stage", "floor_expand", "floor_gemm", "floor_rotate_quantize", "to_markdown"]
+__all__ = [
+    "Machine",
+    "Row",
+    "Shape",
+    "Stage",
+    "floor_expand",
+    "floor_gemm",
+    "floor_rotate_quantize",
+    "free_path",
+    "to_markdown",
+]
 
 Stage = Literal["machine", "RQ", "QL", "RQ+QL", "EX"]
 
@@ -113,6 +126,20 @@ def floor_gemm(shape: Shape, bytes_read: float, rate: float, machine: Machine) -
     """
     arithmetic = shape.operations / rate if rate else 0.0
     return max(arithmetic, (bytes_read + 2 * shape.m * shape.n) / machine.copy) * 1e3
+
+
+def free_path(folder: Path, date: str, gpu: str, what: str) -> Path:
+    """Return ``<date>-<gpu>-<what>.md`` in a folder, or the first with a number behind it that is not there yet.
+
+    Args:
+        folder: The folder of the results.
+        date: The day.
+        gpu: The name of the GPU.
+        what: What was run.
+    """
+    name = f"{date}-{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}-{what}"
+    paths = (folder / (f"{name}.md" if number == 1 else f"{name}-{number}.md") for number in count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def to_markdown(rows: Sequence[Row], title: str = "Kernels", environment: Iterable[str] = ()) -> str:

@@ -5,7 +5,7 @@ Sessions judge a library on their own first layer, too. Here its error is agains
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from check_kernels import Bench, Outcome
@@ -24,7 +24,10 @@ _SPREAD = 2.0
 
 
 def check_attention(
-    bench: Bench, shape: tuple[int, int, int, int] = SHAPE, libraries: Mapping[str, Library] = LIBRARIES
+    bench: Bench,
+    shape: tuple[int, int, int, int] = SHAPE,
+    libraries: Mapping[str, Library] = LIBRARIES,
+    apart: Callable[..., list[Outcome]] | None = None,
 ) -> Iterator[Outcome]:
     """Yield a row for each library, with its error and its speed; one that is not here is a row that says why.
 
@@ -32,31 +35,67 @@ def check_attention(
         bench: The device and its SM.
         shape: [B, S, H, d] of q, k and v.
         libraries: The libraries by name.
+        apart: Makes the calls for one of :data:`LIBRARIES`, in a process of its own, which a library may crash; None makes
+            them here.
     """
     reasons = {name: library.refused(bench.kernels.sm, shape[-1]) for name, library in libraries.items()}
     for name, reason in reasons.items():
         if reason is not None:
             yield Outcome(f"attention: {name}", True, 0, note=f"not run: {reason}")
-    if all(reason is not None for reason in reasons.values()):
-        return
-    q, k, v = _operands(shape, bench.device)
+    for name, reason in reasons.items():
+        if reason is not None:
+            continue
+        try:
+            if apart is None:
+                yield from library_rows(name, libraries[name], shape, bench.device)
+            else:
+                yield from apart(rows_of, name, shape, str(bench.device))
+        except Exception as error:  # noqa: BLE001 - whatever becomes of a library, the others are still checked
+            yield Outcome(f"attention: {name}", False, note=_words(error))
+
+
+def rows_of(name: str, shape: tuple[int, int, int, int], device: str) -> list[Outcome]:
+    """Return the rows of one of :data:`LIBRARIES`.
+
+    Args:
+        name: Its name.
+        shape: [B, S, H, d] of q, k and v.
+        device: The word of the device.
+    """
+    return library_rows(name, LIBRARIES[name], shape, torch.device(device))
+
+
+def library_rows(name: str, library: Library, shape: tuple[int, int, int, int], device: torch.device) -> list[Outcome]:
+    """Return the rows of one library: of q, k and v in 16 bits, and of codes where it takes them.
+
+    Args:
+        name: What its rows are called.
+        library: The library.
+        shape: [B, S, H, d] of q, k and v.
+        device: The device.
+    """
+    q, k, v = _operands(shape, device)
     scale = shape[-1] ** -0.5
-    chosen = torch.linspace(0, shape[1] - 1, min(_QUERIES, shape[1]), device=bench.device).long()
+    chosen = torch.linspace(0, shape[1] - 1, min(_QUERIES, shape[1]), device=device).long()
     wanted = exact(q[:, chosen].float(), k.float(), v.float(), scale)
     exact(q, k, v, scale)
-    sixteen = seconds(lambda: exact(q, k, v, scale), bench.device)
+    sixteen = seconds(lambda: exact(q, k, v, scale), device)
     # No row of a rotated head has a larger value than its length.
     bounds = torch.stack([x.float().norm(dim=-1).amax() for x in (q, k)])
     (q_codes, k_codes, _), _ = e4m3_operands(q, k, v, bounds)
-    for name, reason in reasons.items():
-        if reason is None:
-            forms = {"": (q, k, v)} | ({", of codes": (q_codes, k_codes, v)} if libraries[name].codes else {})
-            for words, operands in forms.items():
-                row = f"attention: {name}{words}"
-                try:
-                    yield _row(row, libraries[name], operands, (scale, bounds), (chosen, wanted), sixteen)
-                except Exception as error:  # noqa: BLE001 - whatever a library raises, the others are still checked
-                    yield Outcome(row, False, note=f"{type(error).__name__}: {' '.join(str(error).split()):.300}")
+    forms = {"": (q, k, v)} | ({", of codes": (q_codes, k_codes, v)} if library.codes else {})
+    rows = []
+    for words, operands in forms.items():
+        row = f"attention: {name}{words}"
+        try:
+            rows.append(_row(row, library, operands, (scale, bounds), (chosen, wanted), sixteen))
+        except Exception as error:  # noqa: BLE001 - whatever a library raises, its other form is still checked
+            rows.append(Outcome(row, False, note=_words(error)))
+    return rows
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
 
 
 def _operands(shape: tuple[int, int, int, int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

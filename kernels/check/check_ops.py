@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from check_kernels import Bench, Outcome, Tally, reachable_layers
 from torch import Tensor, nn
 
 import dvdquant.model.layers
+from dvdquant.deploy.sessions.replay import capture_step
 from dvdquant.model.layers import QuantLinear
 from dvdquant.model.quantized_model import prepare_layers, quant_linears, set_activation
 from dvdquant.ops.cuda_linear import CudaKernels, reference_policy, run_quant_linear
@@ -181,35 +183,38 @@ def check_graph(bench: Bench) -> Iterator[Outcome]:
         static = make_tokens(layer, 129, bench.device, seed=14)
         with reference_policy("raise"), torch.inference_mode():
             smooth_quant_linear(static, *rest)
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                smooth_quant_linear(static, *rest)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                captured = smooth_quant_linear(static, *rest)
+            captured, replay = capture_step(functools.partial(_smooth_step, rest), {"x": static}, bench.device)
             for seed in (15, 16):
                 fresh = make_tokens(layer, 129, bench.device, seed=seed)
                 static.copy_(fresh)
                 captured.fill_(float("nan"))
-                graph.replay()
+                replay()
                 tally.add(
                     "CUDA graph replay = eager", check_equal(captured, smooth_quant_linear(fresh, *rest), "y"), path
                 )
             # The same with a weight that stays packed: its scratch belongs to the graph.
             held = bench.kernels.make_rows(layer, packed.stored())
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                captured = bench.kernels.packed_linear(layer, static, packed.outer, *held)
+            packed_step = functools.partial(_packed_step, bench.kernels, layer, packed.outer, held)
+            captured, replay = capture_step(packed_step, {"x": static}, bench.device)
             for seed in (17, 18):
                 fresh = make_tokens(layer, 129, bench.device, seed=seed)
                 static.copy_(fresh)
                 captured.fill_(float("nan"))
-                graph.replay()
-                wanted = bench.kernels.packed_linear(layer, fresh, packed.outer, *held)
+                replay()
+                wanted = packed_step({"x": fresh})
                 tally.add("CUDA graph replay = eager, packed weight", check_equal(captured, wanted, "y"), path)
     yield from tally.rows.values()
+
+
+def _smooth_step(rest: tuple[Any, ...], inputs: dict[str, Tensor]) -> Tensor:
+    y: Tensor = smooth_quant_linear(inputs["x"], *rest)
+    return y
+
+
+def _packed_step(
+    kernels: CudaKernels, layer: LayerShape, outer: Tensor, held: tuple[Tensor, Tensor], inputs: dict[str, Tensor]
+) -> Tensor:
+    return kernels.packed_linear(layer, inputs["x"], outer, *held)
 
 
 def check_streams(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import platform
-import re
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
 from check_kernels import Outcome
+from report import free_path
 
 from benchmarks.commit import commit
 
@@ -87,11 +87,11 @@ def smi() -> dict[str, str]:
 
 
 def report_path(folder: Path, facts: dict[str, str]) -> Path:
-    """Return ``<date>-<gpu>.md`` in a folder.
+    """Return ``<date>-<gpu>-gpu-check.md`` in a folder, with a number where that file is there: no run replaces another's.
 
     Args:
         folder: The folder.
         facts: The facts of :func:`hardware`.
     """
-    gpu = re.sub(r"[^a-z0-9]+", "-", facts.get("GPU", "cpu").split(",")[0].lower()).strip("-")
-    return folder / f"{facts['date'][:10]}-{gpu}.md"
+    gpu = facts.get("GPU", "cpu").split(",")[0]
+    return free_path(folder, facts["date"][:10], gpu, "gpu-check")

@@ -2,8 +2,9 @@
 
     python kernels/check/gpu_check.py [--out FOLDER] [--seconds 480]
 
-It builds the library if there is none, runs every check, prints one row each, writes ``FOLDER/<date>-<gpu>.md`` and
-exits 1 if anything failed. It needs torch with CUDA and numpy. Anything else that is missing (diffusers, pytest,
+It builds the library if there is none, runs every check, prints one row each, writes ``FOLDER/<date>-<gpu>-gpu-check.md``
+as it goes, and exits 1 if anything failed. Libraries of 8-bit attention run in a process of their own, before anything else
+is on the GPU. It needs torch with CUDA and numpy. Anything else that is missing (diffusers, pytest,
 compute-sanitizer) is a row that says "not run".
 """
 
@@ -20,8 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 for folder in (REPOSITORY, Path(__file__).resolve().parent, REPOSITORY / "kernels" / "bench"):
@@ -48,6 +50,7 @@ from check_quantizer import check_quantizer  # noqa: E402
 from check_report import hardware, line, markdown, report_path, smi  # noqa: E402
 from check_rope import check_rope  # noqa: E402
 
+from benchmarks.apart import Apart  # noqa: E402
 from dvdquant.errors import DvdquantError  # noqa: E402
 from dvdquant.ops.cuda.find import find_library, load_library  # noqa: E402
 from dvdquant.ops.cuda.library import KernelLibrary  # noqa: E402
@@ -65,6 +68,10 @@ _QUANTIZER_SECONDS = 120.0
 _FOUND = re.compile(r"^(?:=+ (?:Invalid|Error|Race|Uninitialized).*|.*\bFAILED\b.*|[.sx]*F[.sxFE]*)$", re.MULTILINE)
 # Tests marked slow run if there are at least so many seconds.
 _SLOW_SECONDS = 300
+# One library of 8-bit attention takes some seconds, and a minute where it compiles.
+_LIBRARY_SECONDS = 150.0
+# What runs beside the checks ends so many seconds behind them, also where this process was killed and cannot end it.
+_BEYOND_SECONDS = 60.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,7 +82,6 @@ def main(arguments: list[str] | None = None) -> int:
     """
     # 1. Find or build the library.
     options = _options(arguments)
-    started = time.monotonic()
     if not torch.cuda.is_available():
         print(f"gpu_check needs a CUDA device, and torch {torch.__version__} sees none", file=sys.stderr)
         return 1
@@ -102,20 +108,29 @@ def main(arguments: list[str] | None = None) -> int:
         ]
         return report(run_all(checks), [])
     bench = Bench(kernels, torch.device("cuda"), FEATURES)
-    bench.deadline = started + 0.7 * options.seconds
     built = library.path.relative_to(REPOSITORY) if library.path.is_relative_to(REPOSITORY) else library.path
-    # 3. Run every check and the benchmarks; the report is written after each.
+    # 3. Run every check and the benchmarks; the report is written after each. What runs beside ends with this process, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     facts = hardware() | {"library": f"{built} for {';'.join(library.architectures)}"}
     print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     outcomes: list[Outcome] = []
     bench_text = ""
     path = report_path(options.out, facts)
     status = 0
-    for outcome in every_check(bench, options, started):
-        status |= report(iter([outcome]), outcomes, started)
+    for outcome in attention(bench):
+        status |= report(iter([outcome]), outcomes)
         write(path, facts, outcomes, bench_text)
+    # Neither the build nor the time of libraries is part of --seconds.
+    started = time.monotonic()
+    bench.deadline = started + 0.7 * options.seconds
+    with contextlib.closing(every_check(bench, options, started)) as found:
+        for outcome in found:
+            status |= report(iter([outcome]), outcomes, started)
+            write(path, facts, outcomes, bench_text)
     if not options.no_bench:
-        outcome, bench_text = run_bench(library, bench.device, options.bench_seconds)
+        outcome, bench_text = run_bench(
+            library, bench.device, options.bench_seconds, lambda text: write(path, facts, outcomes, text)
+        )
         status |= report(iter([outcome]), outcomes, started)
         write(path, facts, outcomes, bench_text)
         outcome, quantizer_text = run_quantizer(_QUANTIZER_SECONDS)
@@ -142,7 +157,7 @@ def write(path: Path, facts: dict[str, str], outcomes: list[Outcome], text: str)
     path.write_text(markdown("gpu-check", facts, outcomes, text))
 
 
-def every_check(bench: Bench, options: argparse.Namespace, started: float) -> Iterator[Outcome]:
+def every_check(bench: Bench, options: argparse.Namespace, started: float) -> Generator[Outcome, None, None]:
     """Yield all rows but the benchmark's, the cheap and telling ones first; the sanitizers and pytest run beside them.
 
     Args:
@@ -150,10 +165,11 @@ def every_check(bench: Bench, options: argparse.Namespace, started: float) -> It
         options: The command line.
         started: The time of ``time.monotonic()`` at the start.
     """
+    most = options.seconds + _BEYOND_SECONDS
     beside = [
-        start_pytest(slow=options.seconds >= _SLOW_SECONDS),
-        start_sanitizer("memcheck"),
-        start_sanitizer("racecheck"),
+        start_pytest(slow=options.seconds >= _SLOW_SECONDS, seconds=most),
+        start_sanitizer("memcheck", most),
+        start_sanitizer("racecheck", most),
     ]
     try:
         yield from run_all(
@@ -170,17 +186,30 @@ def every_check(bench: Bench, options: argparse.Namespace, started: float) -> It
                 check_shapes(bench),
                 check_large(bench, 118800, 21504, 21504),
                 check_quantizer(bench),
-                check_attention(bench),
                 check_model(bench),
             ]
         )
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # a device whose context is broken: the rows say so
+            torch.cuda.empty_cache()
         for tool in beside:
             yield tool if isinstance(tool, Outcome) else tool.finish(options.seconds - (time.monotonic() - started))
     finally:
         for tool in beside:
             if isinstance(tool, Running):
                 tool.stop()
+
+
+def attention(bench: Bench) -> Iterator[Outcome]:
+    """Yield the rows of the libraries of 8-bit attention, each timed while nothing else runs on the GPU.
+
+    Args:
+        bench: The device and its SM.
+    """
+    apart = Apart(_LIBRARY_SECONDS)
+    try:
+        yield from run_all([check_attention(bench, apart=apart)])
+    finally:
+        apart.close()
 
 
 def report(rows: Iterator[Outcome], outcomes: list[Outcome], started: float | None = None) -> int:
@@ -214,12 +243,21 @@ class Running:
         command: The command and its arguments.
         judge: A function of (name, exit status, output) that makes its row.
         may_be_late: True if running out of time is no failure.
+        seconds: It ends after this time even where nobody ends it; None for no limit.
     """
 
     def __init__(
-        self, name: str, command: list[str], judge: Callable[[str, int, str], Outcome], may_be_late: bool = True
+        self,
+        name: str,
+        command: list[str],
+        judge: Callable[[str, int, str], Outcome],
+        may_be_late: bool = True,
+        seconds: float | None = None,
     ) -> None:
         self.name, self.judge, self.may_be_late = name, judge, may_be_late
+        timeout = shutil.which("timeout")
+        if seconds is not None and timeout is not None:
+            command = [timeout, "--signal=KILL", f"{seconds:.0f}", *command]
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
         # A group of its own: the sanitizer's child would live on and disturb the benchmark.
         self._process = subprocess.Popen(
@@ -262,13 +300,14 @@ def gpu_tests() -> list[str]:
     return [str(p) for p in sorted((REPOSITORY / "tests").rglob("test_*.py")) if "mark.gpu" in p.read_text()]
 
 
-def start_pytest(slow: bool = True) -> Running | Outcome:
+def start_pytest(slow: bool = True, seconds: float | None = None) -> Running | Outcome:
     """Start the tests marked gpu, of the files that have some.
 
     Files that need a package this machine lacks are counted.
 
     Args:
         slow: Run those marked slow, too.
+        seconds: See :class:`Running`.
 
     Returns:
         The running command, or the row if there is nothing to run.
@@ -282,7 +321,7 @@ def start_pytest(slow: bool = True) -> Running | Outcome:
         return Outcome(name, True, 0, note="not run: no pytest")
     command = [sys.executable, "-m", "pytest", "-q", "-m", marks, "-p", "no:cacheprovider", "-rfE",
                "--continue-on-collection-errors", *files]  # fmt: skip
-    return Running(name, command, judge_pytest, may_be_late=False)
+    return Running(name, command, judge_pytest, may_be_late=False, seconds=seconds)
 
 
 def judge_pytest(name: str, status: int, output: str) -> Outcome:
@@ -309,11 +348,12 @@ def judge_pytest(name: str, status: int, output: str) -> Outcome:
     return Outcome(name, passed, int(ran.group(1)) if ran else 0, note=note)
 
 
-def start_sanitizer(tool: str) -> Running | Outcome:
+def start_sanitizer(tool: str, seconds: float | None = None) -> Running | Outcome:
     """Start compute-sanitizer over the small shapes.
 
     Args:
         tool: ``memcheck`` or ``racecheck``.
+        seconds: See :class:`Running`.
 
     Returns:
         The running command, or the row if the program is missing.
@@ -323,7 +363,7 @@ def start_sanitizer(tool: str) -> Running | Outcome:
         return Outcome(tool, True, 0, note="not run: compute-sanitizer was not found")
     command = [found, "--tool", tool, "--error-exitcode", str(_ERROR_EXIT), sys.executable, __file__,
                "--small", "race" if tool == "racecheck" else "memory"]  # fmt: skip
-    return Running(tool, command, judge_tool)
+    return Running(tool, command, judge_tool, seconds=seconds)
 
 
 def judge_tool(name: str, status: int, output: str) -> Outcome:
@@ -357,23 +397,41 @@ def run_command(command: list[str], seconds: float) -> tuple[int | None, str]:
     return run.returncode, (run.stdout + run.stderr).strip()
 
 
-def run_bench(library: KernelLibrary, device: torch.device, seconds: float) -> tuple[Outcome, str]:
+def run_bench(
+    library: KernelLibrary, device: torch.device, seconds: float, so_far: Callable[[str], None] = lambda text: None
+) -> tuple[Outcome, str]:
     """Run the benchmark of ``kernels/bench``, and return its row, and its table for the report.
 
     Args:
         library: The kernels.
         device: The GPU.
         seconds: The time after which no further peers start.
+        so_far: A function that gets the table after every layer.
     """
+    rows: list[Any] = []
+    facts: list[str] = []
+
+    def table() -> str:
+        return "#" + bench.to_markdown(rows, "Speed", facts)
+
+    def note(measured: list[Any]) -> None:
+        rows[:] = measured
+        so_far(table())
+
     try:
         import bench
+        from timing import record_clocks
 
-        rows = bench.run(library, device, seconds=seconds, progress=print)
-        text = "#" + bench.to_markdown(rows, "Speed", bench.describe(device, library))
-    except (DvdquantError, RuntimeError, ImportError) as error:
-        return Outcome("bench", False, note=f"{type(error).__name__}: {error}"), ""
-    print(text)
-    return Outcome("bench", bool(rows), len(rows), note="see the table below"), text
+        facts += bench.describe(device, library)
+        with record_clocks(device.index or 0) as clocks:
+            rows[:] = bench.run(library, device, seconds=seconds, progress=print, so_far=note)
+        facts.append(str(clocks))
+    except Exception as error:  # noqa: BLE001 - what was measured before it stays
+        return Outcome("bench", False, len(rows), note=f"{type(error).__name__}: {error}"), table() if rows else ""
+    print(table())
+    failed = [row for row in rows if row.ours and row.note.startswith("failed")]
+    words = f"{failed[0].name}, {failed[0].shape}: {failed[0].note}" if failed else "see the table below"
+    return Outcome("bench", bool(rows) and not failed, len(rows), note=words), table()
 
 
 def run_quantizer(seconds: float) -> tuple[Outcome, str]:

@@ -6,18 +6,22 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 
 from benchmarks import step_budget as budget
 from benchmarks import step_model, step_time
+from benchmarks.apart import EndedError
 from benchmarks.step_cases import CASES, FLAVOURS, Flavour, select_cases, with_libraries
-from benchmarks.step_profile import class_of
+from benchmarks.step_profile import class_of, profile_classes, sum_by_class
 from dvdquant.deploy.sessions import compiled, fusion_check, replay
 from dvdquant.errors import UnsupportedError
 from dvdquant.ops.attention import ladder
@@ -99,11 +103,41 @@ def test_classes_of_kernels() -> None:
         "void dvdq::(anonymous namespace)::expand_packed_kernel(ExpandParams)": budget.QUANTIZING,
         "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<...>>": budget.POINTWISE,
         "triton_red_fused__to_copy_add_linear_mul_native_layer_norm_3": budget.POINTWISE,
+        # Libraries of 8-bit attention, as comfy-kitchen 0.2.40 and SageAttention 1.0.6 and 2.2 name their kernels.
+        "void qk_int_sv_i8_attn_kernel<128u, 64u, 32u, 64u, 128u>(signed char*)": budget.ATTENTION,
+        "void qk_int_sv_f8_attn_kernel<64u, 128u, 128u>(CUtensorMap)": budget.ATTENTION,
+        "_attn_fwd": budget.ATTENTION,
+        "void (anonymous namespace)::quant_q_kernel<128>(void const*)": budget.QUANTIZING,
+        "void (anonymous namespace)::quant_v_int8_kernel<128>(void const*)": budget.QUANTIZING,
+        "quant_per_block_int8_kernel": budget.QUANTIZING,
+        "quant_query_per_thread_int8_kernel": budget.QUANTIZING,
+        "void QuantInt8Kernel<128u, 64u, 1u, false, false, __nv_bfloat16>(__nv_bfloat16*)": budget.QUANTIZING,
+        "void TransposePadPermuteKernel<128u, 64u, true, __nv_bfloat16>(__nv_bfloat16*)": budget.QUANTIZING,
         "Memcpy DtoD (Device -> Device)": budget.POINTWISE,
         "aten::addmm": budget.LINEARS,
         "dvdquant::quant_linear": budget.LINEARS,
     }.items():
         assert class_of(name) == kind, name
+
+
+def test_what_spans_kernels_is_not_counted_beside_them() -> None:
+    """Inductor marks every call of a graph with a range, which torch.profiler lists among a GPU's events."""
+
+    def event(key: str, microseconds: float, device: DeviceType, spans: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            key=key, device_type=device, is_user_annotation=spans,
+            self_device_time_total=microseconds, self_cpu_time_total=microseconds,
+        )  # fmt: skip
+
+    events = [
+        event("nvjet_tst_128x256", 3000.0, DeviceType.CUDA),
+        event("triton_poi_fused_add_0", 1000.0, DeviceType.CUDA),
+        event("## Call CompiledFxGraph fq3d ##", 4500.0, DeviceType.CUDA, spans=True),
+        event("aten::mm", 50.0, DeviceType.CPU),
+    ]
+    zeros = dict.fromkeys((budget.ATTENTION, budget.QUANTIZING), 0.0)
+    assert sum_by_class(events, cuda=True) == {budget.LINEARS: 3.0, budget.POINTWISE: 1.0, **zeros}
+    assert sum_by_class(events, cuda=False)[budget.LINEARS] == 0.05
 
 
 def test_no_kernel_of_ours_is_forgotten() -> None:
@@ -144,6 +178,12 @@ def test_fused_kernels_quantize_what_they_take_over() -> None:
         rope = budget.predict(case, Flavour(8, compiled=True, fused=True, attention="fp8"), rates, work)
         assert rope is not None
         assert rope[budget.POINTWISE] * rates.bandwidth == pytest.approx(moved, rel=0.04)
+
+
+def test_the_work_of_a_block_is_counted_once() -> None:
+    """It takes about a second, and the tables are written anew after every row."""
+    (case,) = select_cases(["wan2.1-1.3b 5x34x60"])
+    assert budget.work_of_block(case, 16) is budget.work_of_block(case, 16)
 
 
 def test_what_has_no_model_is_not_predicted() -> None:
@@ -344,6 +384,46 @@ def test_what_fails_is_a_row_and_what_was_measured_is_kept(
     printed = capsys.readouterr()
     assert printed.out.strip() == out.read_text().strip()
     assert "Traceback" in printed.err
+
+
+def test_a_process_that_ended_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(work: Any, *arguments: Any) -> Any:
+        if Flavour(8) in arguments or step_time.switching_cost in arguments:
+            raise EndedError("its process was ended by SIGSEGV")
+        return step_time.Times(float(arguments[2]), 0)
+
+    options = argparse.Namespace(device="cpu", scale=4, steps=1, budget=False, recipe="w4a4", out=None)
+    report = step_time.Report("a GPU", options)
+    step_time.measure_all(select_cases(["5x34x60"]), [Flavour(16), Flavour(8), Flavour(4)], report, run)
+    ((_, rows),) = report.measured
+    assert [row.refused for row in rows] == ["", "its process was ended by SIGSEGV", ""]
+    assert "not measured: its process was ended by SIGSEGV" in report.text()
+    assert re.search(r"1 runs of each; \d{4}-\d\d-\d\d \d\d:\d\d UTC", report.text()), "when it was measured"
+
+
+def test_a_profiler_that_sees_nothing_leaves_the_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where CUPTI is missing; or it raises."""
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("CUPTI_ERROR_NOT_INITIALIZED")
+
+    monkeypatch.setattr(step_time, "profile_classes", fail)
+    assert step_time.classes_of(lambda: None, torch.device("cpu")) == {}
+    assert "CUPTI_ERROR_NOT_INITIALIZED" in capsys.readouterr().err
+    monkeypatch.setattr("benchmarks.step_profile.profile", lambda activities: nullcontext(EventsOfNothing()))
+    assert profile_classes(lambda: None, torch.device("cpu")) == {}
+    rows = [step_time.Row(Flavour(8), 10.0, 100.0)]
+    (cells,) = step_time.budget_table(CASES[0], rows, "another GPU")
+    assert cells[2:] == ["– / –"] * 4 + ["10.00 / –"]
+
+
+class EventsOfNothing:
+    """What torch.profiler gives where it saw nothing."""
+
+    def key_averages(self) -> list[Any]:
+        return []
 
 
 def test_nothing_measured_or_nowhere_to_write_is_an_error(

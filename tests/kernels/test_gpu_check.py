@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.apart import EndedError
 from dvdquant.ops import prepared_cache
 from dvdquant.ops.attention.libraries import LIBRARIES, REFERENCE
 
@@ -160,19 +162,24 @@ def test_a_stale_prepared_weight_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["op against float64"] is True
 
 
-def test_a_late_or_raising_check_is_a_failed_row() -> None:
+@pytest.mark.parametrize(
+    "error", [RuntimeError("illegal memory access"), KeyError("no such field"), ImportError("no such name")], ids=repr
+)
+def test_a_raising_check_is_a_failed_row(error: Exception) -> None:
+    class Raises(HostLibrary):
+        def prepare_weight(self, *args: Any) -> None:
+            raise error
+
+    rows = list(check_kernels.run_all([shapes(bench(Raises())), check_kernels.check_dispatch(bench(Raises()))]))
+    assert error.args[0] in rows[0].note
+    assert [r.passed for r in rows] == [False, True]
+
+
+def test_a_late_check_is_a_failed_row() -> None:
     b = bench(HostLibrary())
     b.deadline = 0.0
     (row,) = list(shapes(b))
     assert (row.name, row.passed) == ("time", False)
-
-    class Raises(HostLibrary):
-        def prepare_weight(self, *args: Any) -> None:
-            raise RuntimeError("illegal memory access")
-
-    rows = list(check_kernels.run_all([shapes(bench(Raises())), check_kernels.check_dispatch(bench(Raises()))]))
-    assert "illegal memory access" in rows[0].note
-    assert [r.passed for r in rows] == [False, True]
 
 
 # ----------------------------------------------------------------------------------------------- libraries of attention
@@ -220,6 +227,80 @@ def test_a_wrong_library_of_attention_fails() -> None:
             row = attention_rows("int8", spoil)["attention: ours"]
             assert not row.passed
             assert note in row.note
+
+
+def test_a_library_of_attention_that_crashes_is_a_row() -> None:
+    """It runs in a process of its own, which is asked for one library after the other."""
+
+    def apart(call: Any, name: str, shape: Any, device: str) -> list[Any]:
+        assert call is check_attention.rows_of
+        if name == "fa3-fwd":
+            raise EndedError("its process was ended by SIGSEGV")
+        return [check_kernels.Outcome(f"attention: {name}", True, note=f"{shape} on {device}")]
+
+    names = ("fa3-fwd", "cudnn")
+    here = {name: replace(LIBRARIES[name], sms=None, package="") for name in names}
+    found = check_attention.check_attention(bench(HostLibrary()), (1, 200, 2, 64), here, apart)
+    crashed, after = check_kernels.run_all([found])
+    assert (crashed.name, crashed.passed) == ("attention: fa3-fwd", False)
+    assert crashed.note == "EndedError: its process was ended by SIGSEGV"
+    assert after == check_kernels.Outcome("attention: cudnn", True, note="(1, 200, 2, 64) on cpu")
+
+
+def test_libraries_of_attention_are_timed_before_tools_run_beside(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """memcheck, racecheck and pytest run on the same GPU; and the time to build is none of the checks'."""
+    order: list[str] = []
+
+    class Built(HostLibrary):
+        path = tmp_path / "library.so"
+        architectures = ("90a",)
+
+    def rows(name: str, note: str = "") -> Callable[..., Iterator[Any]]:
+        def run(bench: Any, *_: Any, **__: Any) -> Iterator[Any]:
+            order.append(name)
+            yield check_kernels.Outcome(name, True, note=note)
+
+        return run
+
+    def beside(name: str) -> Callable[..., Any]:
+        def start(*_: Any, **__: Any) -> Any:
+            order.append(name)
+            return check_kernels.Outcome(name, True, 0)
+
+        return start
+
+    def build() -> Any:
+        order.append("build")
+        monkeypatch.setattr(gpu_check.time, "monotonic", lambda: 1000.0)
+        return Built()
+
+    def late(b: Any) -> Iterator[Any]:
+        yield check_kernels.Outcome("deadline", True, note=str(b.deadline))
+
+    for name in [name for name in vars(gpu_check) if name.startswith("check_")]:
+        monkeypatch.setattr(gpu_check, name, rows(name))
+    monkeypatch.setattr(gpu_check, "check_shapes", late)
+    for name in ("start_pytest", "start_sanitizer"):
+        monkeypatch.setattr(gpu_check, name, beside(name))
+    monkeypatch.setattr(gpu_check, "load_library", build)
+    monkeypatch.setattr(gpu_check, "find_library", lambda: Path("library.so"))
+    monkeypatch.setattr(gpu_check, "cuda_sm", lambda: 90)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", fails)
+    monkeypatch.setattr(gpu_check, "hardware", lambda: {"date": "2026-01-02 03:04 UTC"})
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert gpu_check.main(["--no-bench", "--seconds", "100", "--out", str(tmp_path)]) == 0
+    assert order[:2] == ["build", "check_attention"]
+    assert order[2:5] == ["start_pytest", "start_sanitizer", "start_sanitizer"]
+    (written,) = tmp_path.glob("*.md")
+    assert "| deadline | ok | 1 | 0 | 0 | 1070.0 |" in written.read_text()
+    assert "start_pytest" in written.read_text(), "a broken context costs no rows of tools"
+
+
+def fails() -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 # --------------------------------------------------------------------------------------------------- models and reports
@@ -280,7 +361,12 @@ def test_report_and_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "| bad | **failed** | 1 | 7 | 0 | y at [0, 1]: 7 × its bound \\| more |" in text
     assert "| skipped | not run |" in text
     assert text.endswith("\nextra\n")
-    assert check_report.report_path(tmp_path, facts).name == "2026-01-02-nvidia-h200.md"
+    path = check_report.report_path(tmp_path, facts)
+    assert path.name == "2026-01-02-nvidia-h200-gpu-check.md"
+    path.touch()
+    assert check_report.report_path(tmp_path, facts).name == "2026-01-02-nvidia-h200-gpu-check-2.md", (
+        "the first run is kept"
+    )
 
 
 def written(running: gpu_check.Running, seconds: float = 60) -> str:
@@ -328,6 +414,18 @@ def test_stopped_tools_take_their_children_along() -> None:
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < end, "the child outlives its tool"
         time.sleep(0.02)
+
+
+def test_tools_end_by_themselves_where_nobody_ends_them() -> None:
+    """As where this process was killed; else they would go on beside what is measured next."""
+    code = "import subprocess, sys; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); p.wait()"
+    running = gpu_check.Running("t", [sys.executable, "-c", code], lambda name, status, output: output, seconds=3)
+    child = psutil.Process(int(written(running)))
+    end = time.monotonic() + 60
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end, "the child outlives its time"
+        time.sleep(0.02)
+    running.stop()
 
 
 @pytest.mark.parametrize("library", [wrong.WrongAtTheTilesEdge, wrong.SkipsOneToken])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +19,6 @@ BENCH = Path(__file__).resolve().parents[2] / "kernels" / "bench"
 @pytest.fixture(scope="module")
 def modules() -> Iterator[SimpleNamespace]:
     """The scripts' modules, which import each other by name."""
-    import importlib
-
     sys.path[:0] = [str(BENCH), str(BENCH.parent / "check")]
     names = ("bench", "peers", "report", "timing", "cublaslt", "host_library")
     loaded: dict[str, ModuleType] = {name: importlib.import_module(name) for name in names}
@@ -131,9 +131,11 @@ def test_whole_benchmark_runs_on_the_cpu(modules: SimpleNamespace, tmp_path: Pat
     # What a CPU does not have is in the table, with the reason.
     assert named["cublasLt int8, int32 out"].note == "absent: not on a CUDA device"
     assert all(peer.name in named for peer in modules.peers.PEERS)
-    path = bench.write(rows, ["a line"], "NVIDIA H200 (test)", tmp_path)
-    assert path.name.endswith("-nvidia-h200-test.md")
+    path = bench.result_path("NVIDIA H200 (test)", tmp_path)
+    assert path.name.endswith("-nvidia-h200-test-bench.md")
+    bench.write(rows, ["a line"], "NVIDIA H200 (test)", path)
     assert path.read_text().count("|\n") == len(rows) + 2
+    assert bench.result_path("NVIDIA H200 (test)", tmp_path).name.endswith("-nvidia-h200-test-bench-2.md")
 
 
 def test_peers_are_left_out_when_time_is_over(modules: SimpleNamespace) -> None:
@@ -150,6 +152,48 @@ def test_peers_are_left_out_when_time_is_over(modules: SimpleNamespace) -> None:
     peers = [row for row in rows if row.shape is not None and not row.ours]
     assert len(peers) == len(modules.peers.PEERS)
     assert all(row.milliseconds is None and "left out" in row.note for row in peers)
+
+
+def test_what_fails_is_a_row_and_layers_before_it_are_told(
+    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mode that fails costs its own rows, and a run that is cut off afterwards has those of the layers before."""
+    bench, report = modules.bench, modules.report
+    shapes = [report.Shape(4, 256, 16), report.Shape(4, 512, 16)]
+    told: list[int] = []
+
+    class Fails(modules.host_library.HostLibrary):  # type: ignore[name-defined, misc]
+        def linear_gemm(self, layer: Any, *rest: Any) -> None:
+            if layer.act_bits == 4 and layer.k == 512:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().linear_gemm(layer, *rest)
+
+    rows = bench.run(
+        Fails(), "cpu", shapes=shapes, peers=(), square=report.Shape(16, 16, 16),
+        timer=modules.timing.HostTimer(repeats=1, warm_up=0), sm=90, so_far=lambda rows: told.append(len(rows)),
+    )  # fmt: skip
+    failed = [row for row in rows if row.milliseconds is None and row.ours]
+    assert [(row.shape, row.note) for row in failed] == [(shapes[1], "failed: CUDA out of memory")] * 3
+    assert len([row for row in rows if row.ours and row.shape == shapes[0]]) == 5 * len(bench.MODES)
+    assert told == [len(rows) - 5 - 3, len(rows)]
+    gpu_check = importlib.import_module("gpu_check")
+    monkeypatch.setattr(bench, "run", lambda *_, so_far, **__: so_far(rows) or rows)
+    texts: list[str] = []
+    library = SimpleNamespace(architectures=("90a",))
+    outcome, text = gpu_check.run_bench(library, torch.device("cpu"), 1.0, texts.append)
+    assert (outcome.passed, outcome.cases) == (False, len(rows))
+    assert "A4 token, 4×512→16: failed: CUDA out of memory" in outcome.note
+    assert text.count("failed: CUDA out of memory") == 3
+    assert texts[0].count("\n| ") == text.count("\n| ")
+
+    def cut(*_: Any, so_far: Any, **__: Any) -> Any:
+        so_far(rows)
+        raise KeyError("cut off")
+
+    monkeypatch.setattr(bench, "run", cut)
+    outcome, text = gpu_check.run_bench(library, torch.device("cpu"), 1.0, texts.append)
+    assert not outcome.passed
+    assert text.count("failed: CUDA out of memory") == 3, "what was measured before it stays"
 
 
 def test_refused_layer_is_a_row_with_the_reason(modules: SimpleNamespace) -> None:

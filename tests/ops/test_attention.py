@@ -6,10 +6,13 @@ import gc
 import importlib
 import logging
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -476,3 +479,25 @@ def test_the_operation_by_itself() -> None:
     gc.collect()
     with pytest.raises(EngineError, match="is gone"):
         attention(*arguments)
+
+
+def test_sageattention_1_does_not_change_the_caller_s_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself it subtracts the mean in place, from what another library, or a later operation of the model, reads."""
+
+    def sageattn(q: Tensor, k: Tensor, v: Tensor, smooth_k: bool = True, sm_scale: float = 1.0, **_: Any) -> Tensor:
+        if smooth_k:
+            k -= k.mean(dim=1, keepdim=True)
+        centred.append(bool(k.mean(1).abs().amax() < 1e-12))
+        return exact(q, k, v, sm_scale)
+
+    centred: list[bool] = []
+    library = ModuleType("sageattention")
+    library.sageattn = sageattn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sageattention", library)
+    q, k, v = (part.transpose(1, 2) for part in operands(150))
+    k += 1
+    before = k.clone()
+    out = LIBRARIES["sageattention-1"].load()(q, k, v, 0.1, None)
+    assert torch.equal(k, before)
+    assert centred == [True]
+    assert relative(out, exact(q, before, v, 0.1)) < 1e-12

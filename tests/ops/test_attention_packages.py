@@ -120,6 +120,7 @@ def test_sageattention_has_the_arguments() -> None:
         kernel = LIBRARIES["sageattention-1"].load()
     kernel(*(torch.empty(SHAPE) for _ in range(3)), 0.1, None)
     assert (given["tensor_layout"], given["is_causal"], given["sm_scale"]) == ("NHD", False, 0.1)
+    assert given["smooth_k"] is False, "it subtracts the mean in place"
 
 
 @pytest.mark.parametrize("out_dtype", [None, torch.bfloat16, torch.float16])

@@ -118,12 +118,25 @@ def _comfy_kitchen() -> Kernel:
     return kernel
 
 
-def _sageattention() -> Kernel:
+def _sageattention_2() -> Kernel:
     library: Any = importlib.import_module("sageattention")
     attention = library.sageattn
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> Tensor:
         out: Tensor = attention(q, k, v, tensor_layout="NHD", is_causal=False, sm_scale=scale)
+        return out
+
+    return kernel
+
+
+def _sageattention_1() -> Kernel:
+    library: Any = importlib.import_module("sageattention")
+    attention = library.sageattn
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bounds: Tensor | None) -> Tensor:
+        # Itself it would subtract the mean from the caller's k, in place.
+        k = k - k.mean(1, keepdim=True)
+        out: Tensor = attention(q, k, v, tensor_layout="NHD", is_causal=False, sm_scale=scale, smooth_k=False)
         return out
 
     return kernel
@@ -181,10 +194,10 @@ _COMFY = Library(
 )  # fmt: skip
 _SAGE2 = Library(
     "sageattention-2", "int8-fp8", "sageattention", (2, 2), None,
-    frozenset((80, 86, 89, 90, 120)), 128, _sageattention,
+    frozenset((80, 86, 89, 90, 120)), 128, _sageattention_2,
 )  # fmt: skip
 _SAGE1 = Library(
-    "sageattention-1", "int8", "sageattention", (1, 0, 6), (2,), frozenset((80, 86, 89)), 128, _sageattention
+    "sageattention-1", "int8", "sageattention", (1, 0, 6), (2,), frozenset((80, 86, 89)), 128, _sageattention_1
 )
 _FA3 = Library("fa3-fwd", "fp8", "fa3-fwd", (0, 0, 3), None, frozenset((90,)), 192, _fa3_fwd, True)
 # The engine for SM 12.0 is an experiment of the frontend that has to be switched on.

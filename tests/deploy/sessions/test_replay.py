@@ -18,6 +18,7 @@ from dvdquant.deploy.sessions import open_session, replay
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.deploy.sessions.replay import GraphReplay, why_not
 from dvdquant.ops.cuda.errors import KernelError
+from dvdquant.system.torch_hooks import close_capture_pool
 from tests.support import session_exports as made
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -154,6 +155,12 @@ class _Cuda:
     def Stream(self, device: torch.device) -> Any:
         return ("stream", device)
 
+    def graph_pool_handle(self) -> Any:
+        return (0, 7)
+
+    def current_device(self) -> int:
+        return 1
+
     @contextlib.contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
         self.calls.append(("device", device))
@@ -171,10 +178,11 @@ class _Cuda:
             self.current = before
 
     @contextlib.contextmanager
-    def graph(self, graph: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
-        """As of PyTorch 2.13: where a capture cannot begin or end, its stream stays the current one."""
+    def graph(self, graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        """As of PyTorch 2.11 to 2.13: where a capture cannot begin or end, its stream stays the current one."""
         self.under_way += 1
         assert self.under_way == 1
+        assert pool == (0, 7)
         self.calls.append((stream, capture_error_mode))
         before, self.current = self.current, stream
         try:
@@ -218,16 +226,32 @@ def test_a_capture_is_on_a_stream_of_its_device_and_alone(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("fails", ["begin", "end"])
 def test_the_callers_stream_is_back_after_a_capture_that_fails(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else all work of the thread would go on on the stream of the capture, not ordered with that of others."""
-    cuda = _Cuda()
+    cuda, freed = _Cuda(), []
     cuda.fails = fails
     monkeypatch.setattr(replay.torch, "cuda", cuda)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *of: freed.append(("ended", *of)), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *of: freed.append(("released", *of)), raising=False)
     with pytest.raises(RuntimeError, match=r"no capture begins|was invalidated"):
         replay.capture_step(step_of([]), given(1.0), torch.device("cuda", 1))
     assert cuda.current == "the caller's stream"
+    # PyTorch's allocator takes the capture for one that goes on, and would free no cached memory any more.
+    assert freed == [("ended", 1, (0, 7)), ("released", 1, (0, 7))]
     cuda.fails = None
     output, _ = replay.capture_step(step_of([]), given(1.0), torch.device("cuda", 1), "a stream of the caller")
     assert float(output[0]) == 3.0
+    assert len(freed) == 2, "a graph that was captured keeps its memory"
     assert cuda.calls[-1] == ("a stream of the caller", "thread_local")
+
+
+def test_memory_of_a_capture_that_was_ended_is_the_graph_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives it back when it goes; twice would end the process."""
+
+    def ended(device: int, pool: Any) -> None:
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *of: pytest.fail("given back twice"), raising=False)
+    close_capture_pool(0, (0, 7))
 
 
 def test_where_it_is_off() -> None:
