@@ -130,7 +130,7 @@ $(ATTENTION)/.unpacked:
 	@touch $@
 
 attention-check: $(INSTALLED_TEST) $(ATTENTION)/.unpacked
-	DVDQ_ATTENTION=$(ATTENTION) $(BIN)/python -m pytest -q tests/ops/test_attention_packages.py $(PYTEST_ARGS)
+	DVDQ_ATTENTION=$(ATTENTION) $(BIN)/python -m pytest -q tests/ops/attention/test_attention_packages.py $(PYTEST_ARGS)
 
 # PyTorch for CUDA brings its own Triton along, which counts. One for the CPU shall stay without it.
 LAUNCHES := build/launches

@@ -306,12 +306,21 @@ def test_no_test_imports_from_another() -> None:
     assert {name: found for name, path in files.items() if (found := _of_test_files(name, _tree(path)))} == {}
 
 
+def _rooms_of(folder: str, within: str = "") -> set[str]:
+    """The folders below one that hold Python files besides ``__init__.py``, as paths from ``within``."""
+    files = [path for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]
+    return {path.parent.relative_to(ROOT / within).as_posix() for path in files}
+
+
 def test_tests_stand_in_rooms_of_the_house() -> None:
-    """A folder of tests has the name of a folder of the package, or of one beside it."""
-    rooms = {path.name for folder in (ROOT, ROOT / "dvdquant") for path in folder.iterdir() if path.is_dir()}
-    found = {path.parent.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/test_*.py")}
-    assert found
-    assert found - rooms == set()
+    """A folder of tests has the path of a room of the package, or of a folder beside it; and every room has tests."""
+    # rglob follows no link, so the rooms of export and deploy come from the folders that the links lead to.
+    rooms = (_rooms_of("dvdquant", "dvdquant") | _rooms_of("export") | _rooms_of("deploy")) - {"."}
+    tests = {path.parent.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")} - {"."}
+    beside = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    assert len(rooms) > 30
+    assert {room for room in tests - rooms if room not in beside} == set(), "no such room"
+    assert rooms - tests == set(), "a room without tests"
 
 
 def _run_at_import(tree: ast.AST) -> Iterator[ast.AST]:

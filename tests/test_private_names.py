@@ -29,7 +29,7 @@ ALLOWED = {
     "tests/deploy/pipelines/test_transformer_dropin.py": {"_diffusers_hook"},
     "tests/deploy/pipelines/test_transformer_requests.py": {"_interrupt"},
     # numba's, which is taken away to see that this is noticed.
-    "tests/quantize/test_jit.py": {"_cache"},
+    "tests/quantize/backends/test_jit.py": {"_cache"},
     # A lock, in whose place another stands that says when a thread waits for it: nothing else shows that one waits.
     "tests/deploy/generation/test_cancel.py": {"_denoising"},
     "tests/deploy/generation/test_threads_and_interrupts.py": {"_loading", "_lock"},

@@ -183,6 +183,7 @@ def main() -> int:
     parser.add_argument("--no-report", action="store_true", help="only measure")
     parser.add_argument("--list", action="store_true", help="what takes part, and exit")
     options = parser.parse_args()
+    # 1. Which packages take part.
     one_thread()
     from benchmarks.quality.compared.peers import missing_peers, versions
 
@@ -195,6 +196,7 @@ def main() -> int:
     from benchmarks.quality.toy.clips import Bench
     from benchmarks.quality.work import Worker, plan
 
+    # 2. The models, the clips, and the rows to go on from.
     options.work.mkdir(parents=True, exist_ok=True)
     folders = toy_folders(options.model, options.work)
     options.models = [name for name, kind in zip(folders, KINDS) if kind in options.models]
@@ -209,6 +211,7 @@ def main() -> int:
         from benchmarks.quality.results.results_file import read_lines
 
         results.write_text(read_lines(options.add_to), encoding="utf-8")
+    # 3. The jobs, part by part: what later parts compare with comes first.
     with processes(options.processes, Worker, (folders, options.work, steps, options.eager)) as pool:
         run_jobs(pool, [("held_out", (m,), f"held-out/{m}") for m in options.models], results, "held-out clips")
         if "studies" in options.parts:
@@ -222,6 +225,7 @@ def main() -> int:
             run_jobs(pool, list(method_jobs(options, chunks)), results, "methods")
         if "delta" in options.parts:
             run_jobs(pool, list(delta_jobs(options, chunks, steps)), results, "δ")
+    # 4. What made the rows, and the tables.
     record = {
         "kind": "run", "hardware": hardware(), "date": time.strftime("%Y-%m-%d"), "seconds": round(time.time() - started),
         "command": "python -m benchmarks.quality run " + " ".join(sys.argv[1:]),

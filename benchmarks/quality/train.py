@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
+    # 1. The model, its words, and the state to go on from.
     device = resolve_device("auto")
     table = PromptTable.open(options.source)
     rows = {word: index for index, word in enumerate(table.words)}
@@ -109,6 +110,7 @@ def main() -> None:
     started, losses = time.monotonic(), []
     bar = trange(first, options.steps, desc="train", unit=" steps")
     for step in bar:
+        # 2. Pairs of clips with one noise; some without words, some with a frame that is nearly free of noise.
         clips, drawn = batch(options.pairs, generator)
         ids = torch.tensor([[rows[word] for word in clip.words] for clip in drawn])
         dropped = torch.rand(options.pairs, generator=generator).repeat_interleave(2) < options.drop
@@ -119,6 +121,7 @@ def main() -> None:
             sigma = forced_sigmas(options.pairs, generator)
         sigma = sigma.repeat_interleave(2, 0)
         clips, noise, sigma, ids = (t.to(device) for t in (clips, noise, sigma, ids))
+        # 3. The loss of the velocity, noise − clip.
         noisy = torch.lerp(clips, noise, sigma[:, None, :, None, None])
         tokens = sigma.repeat_interleave((SIDE // model.config.patch_size[1]) ** 2, 1)
         with torch.autocast(device.type, torch.bfloat16):
@@ -126,6 +129,7 @@ def main() -> None:
         # Near σ = 0 the loss is large (only the noise's own detail is left to guess) and says nothing about the clip.
         weight = (sigma / 0.3).clamp(max=1).square()
         loss = ((predicted.float() - (noise - clips)).square().mean((1, 3, 4)) * weight).mean()
+        # 4. A step of the optimizers, and of the average of the weights.
         warm = min(1.0, (step - first + 1) / 50)
         rate = options.lr * warm * (0.05 + 0.95 * (1 + math.cos(math.pi * step / options.steps)) / 2)
         model.zero_grad(set_to_none=True)
@@ -139,6 +143,7 @@ def main() -> None:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 average[name].lerp_(parameter, 1 - decay)
+        # 5. The figures, and the state from time to time.
         losses.append(float(loss))
         bar.set_postfix_str(f"loss {sum(losses[-100:]) / len(losses[-100:]):.5f}")
         if (step + 1) % options.save == 0 or step + 1 == options.steps:

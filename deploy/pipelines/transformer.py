@@ -36,7 +36,8 @@ from dvdquant.deploy.pipelines.adapters import get_adapter
 from dvdquant.deploy.pipelines.fixed_place import FixedPlace
 from dvdquant.deploy.pipelines.from_pipe import keep_in_from_pipe
 from dvdquant.deploy.pipelines.lora_adapters import Adapters, LoraAdapters
-from dvdquant.deploy.pipelines.request_state import RequestTable, RunnerView
+from dvdquant.deploy.pipelines.request_state import RequestTable
+from dvdquant.deploy.pipelines.runner_view import RunnerView
 from dvdquant.deploy.pipelines.unsupported import COPIED, WholeEngine, refuse
 from dvdquant.deploy.sessions import EngineSession, open_session
 from dvdquant.deploy.sessions.guidance_pair import paired

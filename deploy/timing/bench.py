@@ -206,6 +206,7 @@ def bench(
             cuda_graphs=cuda_graphs,
             plugins=libraries,
         ) as session:
+            # 1. Inputs on the device, and what is timed with them.
             inputs = session.family.sample(artifact.sizes, session.dtype, 0, which)
             shapes = {name: list(value.shape) for name, value in inputs.items()}
             inputs = {name: value.to(session.device) for name, value in inputs.items()}
@@ -215,6 +216,7 @@ def bench(
             ]
             if original:
                 cases += _originals(session, inputs)
+            # 2. First calls, which may fail; then the others in turns.
             with (progress or Progress()).stage("time", (1 + warm_up + repeats) * len(cases), "call") as stage:
                 measure = _Measure(session.device, stage.update)
                 failed = measure.first_calls(cases)
@@ -224,21 +226,22 @@ def bench(
                 timings.append(
                     Timing(component, case.bits, case.executes, tuple(times), measure.first[case], case.name)
                 )
+            # 3. What ran, and what it holds.
             resident[component], attentions[component] = session.resident_bytes(), attention_json(session)
             fused[component], graphs[component] = session.fused, session.repeats_steps
             backend_name, device_name, form = session.backend, str(session.device), session.weights
     return BenchResult(
         tuple(timings),
-        backend_name,
-        device_name,
-        machine(),
-        shapes,
-        resident,
-        form,
-        attentions,
-        fused,
-        graphs,
-        not_timed,
+        backend=backend_name,
+        device=device_name,
+        machine=machine(),
+        sizes=shapes,
+        resident_bytes=resident,
+        weights=form,
+        attention=attentions,
+        fused=fused,
+        cuda_graphs=graphs,
+        not_timed=not_timed,
     )
 
 

@@ -16,7 +16,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NotRequired
 
@@ -24,11 +24,9 @@ from pydantic import Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # typing's own from Python 3.12 on
 
 from dvdquant import __version__
-from dvdquant.artifact.entries import ComputeCapability, Digest, EngineEntry, Size, Text
+from dvdquant.artifact.entries import ComputeCapability, Digest, Size, Text
 from dvdquant.artifact.layout import MANIFEST, PLUGIN_PLACE
 from dvdquant.artifact.manifest import MAX_MANIFEST, Manifest, check_relpath
-from dvdquant.artifact.transaction import ExportTransaction
-from dvdquant.artifact.verify_files import intact_files
 from dvdquant.errors import OutputError, UnsupportedError
 from dvdquant.system.files import FileEntry, disk_error, hash_file, open_regular, require_disk, strict_json
 from dvdquant.system.plugin_file import MAX_PLUGIN, PluginFile, parse_plugin, read_plugin
@@ -39,12 +37,8 @@ from dvdquant.text import shown
 __all__ = [
     "Bundle",
     "BundleFacts",
-    "holds_bundle",
-    "kept_engines",
-    "listed_files",
+    "Member",
     "open_bundle",
-    "unpack_bundle",
-    "unpacked_manifest",
     "write_bundle",
 ]
 
@@ -55,13 +49,12 @@ MAX_FILES = 4096
 BLOCK = 512
 # Names longer than this need headers of another kind.
 MAX_NAME = 100
-_CARD = "README.md"
 _RECORD_SIZE = 20 * BLOCK  # what tar fills the end of a file up to
 _AGAIN = "make the bundle again with dvdq-bundle, and compare its SHA-256 after copying"
 
 
 @with_config({"extra": "forbid", "strict": True})
-class _Member(TypedDict):
+class Member(TypedDict):
     """One file of a bundle.
 
     Attributes:
@@ -99,7 +92,7 @@ class BundleFacts(TypedDict):
     builder_bytes: Size
     held_bytes: Size
     builders: NotRequired[Annotated[list[Literal["tensorrt", "tensorrt_rtx"]], Field(min_length=1, max_length=2)]]
-    files: Annotated[list[_Member], Field(min_length=1, max_length=MAX_FILES)]
+    files: Annotated[list[Member], Field(min_length=1, max_length=MAX_FILES)]
 
 
 _FACTS = TypeAdapter(BundleFacts)
@@ -127,6 +120,40 @@ class Bundle:
     def nbytes(self) -> int:
         """Return the bytes of all files that it holds."""
         return sum(member["bytes"] for member in self.facts["files"])
+
+    def copy_next(self, member: Member, target: IO[bytes], progress: Callable[[int], None]) -> None:
+        """Copy the next member into a file, and compare its SHA-256 with the record.
+
+        Args:
+            member: The record's entry of the member that is next.
+            target: The file, open for writing.
+            progress: A function that gets the number of bytes of every block.
+
+        Raises:
+            OutputError: The next member is another one, is not what the record says, or ends too early.
+        """
+        _expect(self.file, self.path, member)
+        digest, left = hashlib.sha256(), member["bytes"]
+        while left:
+            block = self.file.read(min(left, 1 << 22))
+            if not block:
+                raise _changed(self.path, "it ends too early")
+            digest.update(block)
+            target.write(block)
+            left -= len(block)
+            progress(len(block))
+        self.file.read(_padded(member["bytes"]) - member["bytes"])
+        if digest.hexdigest() != member["sha256"]:
+            raise _changed(self.path, f"{shown(member['path'])} was changed")
+
+    def require_end(self) -> None:
+        """Refuse a bundle that holds something behind its last member, which was just read.
+
+        Raises:
+            OutputError: There is something.
+        """
+        if self.file.read().strip(b"\0"):
+            raise _changed(self.path, "there is something behind its last file")
 
 
 # ---------------------------------------------------------------------------------------------------------------- write
@@ -157,7 +184,7 @@ def write_bundle(
     # 1. What goes in; the manifest is the first, so that a reader can check the others by it.
     contents: dict[str, Path | bytes] = {MANIFEST: manifest.to_json().encode()}
     contents |= {name: out / name for name in sorted(manifest.files)} | dict(others)
-    members: list[_Member] = []
+    members: list[Member] = []
     for name, content in contents.items():
         if name != MANIFEST:
             check_relpath(name)
@@ -196,7 +223,7 @@ def _plugin_of(library: Path | bytes) -> PluginFile:
     return parse_plugin(Path(PLUGIN_PLACE), library) if isinstance(library, bytes) else read_plugin(library)
 
 
-def _facts_of(manifest: Manifest, library: PluginFile | None, files: list[_Member]) -> BundleFacts:
+def _facts_of(manifest: Manifest, library: PluginFile | None, files: list[Member]) -> BundleFacts:
     """Return the record of a bundle.
 
     Args:
@@ -270,7 +297,7 @@ def _entry(content: Path | bytes) -> FileEntry:
     return hash_file(content)
 
 
-def _pack(tar: tarfile.TarFile, member: _Member, content: Path | bytes, progress: Callable[[int], None]) -> None:
+def _pack(tar: tarfile.TarFile, member: Member, content: Path | bytes, progress: Callable[[int], None]) -> None:
     """Add one member, whose bytes are compared with its digest as they are packed.
 
     Raises:
@@ -344,135 +371,7 @@ def open_bundle(path: Path) -> Iterator[Bundle]:
         yield Bundle(path, facts, manifest, library, file)
 
 
-def holds_bundle(there: Manifest, bundle: Bundle) -> bool:
-    """Return whether an export is that of a bundle, by its manifest: it may have engines, engines to build and graphs besides.
-
-    Args:
-        there: The manifest of the export.
-        bundle: The open bundle.
-    """
-    packed = bundle.manifest
-    names = (
-        "source",
-        "family",
-        "config_sha256",
-        "recipe",
-        "shapes",
-        "layers",
-        "components",
-        "lora",
-        "lora_rank",
-        "sampling",
-    )
-    return (
-        all(getattr(there, name) == getattr(packed, name) for name in names)
-        and all(entry in there.builds for entry in packed.builds)
-        and all(there.files.get(name) == entry for name, entry in listed_files(bundle).items() if name != _CARD)
-    )
-
-
-def listed_files(bundle: Bundle) -> dict[str, FileEntry]:
-    """Return the files that a bundle holds besides its manifest, by their paths.
-
-    Args:
-        bundle: The open bundle.
-    """
-    files = bundle.facts["files"][1:]
-    return {member["path"]: FileEntry(sha256=member["sha256"], bytes=member["bytes"]) for member in files}
-
-
-def kept_engines(there: Manifest | None, bundle: Bundle) -> tuple[EngineEntry, ...]:
-    """Return the engines of an export that were built from the graphs and weights that a bundle holds.
-
-    Args:
-        there: The manifest of the export, or None.
-        bundle: The open bundle.
-    """
-    graphs = {name: entry for name, entry in bundle.manifest.files.items() if name.startswith("onnx/")}
-    if there is None or any(there.files.get(name) != entry for name, entry in graphs.items()):
-        return ()
-    packed = {entry["path"] for entry in bundle.manifest.engines}
-    return tuple(entry for entry in there.engines if entry["path"] not in packed)
-
-
-def unpacked_manifest(bundle: Bundle, there: Manifest | None) -> Manifest:
-    """Return the manifest that a folder would have once a bundle was unpacked into it, if the engines that stay are intact.
-
-    Args:
-        bundle: The open bundle.
-        there: The manifest of the export in the folder, or None.
-    """
-    engines = kept_engines(there, bundle)
-    files = {} if there is None else {entry["path"]: there.files[entry["path"]] for entry in engines}
-    packed = bundle.manifest
-    return replace(packed, engines=(*packed.engines, *engines), files={**packed.files, **files})
-
-
-def unpack_bundle(
-    bundle: Bundle,
-    out: Path,
-    progress: Callable[[int], None] = lambda count: None,
-    accept: Callable[[Manifest | None], None] = lambda previous: None,
-) -> Manifest:
-    """Unpack a bundle into a folder, which holds all of it afterwards, or what it held before.
-
-    Engines that are there stay if they were built from what the bundle holds and are intact.
-
-    Args:
-        bundle: The open bundle.
-        out: The folder; it may be absent, empty, or an export, which is replaced.
-        progress: A function that gets the number of bytes of every block.
-        accept: A function that gets the manifest of the export in the folder, or None, under its lock; it raises to keep that
-            export.
-
-    Returns:
-        The manifest of the export that is there now; it lists what the bundle holds besides, too.
-
-    Raises:
-        OutputError: A byte of the bundle was changed, a member is not the one that its record lists there, or the folder
-            cannot be written.
-        ResourceError: The disk is too small.
-    """
-    files = bundle.facts["files"]
-    require_disk(out, bundle.nbytes, "what the bundle holds")
-    with ExportTransaction(out, key={"bundle": [member["sha256"] for member in files]}) as transaction:
-        accept(transaction.previous)
-        known = listed_files(bundle)
-        for member in files[1:]:  # the manifest was read when the bundle was opened
-            _expect(bundle.file, bundle.path, member)
-            with transaction.path(member["path"]).open("xb") as target:
-                _copy(bundle, member, target, progress)
-        if bundle.file.read().strip(b"\0"):
-            raise _changed(bundle.path, "there is something behind its last file")
-        engines = _keep_engines(bundle, transaction, known)
-        manifest = replace(bundle.manifest, engines=(*bundle.manifest.engines, *engines))
-        return transaction.commit(manifest, known, export_key=bundle.manifest.export_key)
-
-
-def _keep_engines(bundle: Bundle, transaction: ExportTransaction, known: dict[str, FileEntry]) -> list[EngineEntry]:
-    """Take over the engines that stay, with the card that tells of them, and return their entries.
-
-    Args:
-        bundle: The open bundle.
-        transaction: The transaction, with the files of the bundle in its tree.
-        known: Relative path -> hash and size of these; what is taken over is entered.
-
-    Raises:
-        OSError: A file cannot be taken over.
-    """
-    there = transaction.previous
-    if there is None:
-        return []
-    engines = {entry["path"]: entry for entry in kept_engines(there, bundle)}
-    kept = intact_files(transaction.out, there, engines)  # a damaged one is built again
-    card = intact_files(transaction.out, there, [_CARD]) if kept else []
-    for name in (*kept, *card):
-        transaction.take_over(name)
-        known[name] = there.files[name]
-    return [engines[name] for name in kept]
-
-
-def _expect(file: IO[bytes], path: Path, member: _Member) -> None:
+def _expect(file: IO[bytes], path: Path, member: Member) -> None:
     """Read the header of a member.
 
     Raises:
@@ -590,7 +489,7 @@ def _read_facts(raw: bytes, path: Path) -> BundleFacts:
     return facts
 
 
-def _hashed_bytes(file: IO[bytes], path: Path, member: _Member) -> bytes:
+def _hashed_bytes(file: IO[bytes], path: Path, member: Member) -> bytes:
     """Return the content of a member.
 
     Raises:
@@ -600,26 +499,6 @@ def _hashed_bytes(file: IO[bytes], path: Path, member: _Member) -> bytes:
     if hashlib.sha256(raw).hexdigest() != member["sha256"]:
         raise _changed(path, f"{shown(member['path'])} was changed")
     return raw
-
-
-def _copy(bundle: Bundle, member: _Member, target: IO[bytes], progress: Callable[[int], None]) -> None:
-    """Copy a member into a file.
-
-    Raises:
-        OutputError: It is not what the record says.
-    """
-    digest, left = hashlib.sha256(), member["bytes"]
-    while left:
-        block = bundle.file.read(min(left, 1 << 22))
-        if not block:
-            raise _changed(bundle.path, "it ends too early")
-        digest.update(block)
-        target.write(block)
-        left -= len(block)
-        progress(len(block))
-    bundle.file.read(_padded(member["bytes"]) - member["bytes"])
-    if digest.hexdigest() != member["sha256"]:
-        raise _changed(bundle.path, f"{shown(member['path'])} was changed")
 
 
 def _padded(size: int) -> int:

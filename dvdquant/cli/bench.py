@@ -9,8 +9,8 @@ import click
 
 from dvdquant import __version__
 from dvdquant.clashes import refuse_clashes, session_clashes
-from dvdquant.cli.attention_options import takes_attention
-from dvdquant.cli.common import (
+from dvdquant.cli.shared.attention_options import takes_attention
+from dvdquant.cli.shared.common import (
     CUDA_GRAPHS,
     FUSE,
     ExamplesCommand,
@@ -21,7 +21,7 @@ from dvdquant.cli.common import (
     table,
     takes_plugins,
 )
-from dvdquant.cli.paths import EXPORT, PATH, WORD
+from dvdquant.cli.shared.paths import EXPORT, PATH, WORD
 from dvdquant.system.devices import check_device_word
 from dvdquant.system.whole_file import check_writable, write_whole
 from dvdquant.text import amount, json_text

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.common import ExamplesCommand, echo, paragraphs, setup_logging, table
-from dvdquant.cli.paths import PATH
+from dvdquant.cli.shared.common import ExamplesCommand, echo, paragraphs, setup_logging, table
+from dvdquant.cli.shared.paths import PATH
 from dvdquant.errors import OutputError, UnsupportedError
 from dvdquant.text import amount, json_text
 
@@ -96,14 +96,16 @@ def main(
     does not fit this GPU, this TensorRT or the memory is refused before any work.
     """
     setup_logging(verbose, log_format)
-    from dvdquant.artifact.bundle import holds_bundle, open_bundle, unpacked_manifest
+    from dvdquant.artifact.bundle import open_bundle
     from dvdquant.artifact.layout import PLUGIN_PLACE
     from dvdquant.artifact.manifest import load_manifest
+    from dvdquant.artifact.unpack import holds_bundle, unpacked_manifest
     from dvdquant.export.on_device import build_on_device, plan_on_device
     from dvdquant.system.gpu import read_gpu
     from dvdquant.system.progress import Progress
     from dvdquant.system.whole_file import check_writable
 
+    # 1. The export: unpacked from a bundle, unless the folder holds it already, or the folder that was named.
     if timing_cache is not None:
         check_writable(timing_cache)
     gpu, progress = read_gpu(), Progress(log_format)  # type: ignore[arg-type]
@@ -132,6 +134,7 @@ def main(
         )
     else:
         folder, manifest = source, load_manifest(source)
+    # 2. What is to be built here.
     chosen = tuple(_plugin(path, folder, manifest, PLUGIN_PLACE) for path in plugins)
     plan = plan_on_device(folder, manifest, gpu, plugins=chosen, bits=bits, version_compatible=version_compatible)
     if dry_run:
@@ -140,6 +143,7 @@ def main(
     if not plan.builds:
         _say_current(plan, log_format, progress)
         return
+    # 3. Build, check and time it.
     for path in plan.plugins:
         progress.say(f"{path} is loaded, and its code runs")
     from dvdquant.deploy.engine_check import check_engine
@@ -224,8 +228,8 @@ def _bundle_plan(
         ResourceError: The memory is too small.
         EngineError: A builder of engines that are there is not installed.
     """
-    from dvdquant.artifact.bundle import listed_files
     from dvdquant.artifact.layout import PLUGIN_PLACE
+    from dvdquant.artifact.unpack import listed_files
     from dvdquant.backends import load_backend
     from dvdquant.export.on_device import DeviceBuild, without_current
     from dvdquant.system.files import hash_file
@@ -306,7 +310,7 @@ def _unpacked(bundle: Bundle, folder: Path, held: Manifest | None, replace: bool
         OutputError: The folder holds another export, the bundle was changed, or the folder cannot be written.
         ResourceError: The disk is too small.
     """
-    from dvdquant.artifact.bundle import kept_engines, listed_files, unpack_bundle
+    from dvdquant.artifact.unpack import kept_engines, listed_files, unpack_bundle
     from dvdquant.artifact.verify_files import verify_files
 
     if held is not None:

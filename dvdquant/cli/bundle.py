@@ -11,8 +11,8 @@ import click
 from dvdquant import __version__
 from dvdquant.cli.bundles.bundle_page import build_line, bundle_page, sms_of
 from dvdquant.cli.bundles.bundle_wheels import download_line, lacking_wheels, required_packages
-from dvdquant.cli.common import ExamplesCommand, echo, setup_logging
-from dvdquant.cli.paths import EXPORT, PATH
+from dvdquant.cli.shared.common import ExamplesCommand, echo, setup_logging
+from dvdquant.cli.shared.paths import EXPORT, PATH
 from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.capabilities import sm_number
 from dvdquant.hardware.gpus import MACHINES

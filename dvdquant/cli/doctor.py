@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.common import ExamplesCommand, echo, loading, paragraphs, setup_logging
-from dvdquant.cli.paths import PATH
+from dvdquant.cli.shared.common import ExamplesCommand, echo, loading, paragraphs, setup_logging
+from dvdquant.cli.shared.paths import PATH
 from dvdquant.system.progress import count_text
 from dvdquant.text import json_text
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.common import ExamplesCommand, echo, loading, setup_logging
 from dvdquant.cli.exports.export_text import plan_json, plan_text, result_json, result_text
-from dvdquant.cli.paths import LORA, MODEL, PATH, WORD
+from dvdquant.cli.shared.common import ExamplesCommand, echo, loading, setup_logging
+from dvdquant.cli.shared.paths import LORA, MODEL, PATH, WORD
 from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.advice import choose
 from dvdquant.recipe import ATTENTION, RECIPES, get_recipe

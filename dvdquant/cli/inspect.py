@@ -9,9 +9,9 @@ import click
 
 from dvdquant import __version__
 from dvdquant.clashes import Clash, refuse_clashes
-from dvdquant.cli.common import ExamplesCommand, echo, loading, paragraphs, setup_logging, table
 from dvdquant.cli.exports.engine_copies import copies_text, sum_by_width
-from dvdquant.cli.paths import EXPORT, PATH, WORD
+from dvdquant.cli.shared.common import ExamplesCommand, echo, loading, paragraphs, setup_logging, table
+from dvdquant.cli.shared.paths import EXPORT, PATH, WORD
 from dvdquant.errors import OutputError
 from dvdquant.text import amount, json_text, shown
 

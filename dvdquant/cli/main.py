@@ -10,7 +10,7 @@ import click.shell_completion
 
 from dvdquant import __version__
 from dvdquant.cli.commands import COMMANDS
-from dvdquant.cli.common import ExamplesCommand
+from dvdquant.cli.shared.common import ExamplesCommand
 
 __all__ = ["main"]
 

@@ -12,8 +12,8 @@ from dvdquant import __version__
 from dvdquant.clashes import refuse_clashes
 from dvdquant.cli.clips.clip_options import clip_options, loading_clashes, loading_options
 from dvdquant.cli.clips.prompt_file import check_prompt, read_prompts
-from dvdquant.cli.common import ExamplesCommand, echo, loading, refuse_besides, runs_on, setup_logging, table
-from dvdquant.cli.paths import EXPORT, LORA, PATH, TEXT_FILE, WORD
+from dvdquant.cli.shared.common import ExamplesCommand, echo, loading, refuse_besides, runs_on, setup_logging, table
+from dvdquant.cli.shared.paths import EXPORT, LORA, PATH, TEXT_FILE, WORD
 from dvdquant.deploy.switching.defaults import LAST_HIGH, WEIGHTINGS
 from dvdquant.errors import ShapeError, UnsupportedError
 from dvdquant.system.devices import check_device_word

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvdquant import __version__
-from dvdquant.cli.common import ExamplesCommand, echo, setup_logging, table
-from dvdquant.cli.paths import EXPORT, WORD
+from dvdquant.cli.shared.common import ExamplesCommand, echo, setup_logging, table
+from dvdquant.cli.shared.paths import EXPORT, WORD
 from dvdquant.text import amount, json_text
 
 if TYPE_CHECKING:

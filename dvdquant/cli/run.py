@@ -14,8 +14,8 @@ from dvdquant import __version__
 from dvdquant.cli.clips.clip_options import clip_options, loading_options
 from dvdquant.cli.clips.prompt_file import check_prompt, read_prompts
 from dvdquant.cli.clips.run_options import RunOptions, check_options, no_prompts, parse_cache, parse_memory
-from dvdquant.cli.common import ExamplesCommand, echo, loading, runs_on, setup_logging
-from dvdquant.cli.paths import EXPORT, LORA, PATH, TEXT_FILE, WORD
+from dvdquant.cli.shared.common import ExamplesCommand, echo, loading, runs_on, setup_logging
+from dvdquant.cli.shared.paths import EXPORT, LORA, PATH, TEXT_FILE, WORD
 from dvdquant.deploy.switching.defaults import CACHE_POLICIES, LAST_HIGH, WEIGHTINGS
 from dvdquant.system.devices import check_device_word
 from dvdquant.system.whole_file import check_writable

@@ -11,9 +11,6 @@ import click
 
 from dvdquant import __version__
 from dvdquant.clashes import refuse_clashes, session_clashes
-from dvdquant.cli.attention_options import takes_attention
-from dvdquant.cli.common import CUDA_GRAPHS, FUSE, ExamplesCommand, refuse_besides, runs_on, takes_plugins
-from dvdquant.cli.paths import MODEL, PATH, WORD
 from dvdquant.cli.serve_options import (
     KEY_VARIABLE,
     allowed_names,
@@ -27,6 +24,9 @@ from dvdquant.cli.serve_options import (
     read_sessions,
     session_options,
 )
+from dvdquant.cli.shared.attention_options import takes_attention
+from dvdquant.cli.shared.common import CUDA_GRAPHS, FUSE, ExamplesCommand, refuse_besides, runs_on, takes_plugins
+from dvdquant.cli.shared.paths import MODEL, PATH, WORD
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.devices import check_device_word
 from dvdquant.system.plugin_file import plugin_paths

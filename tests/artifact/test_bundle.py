@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
-from dvdquant.artifact import bundle as bundles
-from dvdquant.artifact.bundle import open_bundle, unpack_bundle, write_bundle
+from dvdquant.artifact import unpack as unpacking
+from dvdquant.artifact.bundle import open_bundle, write_bundle
 from dvdquant.artifact.manifest import Manifest, load_manifest
+from dvdquant.artifact.unpack import unpack_bundle
 from dvdquant.artifact.verify_files import verify_files
 from dvdquant.errors import DvdquantError, OutputError, ResourceError, UnsupportedError
 from tests.support.changed_bytes import mutated
@@ -446,7 +447,7 @@ def test_too_little_disk_is_refused_before_anything_is_written(
     def full(path: Path, nbytes: int, what: str) -> None:
         raise ResourceError(f"{what} needs {nbytes}", fix="free some")
 
-    monkeypatch.setattr(bundles, "require_disk", full)
+    monkeypatch.setattr(unpacking, "require_disk", full)
     with pytest.raises(ResourceError, match=r"what the bundle holds needs 1[0-9]{4}"):
         unpack(tmp_path / "a.tar", tmp_path / "there")
     assert not (tmp_path / "there").exists()

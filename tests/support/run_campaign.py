@@ -29,11 +29,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = {
     "safetensors": "tests/system/test_safetensors_reader.py::test_random_mutations_never_crash[100000]",
     "indexes": "tests/checkpoint/test_checkpoint_attacks.py::test_mutated_configs_and_indexes[100000]",
-    "gguf": "tests/checkpoint/test_gguf.py::test_mutations[20000]",
-    "single-files": "tests/checkpoint/test_formats.py::test_mutations[7000-",
-    "lora": "tests/checkpoint/test_lora_attacks.py::test_mutated_files[20000]",
+    "gguf": "tests/checkpoint/formats/test_gguf.py::test_mutations[20000]",
+    "single-files": "tests/checkpoint/formats/test_formats.py::test_mutations[7000-",
+    "lora": "tests/checkpoint/lora/test_lora_attacks.py::test_mutated_files[20000]",
     "model-folders": "tests/checkpoint/test_untrusted.py::test_mutations[6000-",
-    "configs": "tests/model/test_configs.py::test_mutated_configs_are_planned_or_refused[16000]",
+    "configs": "tests/model/families/test_configs.py::test_mutated_configs_are_planned_or_refused[16000]",
     "schedulers": "tests/deploy/pipelines/test_scheduler_config.py::test_mutated_configs_5000",
     "records": "tests/artifact/test_manifest_attacks.py::test_mutated_records[",
     "bundles": "tests/artifact/test_bundle.py::test_mutated_bundles[20000]",
@@ -41,7 +41,7 @@ PARTS = {
     "comfyui": "tests/deploy/comfyui/test_comfyui_attacks.py::test_nodes_take_or_refuse_whatever_they_are_given[20000]",
     "output-folders": "tests/artifact/test_hostile_output.py::test_random_hostile_folders[20000]",
     "prompts": "tests/cli/clips/test_prompt_file.py::test_any_bytes_at_length",
-    "command-lines": "tests/cli/test_command_lines.py::test_no_command_line_of_all_ends_in_a_traceback",
+    "command-lines": "tests/cli/shared/test_command_lines.py::test_no_command_line_of_all_ends_in_a_traceback",
     "kills": "tests/artifact/test_kill_and_full_disk.py::test_random_kills_then_resume_is_bit_identical[200]",
 }
 """Part -> a test, or the beginning of several; those of the normal run are left out."""

@@ -107,6 +107,7 @@ def is_original_config(config: Mapping[str, Any]) -> bool:
 
 
 def _config(shapes: Shapes, known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    # 1. The sizes that the shapes of the first and the last layer tell.
     given = known_fields(_Config, known, shapes.place)
     width, inside, *patch = shapes.of("patch_embedding.weight", 5)
     outside, left = divmod(shapes.of("proj_out.weight", 2)[0], math.prod(patch))
@@ -116,6 +117,7 @@ def _config(shapes: Shapes, known: Mapping[str, Any]) -> tuple[dict[str, Any], l
             f"{'×'.join(map(str, patch))}",
             fix="download the file again",
         )
+    # 2. The number of heads, which no shape tells.
     assumed: list[str] = []
     heads = given.num_heads
     if heads is None:
@@ -125,6 +127,7 @@ def _config(shapes: Shapes, known: Mapping[str, Any]) -> tuple[dict[str, Any], l
         raise CheckpointError(
             f"{shapes.place}: the number of heads of a Wan transformer of width {width} is not known", fix=NEED_CONFIG
         )
+    # 3. The config of diffusers.
     image, position = "condition_embedder.image_embedder.norm1.weight", "condition_embedder.image_embedder.pos_embed"
     config: dict[str, Any] = {
         "_class_name": WAN.class_name,
@@ -145,6 +148,7 @@ def _config(shapes: Shapes, known: Mapping[str, Any]) -> tuple[dict[str, Any], l
         "rope_max_seq_len": _ROTARY,
         "pos_embed_seq_len": shapes.of(position, 3)[1] if position in shapes else None,
     }
+    # 4. The authors' config, where it is given, must say the same.
     told = {
         "dim": width,
         "ffn_dim": config["ffn_dim"],

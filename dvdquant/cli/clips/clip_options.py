@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from dvdquant.clashes import Clash, session_clashes
-from dvdquant.cli.attention_options import takes_attention
-from dvdquant.cli.common import CUDA_GRAPHS, FUSE, P, R, takes_plugins
-from dvdquant.cli.paths import MODEL, PATH, WORD
+from dvdquant.cli.shared.attention_options import takes_attention
+from dvdquant.cli.shared.common import CUDA_GRAPHS, FUSE, P, R, takes_plugins
+from dvdquant.cli.shared.paths import MODEL, PATH, WORD
 
 __all__ = ["clip_options", "loading_clashes", "loading_options"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from dvdquant.cli.common import table
+from dvdquant.cli.shared.common import table
 from dvdquant.errors import ResourceError
 from dvdquant.text import amount
 

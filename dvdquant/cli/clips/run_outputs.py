@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvdquant.cli.clips.run_text import compare_text, summary_text
-from dvdquant.cli.common import echo
+from dvdquant.cli.shared.common import echo
 from dvdquant.errors import OutputError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dvdquant.cli.common import table
+from dvdquant.cli.shared.common import table
 from dvdquant.system.devices import resolve_device
 from dvdquant.text import amount
 

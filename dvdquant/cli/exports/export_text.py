@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dvdquant.cli.common import paragraphs, table
+from dvdquant.cli.shared.common import paragraphs, table
 from dvdquant.hardware.advice import Choice
 from dvdquant.text import amount
 

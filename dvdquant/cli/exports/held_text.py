@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dvdquant.cli.common import table
+from dvdquant.cli.shared.common import table
 from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
 from dvdquant.text import amount, shown
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from dvdquant.artifact.manifest import load_manifest
-from dvdquant.cli.process import user_error
+from dvdquant.cli.shared.process import user_error
 from dvdquant.errors import EngineError, ExportError, ResourceError
 from dvdquant.export.engines.precision import PRECISIONS
 from dvdquant.export.model_card import model_card
@@ -226,7 +226,7 @@ def test_an_error_that_wraps_a_failed_allocation_advises_memory() -> None:
 
 NO_ROOM = """
 import resource
-from dvdquant.cli.process import user_error
+from dvdquant.cli.shared.process import user_error
 error = ValueError("field 'target' is required for AnnAssign")
 with_room = user_error(error)
 with open("/proc/self/statm") as file:
@@ -250,7 +250,7 @@ def test_an_error_of_another_name_while_no_memory_is_left() -> None:
 
 BUG = """
 import click
-from dvdquant.cli.common import ExamplesCommand
+from dvdquant.cli.shared.common import ExamplesCommand
 @click.command(cls=ExamplesCommand)
 def main():
     raise ValueError("never \\x1b[31m seen \\u202e")

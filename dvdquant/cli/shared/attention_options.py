@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import click
 
-from dvdquant.cli.common import P, R
-from dvdquant.cli.paths import WORD
+from dvdquant.cli.shared.common import P, R
+from dvdquant.cli.shared.paths import WORD
 from dvdquant.ops.attention.libraries import check_library
 from dvdquant.recipe import ATTENTION
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from dvdquant.artifact.bundle import open_bundle, unpack_bundle, write_bundle
+from dvdquant.artifact.bundle import open_bundle, write_bundle
 from dvdquant.artifact.layout import PLUGIN_PLACE
 from dvdquant.artifact.manifest import load_manifest
+from dvdquant.artifact.unpack import unpack_bundle
 from dvdquant.artifact.verify_files import verify_files
 from dvdquant.backends import Backend
 from dvdquant.cli.build import main as build_main

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from dvdquant.artifact import bundle as bundles
-from dvdquant.artifact.bundle import open_bundle, unpack_bundle
+from dvdquant.artifact import unpack
+from dvdquant.artifact.bundle import open_bundle
 from dvdquant.artifact.manifest import Manifest, load_manifest
+from dvdquant.artifact.unpack import unpack_bundle
 from dvdquant.artifact.verify_files import verify_files
 from dvdquant.export import build_room
 from dvdquant.system.files import hash_file
@@ -97,7 +98,7 @@ def test_an_export_that_comes_while_the_bundle_is_read_is_not_replaced(
     bundle: Path, there: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder is empty when it is asked, and another export is put there before its lock."""
-    away, require_disk = there.with_name("away"), bundles.require_disk
+    away, require_disk = there.with_name("away"), unpack.require_disk
     become_another(there)
     before = digests(there)
     there.rename(away)
@@ -106,7 +107,7 @@ def test_an_export_that_comes_while_the_bundle_is_read_is_not_replaced(
         away.rename(there)
         require_disk(*arguments)
 
-    monkeypatch.setattr(bundles, "require_disk", first)
+    monkeypatch.setattr(unpack, "require_disk", first)
     done = build_here(monkeypatch, bundle, "-o", there, "--plugin", plugin)
     assert done.returncode == 2
     assert "give --replace" in done.stderr

@@ -439,7 +439,7 @@ def test_ladders() -> None:
 
 def test_the_page_and_the_command_name_what_is_tried_on_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of docs/runtime.md, row by row, and the text of dvdq-inspect where no library is installed."""
-    page = (Path(__file__).parents[2] / "docs/runtime.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/runtime.md").read_text()
     told = re.findall(
         r"^\| (\d[^|]*) \| ([^|]+) \| ([^|]+) \|$", page[page.index("## Attention in 8 bits") :], re.MULTILINE
     )

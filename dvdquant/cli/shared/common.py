@@ -14,8 +14,8 @@ from typing import Any, ParamSpec, TypeVar
 import click
 from click.core import ParameterSource
 
-from dvdquant.cli.paths import PATH, WORD
-from dvdquant.cli.process import echo, require_folder, run_as_process, user_error
+from dvdquant.cli.shared.paths import PATH, WORD
+from dvdquant.cli.shared.process import echo, require_folder, run_as_process, user_error
 from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.weights import WEIGHTS
 from dvdquant.system.devices import BACKEND_WORDS
@@ -52,7 +52,7 @@ class ProcessCommand(click.Command):
         super().__init__(*args, **kwargs)
 
     def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:
-        """Run as :meth:`click.Command.main` does; a standalone command ends as :mod:`dvdquant.cli.process` says."""
+        """Run as :meth:`click.Command.main` does; a standalone command ends as :mod:`dvdquant.cli.shared.process` says."""
         words = list(sys.argv[1:] if args is None else args)
         call = functools.partial(super().main, words, *more, standalone_mode=False, **extra)
         return sys.exit(run_as_process(call, words)) if standalone_mode else call()
