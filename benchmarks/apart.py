@@ -56,13 +56,13 @@ class Apart:
         try:
             self._link.send_bytes(pickle.dumps((call, arguments)))
             if not self._link.poll(self.seconds):
-                self.close()
+                self.close(wait=0.0)
                 raise EndedError(f"it did not end within {self.seconds:.0f} s")
             returns, result, whole = pickle.loads(self._link.recv_bytes())
         except (EOFError, ConnectionError) as error:
             raise EndedError(self._end()) from error
         except KeyboardInterrupt:
-            self.close()
+            self.close(wait=0.0)
             raise
         if not whole:
             self.close()
@@ -94,13 +94,18 @@ class Apart:
             return f"its process was ended by {signal.Signals(-code).name}"
         return f"its process ended with status {code}"
 
-    def close(self) -> None:
-        """End the process, if there is one."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
+    def close(self, wait: float = 10.0) -> None:
+        """End the process, if there is one.
+
+        Args:
+            wait: The seconds that it has to end by itself, when nobody calls any more.
+        """
         if self._link is not None:
             self._link.close()
+        if self._process is not None:
+            self._process.join(wait)
+            self._process.kill()
+            self._process.join()
         self._process = self._link = None
 
 

@@ -18,7 +18,7 @@ _PATIENCE = 0.05  # seconds between two looks at the event, while another reques
 
 
 class CancelSignal(Protocol):
-    """What tells that a request is cancelled, such as ``threading.Event``."""
+    """A signal that tells if a request is cancelled, such as ``threading.Event``."""
 
     def is_set(self) -> bool:
         """Return whether the request is cancelled."""

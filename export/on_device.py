@@ -69,7 +69,7 @@ class CheckEngine(Protocol):
 
 @dataclass(frozen=True)
 class DeviceBuild:
-    """What is to be built in an export on this machine.
+    """The engines that are to be built in an export on this machine.
 
     Args:
         out: The folder of the export.
@@ -98,7 +98,7 @@ class DeviceBuild:
 
 @dataclass
 class DeviceResult:
-    """What was built.
+    """The engines that were built.
 
     Args:
         plan: The plan that was carried out: the one that was given, or the one for what another run made of the export meanwhile.

@@ -63,7 +63,7 @@ class WrappedTransformer(ExportedTransformer):
 
 
 class _Exported:
-    """What an export does otherwise than ComfyUI's own model: it cannot be saved as a checkpoint, and says which latents fit."""
+    """The differences of an export from ComfyUI's own model: it cannot be saved as a checkpoint, and says which latents fit."""
 
     latent_format: Any
 

@@ -55,7 +55,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the nodes of a workflow asked for. It travels in ComfyUI's transformer_options.
+    """The settings that the nodes of a workflow asked for. They travel in ComfyUI's transformer_options.
 
     Args:
         mode: ``switch``, ``planned`` (the export's schedule.json), or ``a`` with the bits of one engine, such as ``a8``.

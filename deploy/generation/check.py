@@ -56,7 +56,7 @@ BATCHED = ("cogvideox", "ltx-video")
 
 
 class RequestChecker(ABC):
-    """What an export and its model can make.
+    """The checks of requests against what an export and its model can make.
 
     Args:
         artifact: The export.

@@ -134,7 +134,7 @@ def published(family: Family) -> _Published:
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether a run fits a device, and how.
+    """The fit of a run to a device: whether it has room, and how.
 
     Args:
         device: The device.

@@ -50,7 +50,7 @@ Frames = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Runner(Protocol):
-    """What StepRunner and OriginalRunner share."""
+    """The interface that StepRunner and OriginalRunner share."""
 
     trace: list[StepRecord]
     on_step: OnStep | None
@@ -84,7 +84,7 @@ class Runner(Protocol):
 
 @dataclass
 class Denoised:
-    """What the denoising loop of one clip gave.
+    """The result of the denoising loop of one clip.
 
     Args:
         latents: The last latents, in the model's own layout, dtype and on its device.

@@ -50,7 +50,7 @@ _FORMS = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """What is loaded of the transformers.
+    """The transformers that are loaded.
 
     Args:
         form: How their weights are held. All but ``engines`` serve every bit-width.
@@ -111,7 +111,7 @@ class RunBytes:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How the parts of a run share a device.
+    """The way in which the parts of a run share a device.
 
     Args:
         transformer: What is loaded of the transformers, a key of :attr:`RunBytes.transformer`.
@@ -159,7 +159,7 @@ class Arrangement:
 
 @dataclass(frozen=True)
 class Stage:
-    """What is on the device at one stage.
+    """The bytes on the device at one stage.
 
     Args:
         name: The stage, in words.
@@ -198,7 +198,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Return the bytes of that stage."""
+        """Return the bytes of the stage that holds most."""
         return self.worst.total
 
     def to_json(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ WrapSession = Callable[[EngineSession], EngineSession]
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """How a generator opens its sessions.
+    """The options by which a generator opens its sessions.
 
     Args:
         backend: ``auto``, ``onnxruntime``, ``pytorch``, ``rtx`` or ``tensorrt``.

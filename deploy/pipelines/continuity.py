@@ -41,7 +41,7 @@ Values = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Fit:
-    """How the latents of a call fit to what a loop has had.
+    """The fit of a call's latents to those that a loop has had.
 
     Args:
         residual: The share of their norm that no weighted sum of the loop's latents and outputs explains, 0 to 1.
@@ -68,7 +68,7 @@ class _State:
 
 @dataclass
 class Path:
-    """What a loop has had: its last steps, and how well the newest of them followed from those before.
+    """The last steps of a loop, and how well the newest of them followed from those before.
 
     Args:
         shape: The shape of the transformer's output, or None before the first call.

@@ -139,7 +139,7 @@ class Place:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What was asked for in a context.
+    """The wishes of a context for its coming requests.
 
     Args:
         begun: The wish for a request with a number of steps, or None.

@@ -47,7 +47,7 @@ OPENING = (
 
 @dataclass(frozen=True)
 class Goal:
-    """What is wanted: exactly one of them.
+    """The goal of a plan: exactly one of three.
 
     Args:
         average_bits: The activation bits of a step, on average over a clip.
@@ -76,7 +76,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Quality:
-    """How near the frames are to those of the 16-bit model at one δ.
+    """The distance of the frames from those of the 16-bit model at one δ.
 
     Args:
         delta: The δ.
@@ -440,7 +440,7 @@ def _schedule(
 
 
 def _details(found: Plan, last_high: int, weighting: Weighting) -> dict[str, Any]:
-    """For people and for other averages: what was predicted and measured, and the whole staircase."""
+    """Return what was predicted and measured, and the whole staircase, for people and for other averages."""
     return {
         "predicted": {"average_bits": found.predicted_bits, "seconds": found.predicted_seconds},
         "measured": {

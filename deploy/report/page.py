@@ -60,7 +60,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Report:
-    """What a page is made of.
+    """The content of a page.
 
     Args:
         manifest: The manifest, with its files.
@@ -111,7 +111,7 @@ def collect(
         manifest: The manifest of the export.
         progress: The receiver of progress and notes.
         out: The folder that the export is or will be in, with its schedule.json; the default is ``root``.
-        samples: The prompts to draw clips of.
+        samples: The number of prompts to draw clips of.
         checks: What ``--verify`` found, one record a graph.
         checkpoint_bytes: The bytes of the source's tensors, if they are known already.
         runs: The clips of a trace that were drawn.
@@ -282,7 +282,7 @@ def add_report(
         known: The hashes that are known; those of the other files of ``tree`` are added.
         checks: What ``--verify`` found, one record a graph.
         out: The folder that the export will lie in, for the lines that the page shows.
-        samples: The prompts to draw clips of; None is one where a clip costs seconds.
+        samples: The number of prompts to draw clips of; None is one where a clip costs seconds.
         checkpoint_bytes: The bytes of the source's tensors.
         progress: The receiver of progress and notes.
     """
@@ -359,7 +359,7 @@ def _lines(text: str) -> str:
 
 
 def _prompt(report: Report) -> tuple[bool, str]:
-    """Whether the source has a prompt table, and a prompt for the commands."""
+    """Return whether the source has a prompt table, and a prompt for the commands."""
     from dvdquant.deploy.report.samples import has_prompt_table
 
     model = report.manifest.source["model"]

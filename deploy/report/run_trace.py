@@ -58,7 +58,7 @@ class _Summary(_Lenient):
 
 
 class _Request(_Lenient):
-    """What was asked for."""
+    """The request, as the trace of its run has it."""
 
     prompt: str
     seed: Annotated[int, Field(ge=0)]

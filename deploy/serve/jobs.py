@@ -47,7 +47,7 @@ def new_video_id() -> str:
 
 
 class QueueFullError(Exception):
-    """As many jobs wait as the server takes."""
+    """The queue is full."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,9 @@ log = logging.getLogger(__name__)
 
 
 class RayArguments(BaseModel):
-    """What ``serve run`` takes as NAME=VALUE. The store and the API key are in the environment, because Ray shows arguments.
+    """The arguments that ``serve run`` takes as NAME=VALUE.
+
+    The store and the API key are in the environment, because Ray shows arguments.
 
     Attributes:
         models: Exports with commas between them, each OUT or NAME=OUT; every node reaches them by this path.

@@ -41,7 +41,7 @@ class ModelSource:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """How engines run, on whatever device.
+    """The settings by which engines run, on whatever device.
 
     Args:
         backend: See :func:`.open_generator`.
@@ -77,7 +77,7 @@ class EngineSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SessionSettings(EngineSettings):
-    """How sessions are opened: how engines run, and where.
+    """The settings by which sessions are opened: how engines run, and where.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -130,7 +130,7 @@ class ObjectStore:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for, and how many may wait.
+    """The limits of one request, and of the number that may wait.
 
     Args:
         queue: Jobs that may wait.
@@ -160,7 +160,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class WorkerSettings(SessionSettings):
-    """What a worker process needs to know, with how it opens sessions (:class:`SessionSettings`).
+    """The settings of a worker process, with those by which it opens sessions (:class:`SessionSettings`).
 
     Args:
         name: Its name in the store.
@@ -191,7 +191,7 @@ class WorkerSettings(SessionSettings):
 
 @dataclass(frozen=True)
 class ServerSettings(EngineSettings):
-    """What the server needs to know, with how its workers run engines (:class:`EngineSettings`).
+    """The settings of the server, with those by which its workers run engines (:class:`EngineSettings`).
 
     Args:
         models: The exports.

@@ -51,7 +51,7 @@ _NORMS = (("norm_q", "norm_k"), ("norm_added_q", "norm_added_k"))
 
 
 class AttentionState:
-    """What all layers of a session share.
+    """The state of attention that all layers of a session share.
 
     Args:
         chosen: The session's attention; None leaves it in 16 bit, so that only masks are left out.
@@ -104,7 +104,7 @@ class AttentionState:
 
 
 class _Layer:
-    """What the backend knows of a layer. diffusers hands it on from the layer's processor."""
+    """The facts that the backend knows of a layer. diffusers hands it on from the layer's processor."""
 
     def __init__(self, state: AttentionState, bounds: Tensor | None) -> None:
         self.state, self.bounds = state, bounds

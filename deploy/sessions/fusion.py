@@ -39,7 +39,7 @@ _PURE_METHODS = _CASTS | {"mean", "pow"}
 
 @dataclass
 class _Found:
-    """What was recognised before a layer; nodes of the graph."""
+    """The nodes of the graph that were recognised before a layer."""
 
     x: Any
     y: Any = None

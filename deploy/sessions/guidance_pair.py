@@ -53,7 +53,7 @@ class _Begun:
 
 
 class _Loop(threading.local):
-    """What is known of the loop of one thread.
+    """The state of one thread's loop.
 
     Attributes:
         before: The inputs of the last call that the first session ran.

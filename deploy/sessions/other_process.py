@@ -34,7 +34,7 @@ _LAST_SECONDS = 10.0  # that the process gets to free its device
 
 
 class _Told:
-    """What the other process has told of its attention: an :class:`.AttentionReport`."""
+    """The attention of the other process, as it has told: an :class:`.AttentionReport`."""
 
     def __init__(self, said: dict[str, Any]) -> None:
         self.said = said

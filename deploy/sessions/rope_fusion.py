@@ -49,7 +49,7 @@ class _Part:
 
 @dataclass
 class _Found:
-    """What q or k is made of; nodes of the graph."""
+    """The nodes of the graph that make q or k."""
 
     parts: list[_Part]  # the video, or all tokens; and the text behind it where it has a layer and a norm of its own
     cosines: Any

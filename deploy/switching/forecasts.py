@@ -54,7 +54,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Moved:
-    """How far the latent of a step has moved, as means of |difference|; None where there is nothing to compare.
+    """The way that the latent of a step has moved, as means of |difference|; None where there is nothing to compare.
 
     Args:
         step: The distance from the latent of the step before.
@@ -67,7 +67,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Growth:
-    """How the magnitudes of step j grew since step j'; None where they are not known.
+    """The growth of the magnitudes of step j since step j'; None where they are not known.
 
     Args:
         output: ‖v_j‖ / ‖v_{j'}‖.

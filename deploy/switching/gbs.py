@@ -126,7 +126,7 @@ def free_steps(steps: int, last_high: int, transformers: int = 1) -> int:
 
 
 def step_weight(moved: float, steps: int) -> float:
-    """Return the weight w of a step, which is 1 for a step of mean length.
+    """Return the weight of a step, w = max(0, moved) · steps / 1000, which is 1 for a step of mean length.
 
     Args:
         moved: How far the timestep fell in this step. Timesteps count down from 1000 to 0.

@@ -186,7 +186,7 @@ _LINE_BITS = 8
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of the last computed step for the steps that are skipped after it.
+    """The output of the last computed step, kept for the steps that are skipped after it.
 
     Args:
         tensor: v_j, or v_j − x_j for ``latent``.

@@ -268,7 +268,8 @@ def _originals(session: EngineSession, inputs: dict[str, torch.Tensor]) -> list[
 
         def run() -> object:
             if not made:
-                made.append(OriginalModel(session.family, dtype, session.device, compiled))
+                cut = session.device.type == "cuda"
+                made.append(OriginalModel(session.family, dtype, session.device, compiled, cut))
             try:
                 return made[0](cast)
             except Exception:

@@ -20,29 +20,27 @@ __all__ = ["OriginalModel", "fill_parameters", "share_blocks"]
 class OriginalModel:
     """A diffusers transformer with random weights, for its time alone.
 
-    Blocks of one kind share their weights, so that a model can be timed whose weights would not fit the device. On a GPU
-    padded words are cut off and not masked, as in sessions: a mask makes PyTorch take slower kernels.
+    Blocks of one kind share their weights, so that a model can be timed whose weights would not fit the device.
 
     Args:
         family: The model's family, with its config.
         dtype: The dtype of the parameters that diffusers does not keep in fp32.
         device: Where it runs.
         compiled: Compile its blocks with torch.compile. That happens at the first call.
+        cut: Cut padded words off instead of masking them, which is the same function. A mask makes PyTorch take slower kernels
+            on a GPU, where sessions cut, too.
 
     Raises:
         UnsupportedError: It has no repeated blocks to compile.
     """
 
-    def __init__(self, family: Family, dtype: torch.dtype, device: torch.device, compiled: bool) -> None:
+    def __init__(self, family: Family, dtype: torch.dtype, device: torch.device, compiled: bool, cut: bool) -> None:
         model = build_skeleton(family.config, dtype)
         share_blocks(model)
         fill_parameters(model, device)
         model.to(device)  # the buffers
         self._device = device
-        self._state = AttentionState(None)
-        self._masked = device.type == "cuda"
-        if self._masked:
-            self._state = install_attention(model, None)
+        self._state: AttentionState | None = install_attention(model, None) if cut else None
         if compiled:
             compile_blocks(model, dynamic=False)
         self._model = GraphWrapper(model, family)
@@ -56,7 +54,7 @@ class OriginalModel:
         Returns:
             The output of the transformer, of no meaning.
         """
-        if self._masked and MASK in inputs:
+        if self._state is not None and MASK in inputs:
             inputs = self._state.cut(inputs)
         with current_device(self._device), torch.inference_mode():
             output: Tensor = self._model(inputs)

@@ -70,7 +70,7 @@ class Member(TypedDict):
 
 @with_config({"extra": "forbid", "strict": True})
 class BundleFacts(TypedDict):
-    """What a device has to know of a bundle before it unpacks one.
+    """The facts of a bundle that a device needs before it unpacks one.
 
     Attributes:
         format: The version of this format.

@@ -244,7 +244,7 @@ class GraphEntry(TypedDict):
 
 @with_config(STRICT)
 class Measured(TypedDict):
-    """What the machine that built an engine found when it ran it.
+    """The figures that the machine that built an engine found when it ran it.
 
     Attributes:
         gpu: The name of its GPU.

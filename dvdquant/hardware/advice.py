@@ -47,7 +47,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Choice:
-    """What an export is made for, with all that was left open filled in.
+    """The cards, targets and recipe of an export, with all that was left open filled in.
 
     Args:
         sms: The compute capabilities.

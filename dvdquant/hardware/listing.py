@@ -28,7 +28,7 @@ def short_rows() -> Iterator[tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class GpuRow:
-    """What an export for some cards is: the columns of :data:`HEADER`, and whether there is one.
+    """An export for some cards: the columns of :data:`HEADER`, and whether there is one.
 
     Args:
         names: The kind of the cards, and their names.

@@ -11,7 +11,7 @@ MIB, GIB = 1 << 20, 1 << 30
 
 @dataclass(frozen=True)
 class Seen:
-    """What a system says that it has in all, as somebody reports it.
+    """The memory that a system says it has in all, as somebody reports it.
 
     Args:
         module: The module.

@@ -31,7 +31,7 @@ COST_LIMIT = 0.02
 
 @dataclass(frozen=True)
 class Rates:
-    """What a card can do at most, by its maker or by those who report it; a real product reaches less than its peak.
+    """The peak rates of a card, by its maker or by those who report them; a real product reaches less.
 
     Args:
         card: The card.

@@ -35,7 +35,7 @@ SMALL = 1 << 20  # bytes; smaller files are held in memory as they were hashed
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What a push would send.
+    """The files and the card that a push would send.
 
     Args:
         out: The export folder.
@@ -60,7 +60,7 @@ class PushPlan:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push has done.
+    """The result of a push.
 
     Args:
         url: The address of the commit.

@@ -124,7 +124,7 @@ def step_flops(plan: ModelPlan, sizes: Sizes, rank: int) -> tuple[float, float]:
 
 
 def random_lora(plan: ModelPlan, seed: int = 0) -> dict[str, Tensor]:
-    """Draw matrices for every reserved input of a plan, for checks; of standard normal x they make about 0.1 of it.
+    """Draw matrices for every reserved input of a plan, for checks; for standard normal x the change is about 0.1.
 
     Args:
         plan: The plan of the model.

@@ -18,7 +18,7 @@ __all__ = ["WeightChoice", "choose_weights", "expand_named"]
 
 @dataclass(frozen=True)
 class WeightChoice:
-    """How a GPU holds the weights of one transformer.
+    """The form in which a GPU holds the weights of one transformer.
 
     Args:
         form: ``packed``, ``expanded``, or ``mixed``, where some layers are expanded.

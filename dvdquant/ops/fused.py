@@ -40,7 +40,7 @@ MAX_CHANNELS = 32768
 
 @dataclass(frozen=True)
 class Prologue:
-    """What becomes of x [M, K] before its rotation.
+    """The operations on x [M, K] before its rotation.
 
     ``h = x + gate · y``, then ``multiplier · norm(h) + addend``; or GELU (by tanh) of x, and nothing else. Rows of [R, K] serve
     M/R tokens each, one after the other; R = 1 serves all.

@@ -27,7 +27,7 @@ class Preparing(Protocol):
 
     @property
     def plan(self) -> Callable[[LayerShape], LayerPlan]:
-        """What the kernels do with a layer."""
+        """The plan of the kernels for a layer."""
 
     def prepare(self, layer: LayerShape, packed: tuple[Tensor, ...]) -> Tensor:
         """Return the prepared weight, uint8 [plan.prepared_bytes].

@@ -71,7 +71,7 @@ class QuantizedWeight:
         """Return some rows, as views.
 
         Args:
-            part: The rows.
+            part: The rows, as a slice of 0 to N.
         """
         return QuantizedWeight(self.codes[part], self.scale[part], self.group_scale[part], self.zero[part])
 

@@ -49,7 +49,7 @@ def gptq_round(w: Tensor, grid: QuantizedWeight, hessian: Tensor, damping: float
 
 
 class ErrorFeedback:
-    """How the errors of a row are passed on: worked out once for a layer, used for all its rows.
+    """The rule by which errors of a row are passed on: it is computed once for a layer and used for all its rows.
 
     ``factors`` is what was worked out: fp64 [K/b, b, b], unit upper triangular; row i of a block says how the columns
     after i move with its error.
@@ -179,10 +179,11 @@ def _round_rows(
 
 
 def round_by_tensors(w: Tensor, step: Tensor, zero: Tensor, factors: Tensor) -> Tensor:
-    """Return codes [N, K], rounded by tensor operations for a GPU, in fp64.
+    """Return codes int8 [N, K], rounded by tensor operations for a GPU, in fp64.
 
-    It goes column by column for all rows and all blocks at once, as the start of a kernel takes as long as the
-    arithmetic on a column.
+    Column i of a block b: ``c_i = clamp(round(w_i / s_i + z_i), −8, 7)``, then ``w_j −= F_b[i, j] · (w_i − s_i (c_i − z_i))``
+    for all j > i. It goes column by column for all rows and all blocks at once, as the start of a kernel takes as long as
+    the arithmetic on a column.
 
     Args:
         w: The rotated weight [N, K], floating.

@@ -35,7 +35,7 @@ class EndlessAnswerError(Exception):
 
 @dataclass
 class _Listing:
-    """What one list of files may still take."""
+    """The bytes and the time that one list of files may still take."""
 
     until: float = field(default_factory=lambda: time.monotonic() + LONGEST_ANSWER)
     answers: int = 0

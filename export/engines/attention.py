@@ -18,7 +18,7 @@ FP8_SMS: tuple[str, ...] = ("8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1"
 
 @dataclass(frozen=True)
 class AttentionWish:
-    """What an export asks of the self-attention of its engines.
+    """The wishes of an export for the self-attention of its engines.
 
     Args:
         kind: ``16``, ``int8`` or ``fp8``.
@@ -74,7 +74,7 @@ def attention_wish(recipe: Recipe, family: Family, sizes: Sizes) -> AttentionWis
 
 
 def _obstacle(family: Family) -> str:
-    """Why the attention of a family cannot have static scales."""
+    """Return why the attention of a family cannot have static scales."""
     if family.config.get("qk_norm", "default") is None:
         return "this model has no norms of q and k, which the static scales follow from"
     return ""

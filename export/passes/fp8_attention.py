@@ -33,7 +33,7 @@ _LINEAR = frozenset({"QuantLinear", "MatMul", "Gemm"})
 
 @dataclass(frozen=True)
 class AttentionScales:
-    """How one attention is quantized.
+    """The scales of one quantized attention.
 
     Args:
         name: The attention's module, such as ``blocks.0.attn1``.
@@ -80,7 +80,7 @@ class _Match:
 
 
 def fp8_attention(model: ir.Model, tokens: int) -> list[AttentionScales]:
-    """Quantize the operands of the video's self-attentions; returns what was done, nothing where there was nothing to do.
+    """Quantize the operands of the video's self-attentions, and return the scales of each; an empty list if there is none.
 
     1. ``Attention(q, k, v)`` over the video's tokens becomes
        ``MatMul(DQ(Q(Softmax(MatMul(DQ(Q(q·R/√d)), DQ(Q(k·R))ᵀ)))), DQ(Q(v)))``. TensorRT-RTX builds one fused kernel of it with
@@ -325,7 +325,7 @@ class _Writer:
         return output
 
     def constant(self, name: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
-        """Return an initializer, shared with others of that name."""
+        """Return the initializer of a name; a second call with the name returns the first one's."""
         if name not in self.graph.initializers:
             tensor = ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
             value = ir.Value(name=name, type=ir.TensorType(dtype), shape=tensor.shape, const_value=tensor)

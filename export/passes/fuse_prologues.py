@@ -29,7 +29,7 @@ _NORMS = {"LayerNormalization": "layer", "RMSNormalization": "rms"}
 
 @dataclass
 class _Found:
-    """What comes before a layer. The rows are values of [..., K]."""
+    """The operations before a layer. The rows are values of [..., K]."""
 
     x: ir.Value
     norm: str = "none"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dvdquant.artifact.commit import FolderLock
+from dvdquant.artifact.lock import FolderLock
 from dvdquant.artifact.transaction import ExportTransaction
 from dvdquant.errors import OutputError
 from dvdquant.system import mounts, network_disk

@@ -56,7 +56,7 @@ class BodyTooSlowError(Exception):
 
 
 class UploadsBusyError(Exception):
-    """As many large bodies come in as the server takes."""
+    """The server takes no more large bodies at the moment."""
 
 
 def key_digest(key: str) -> bytes:

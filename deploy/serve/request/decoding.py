@@ -49,7 +49,7 @@ class DecodedPicture:
     sha256: str
 
     def facts(self) -> dict[str, Any]:
-        """Return what the job says of it."""
+        """Return size and SHA-256 of the picture, as its job shows them."""
         return {"width": self.width, "height": self.height, "sha256": self.sha256}
 
 

@@ -73,7 +73,7 @@ class Channel:
 
 
 class Link:
-    """What a worker tells its server, whichever that is now; while there is none, nobody hears it.
+    """The messages of a worker to its server, whichever that is now; while there is none, they are lost.
 
     Args:
         channel: The channel to the first server.

@@ -49,7 +49,7 @@ _LOW = re.compile(r"(?<![a-z])(low[ _.-]?noise|low)(?![a-z])", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class HeldFile:
-    """What a single file holds, in its own names; as :class:`dvdquant.checkpoint.reader.Checkpoint` has them.
+    """The tensors of a single file, by its own names, in the form of :class:`dvdquant.checkpoint.reader.Checkpoint`.
 
     Args:
         tensors: Where each tensor lies, by name.

@@ -18,7 +18,7 @@ __all__ = ["ShardTensor", "Stored", "decode", "rows"]
 
 @dataclass(frozen=True)
 class Stored:
-    """How the bytes of a tensor become it.
+    """The form in which a tensor is stored: how its bytes become values.
 
     Args:
         dtype: What the bytes are, as a safetensors code; U8 for blocks.

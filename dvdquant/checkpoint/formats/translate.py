@@ -51,7 +51,7 @@ DIFFUSERS_FOLDER = "diffusers folder"
 
 @dataclass(frozen=True)
 class SourceFormat:
-    """What was recognised of the source of a checkpoint.
+    """The format of a checkpoint's source, as it was recognised.
 
     Args:
         layout: The kind of file or folder, and whose names it has.

@@ -36,7 +36,7 @@ _Strength = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 
 
 class AdapterSettings(BaseModel):
-    """What PEFT records about an adapter, as far as the size of its changes depends on it."""
+    """The settings that PEFT records of an adapter, as far as the size of its changes depends on them."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 

@@ -265,7 +265,7 @@ class _Reader:
         raise self._unfit(down, f"is {list(down.shape)}", f"{[rank, *shape[1:]]}, for {place.weight}")
 
     def _check_diff(self, info: TensorInfo, name: str, place: Place) -> int | None:
-        """As :meth:`_check_pair`, for a difference."""
+        """Check a difference as :meth:`_check_pair` checks a pair."""
         shape = self.shapes[name]
         whole = (place.height, *shape[1:]) if place.rows is not None else shape
         if (info.shape == whole) if place.rows is not None else (_plain(info.shape) == _plain(whole)):

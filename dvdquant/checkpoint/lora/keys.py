@@ -51,7 +51,7 @@ _FOREIGN: tuple[tuple[re.Pattern[str], str], ...] = (
 
 @dataclass
 class Layer:
-    """What a file holds about one layer of another tool's.
+    """The keys of a file that belong to one layer of another tool.
 
     Args:
         name: The layer without the prefixes around it.

@@ -20,7 +20,7 @@ Rows = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer of another tool's lies in the checkpoint.
+    """The place of another tool's layer in the checkpoint.
 
     Args:
         weight: Name of the tensor; a table without ``.weight`` is one, too.

@@ -183,5 +183,5 @@ class Loras:
         return 4 * elements + sum(term.nbytes for term in terms) + 4 * min(elements, 2 * CHUNK_WEIGHTS)
 
     def identity(self) -> bytes:
-        """Return what a fingerprint covers of them."""
+        """Return the part of the LoRAs that a fingerprint covers: files, scales and layers, as JSON."""
         return json.dumps([lora.identity() for lora in self.fused]).encode()

@@ -22,7 +22,7 @@ Need = Literal["none", "optional", "required"]
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """What images a transformer draws from.
+    """The images that a transformer draws from.
 
     Args:
         first: Whether the first frame of the clip is given as an image.

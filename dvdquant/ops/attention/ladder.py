@@ -44,7 +44,7 @@ SIXTEEN = "16"
 
 
 class AttentionReport(Protocol):
-    """What a session says of its attention, in whichever process that is."""
+    """The report of a session about its attention, in whichever process it runs."""
 
     @property
     def wanted(self) -> str:

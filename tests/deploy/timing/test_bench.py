@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from dvdquant.cli.bench import main
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.sessions import compiled
+from dvdquant.deploy.sessions.attention import MASK
 from dvdquant.deploy.sessions.compiled import repeated_blocks
 from dvdquant.deploy.sessions.onnxruntime import OnnxRuntimeSession
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
@@ -139,17 +141,27 @@ def test_an_original_that_fails_does_not_end_the_others(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
-def test_the_original_has_the_shapes_of_the_model_and_one_set_of_weights_a_kind_of_block(family: str) -> None:
+def test_the_original_computes_as_its_family_eager_compiled_and_cut(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     artifact = Artifact.open(deep_export(family))
     inputs = {name: value.float() for name, value in artifact.family().sample(artifact.sizes, torch.bfloat16).items()}
-    model = OriginalModel(artifact.family(), torch.float32, torch.device("cpu"), compiled=False)
-    output = model(inputs)
+    if MASK in inputs:
+        inputs[MASK][:, -2:] = 0  # two words are padding
+    model = partial(OriginalModel, artifact.family(), torch.float32, torch.device("cpu"))
+    output = model(compiled=False, cut=False)(inputs)
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    torch.testing.assert_close(model(compiled=True, cut=True)(inputs), output, rtol=1e-4, atol=1e-5)
     with PyTorchSession(artifact, bits=[8]) as session:
         sample = session.family.sample(artifact.sizes, session.dtype)
         assert output.shape == session.run(sample, 8).shape
     assert output.isfinite().all()
     assert output.std() > 0
-    skeleton = build_skeleton({**artifact.family().config, "num_layers": 3}, torch.float32)
+
+
+@pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
+def test_blocks_of_one_kind_share_their_weights(family: str) -> None:
+    skeleton = build_skeleton({**tiny.CONFIGS[family], "num_layers": 3}, torch.float32)
     every = sum(1 for block in repeated_blocks(skeleton) for _ in block.parameters())
     share_blocks(skeleton)
     blocks = repeated_blocks(skeleton)
