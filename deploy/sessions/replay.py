@@ -9,7 +9,6 @@ and the log says why.
 from __future__ import annotations
 
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dvdquant.system.torch_hooks import close_capture_pool
+from dvdquant.system.capture import Step, capture_step
 
 __all__ = ["MOST_CAPTURES", "MOST_TOKENS", "GraphReplay", "capture_step", "failure_text", "why_not"]
 
@@ -31,15 +30,11 @@ MOST_CAPTURES = 4
 # The most that a repeated step may differ from one that ran as usual, as a relative L2 distance. Kernels whose sums have no fixed
 # order stay far below it; a graph without the step's kernels gives what was in its memory before.
 MAX_CHANGE = 0.01
-# PyTorch captures one graph at a time in a process, and sessions of several devices run in threads.
-_CAPTURING = threading.Lock()
-
 # What a session says where it captures nothing.
 RANGED = "the export serves ranges of sizes"
 LONG = f"a step has more than {MOST_TOKENS} tokens, whose kernels take longer than their launches"
 HOST = "there is no CUDA device"
 
-Step = Callable[[dict[str, Tensor]], Tensor]
 Key = tuple[Hashable, tuple[tuple[str, torch.Size, torch.dtype], ...]]
 
 
@@ -50,38 +45,6 @@ class _Capture:
     inputs: dict[str, Tensor]
     output: Tensor
     replay: Callable[[], Any]
-
-
-def capture_step(
-    step: Step, inputs: dict[str, Tensor], device: torch.device, stream: Any = None
-) -> tuple[Tensor, Callable[[], Any]]:
-    """Capture a step on a CUDA device; return the tensor that it writes, and what repeats it.
-
-    PyTorch's own stream for captures belongs to the device of the first one, and kernels of another device would run instead of
-    being captured. So each capture has a stream of its device. The caller's stream is the current one again behind a capture that
-    fails, too, where PyTorch may leave that of the capture, and memory can be freed again, which PyTorch goes on to put off.
-
-    Args:
-        step: The step.
-        inputs: The tensors that it reads, now and at every repetition.
-        device: The device of the session.
-        stream: The stream that the step is captured on. By default it is a new one.
-
-    Raises:
-        Exception: The step cannot be captured: whatever it, PyTorch or a library raises.
-    """
-    with _CAPTURING, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-        torch.cuda.synchronize(device)
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(device) if stream is None else stream  # type: ignore[no-untyped-call]
-        try:
-            # Other threads may allocate memory meanwhile: those of a second session, or of a server.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                output = step(inputs)
-        except BaseException:
-            close_capture_pool(torch.cuda.current_device(), pool)
-            raise
-    return output, graph.replay
 
 
 def why_not(device: torch.device, dynamic: bool, tokens: int) -> str | None:

@@ -19,7 +19,6 @@ from check_kernels import Bench, Outcome, Tally, reachable_layers
 from torch import Tensor, nn
 
 import dvdquant.model.layers
-from dvdquant.deploy.sessions.replay import capture_step
 from dvdquant.model.layers import QuantLinear
 from dvdquant.model.quantized_model import prepare_layers, quant_linears, set_activation
 from dvdquant.ops.cuda_linear import CudaKernels, reference_policy, run_quant_linear
@@ -31,6 +30,7 @@ from dvdquant.ops.reference import dequantize_weight, quant_linear_reference
 from dvdquant.ops.repack import LayerShape
 from dvdquant.ops.smooth import apply_pre_quant, pack_pre_quant, smooth_input
 from dvdquant.recipe import ActivationSpec
+from dvdquant.system.capture import capture_step
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Op = Callable[..., Tensor]

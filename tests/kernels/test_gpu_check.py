@@ -6,9 +6,12 @@ a mistake kernels make: tails, rounding, saturation, indices, races, stale cache
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -462,6 +465,29 @@ def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main([]) == 1
     assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_nothing_but_torch_and_numpy_is_needed_to_begin() -> None:
+    """A machine with a GPU has PyTorch; what else is missing there is a row of its own."""
+    code = """
+import sys
+class Missing:
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+missing, sys.path[:0] = set(sys.argv[1].split()), sys.argv[2].split(":")
+sys.meta_path.insert(0, Missing())
+import gpu_check
+print(gpu_check.main(["--no-bench"]))
+"""
+    needed = importlib.metadata.requires("dvdquant") or []
+    names = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in needed if "extra ==" not in line}
+    missing = {*names, "modelopt", "PIL"} - {"torch", "numpy", "typing_extensions"}
+    assert {"diffusers", "onnx", "pydantic"} <= missing
+    folders = (CHECK, CHECK.parent / "bench", CHECK.parents[1])
+    command = [sys.executable, "-c", code, " ".join(missing), ":".join(map(str, folders))]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert "needs a CUDA device" in done.stderr, done.stderr
 
 
 def test_cases_cover_what_is_promised() -> None:
