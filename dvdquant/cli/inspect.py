@@ -163,6 +163,7 @@ def _clashes(
         Clash(trace and graph, "--trace shows a run, so --graph does not apply"),
         Clash(trace and weights, "--trace shows a run, so --weights does not apply"),
         Clash(trace and as_json, "--trace shows a run, so --json does not apply"),
+        Clash(trace and all_layers and page is None, "--trace shows a run, so --layers does not apply"),
     ]
 
 

@@ -58,6 +58,9 @@ def test_options_that_do_not_go_together() -> None:
     for other in (("--layers",), ("--graph", "onnx/transformer_a4.onnx"), ("--html", "page.html")):
         result = CliRunner().invoke(inspect_main, [str(out), "--weights", *other])
         refused(result, "--weights is a view of its own", other[0])
+    for other in ("--layers", "--json", "--weights"):
+        result = CliRunner().invoke(inspect_main, [str(out), "--trace", "t.json", other])
+        refused(result, f"--trace shows a run, so {other} does not apply")
     refused(run(out, "--prompt", "x", "--weights", "thin", "-o", "clip.mp4"), "thin")
     refused(
         run(out, "--prompt", PROMPT, "--weights", "expanded", "--backend", "pytorch", "--device", "cpu",
