@@ -31,10 +31,11 @@ from dvdquant.deploy.generation.generator import (
 )
 from dvdquant.deploy.generation.original import load_original
 from dvdquant.deploy.generation.original_calls import OriginalRunner
-from dvdquant.deploy.generation.request import GenerateRequest, OnStep
+from dvdquant.deploy.generation.request import GenerateRequest
 from dvdquant.deploy.generation.session_options import SessionOptions
 from dvdquant.deploy.pipelines.schedulers import FILE, FOLDER, open_table_scheduler, rehearse
 from dvdquant.deploy.sessions import EngineSession
+from dvdquant.deploy.switching.controller import OnStep
 from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.errors import CheckpointError
 from dvdquant.system.devices import resolve_device

@@ -20,9 +20,10 @@ from dvdquant.deploy.generation.check import PipelineChecker, TableChecker, open
 from dvdquant.deploy.generation.from_table import TableGenerator
 from dvdquant.deploy.generation.generator import Generator
 from dvdquant.deploy.generation.limits import Limits
-from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult, OnStep
+from dvdquant.deploy.generation.request import GenerateRequest, GenerateResult
 from dvdquant.deploy.generation.session_options import SessionOptions, WrapSession
 from dvdquant.deploy.generation.text_encoder import check_text_bits
+from dvdquant.deploy.switching.controller import OnStep
 from dvdquant.errors import UnsupportedError
 from dvdquant.hardware.weights import WeightPolicy
 from dvdquant.system.plugin_file import Plugins, plugin_paths

@@ -24,12 +24,12 @@ from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal, check_cancelled
 from dvdquant.deploy.generation.admission import Admission
 from dvdquant.deploy.generation.check import BATCHED, RequestChecker
-from dvdquant.deploy.generation.request import DISTILLED, GenerateRequest, GenerateResult, OnStep
+from dvdquant.deploy.generation.request import DISTILLED, GenerateRequest, GenerateResult
 from dvdquant.deploy.generation.session_options import SessionOptions
 from dvdquant.deploy.sessions import EngineSession, best_backend, full_name
 from dvdquant.deploy.sessions.lora_needs import read_beside, without_place
 from dvdquant.deploy.sessions.weight_form import claimed_bytes
-from dvdquant.deploy.switching.controller import StepController, StepRecord
+from dvdquant.deploy.switching.controller import OnStep, StepController, StepRecord
 from dvdquant.deploy.switching.factory import make_controller
 from dvdquant.errors import UnsupportedError
 from dvdquant.system.device_memory import device_memory

@@ -27,7 +27,7 @@ from dvdquant.deploy.generation.images import Picture, stretch_text
 from dvdquant.deploy.generation.original import LOADING, load_original
 from dvdquant.deploy.generation.original_calls import recorded_calls
 from dvdquant.deploy.generation.pipeline_stages import decode_video, encode_text, frames_of, twin, words_of
-from dvdquant.deploy.generation.request import GenerateRequest, OnStep
+from dvdquant.deploy.generation.request import GenerateRequest
 from dvdquant.deploy.generation.session_options import SessionOptions
 from dvdquant.deploy.generation.text_embeds import save_text_embeds
 from dvdquant.deploy.generation.text_encoder import narrow_text, release_memory
@@ -35,6 +35,7 @@ from dvdquant.deploy.generation.text_four_bits import check_packed
 from dvdquant.deploy.pipelines.schedulers import CONDITIONS, FILE, FOLDER, open_scheduler, rehearse
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer, at_step
 from dvdquant.deploy.sessions import EngineSession
+from dvdquant.deploy.switching.controller import OnStep
 from dvdquant.errors import CheckpointError
 from dvdquant.model.diffusers_hooks import check_stage_hooks, execution_device
 from dvdquant.system.devices import resolve_device

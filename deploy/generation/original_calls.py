@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dvdquant.deploy.cancel import CancelSignal, cancel_inside, check_cancelled
-from dvdquant.deploy.generation.request import OnStep
-from dvdquant.deploy.switching.controller import StepRecord
+from dvdquant.deploy.switching.controller import OnStep, StepRecord
 from dvdquant.deploy.switching.gbs import relative_change
 from dvdquant.deploy.switching.position import LoopPosition
 from dvdquant.errors import EngineError
@@ -30,7 +29,7 @@ class CallRecorder:
 
     def __init__(self) -> None:
         self.trace: list[StepRecord] = []
-        self.on_step: Callable[[StepRecord], None] | None = None
+        self.on_step: OnStep | None = None
         self.cancel: CancelSignal | None = None
         self._last: dict[str, Tensor] = {}
 

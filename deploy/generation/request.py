@@ -30,15 +30,12 @@ __all__ = [
     "MAX_PROMPT",
     "GenerateRequest",
     "GenerateResult",
-    "OnStep",
     "VideoSize",
     "check_request",
     "default_fps",
     "delta_for_average",
     "resolve_size",
 ]
-
-OnStep = Callable[["StepRecord"], None]
 
 MAX_PROMPT = 4096  # characters
 MAX_STEPS = 1000

@@ -24,7 +24,7 @@ import asyncio
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -37,13 +37,12 @@ from dvdquant.deploy.cancel import CancelSignal
 from dvdquant.deploy.pipelines.continuity import BETTER, ROUNDING, Fit
 from dvdquant.deploy.pipelines.request import Caller, Callers, Request, running_pipeline
 from dvdquant.deploy.sessions.base import EngineSession
-from dvdquant.deploy.switching.controller import StepController, StepRecord
+from dvdquant.deploy.switching.controller import OnStep, StepController
 from dvdquant.deploy.switching.runner import StepRunner
 from dvdquant.errors import UnsupportedError
 
-__all__ = ["OnStep", "RequestTable"]
+__all__ = ["RequestTable"]
 
-OnStep = Callable[[StepRecord], None]
 
 # Nobody reports the end of a request of a caller without a pipeline. So many of them are kept, to be continued.
 MAX_PAUSED = 8

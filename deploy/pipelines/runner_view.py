@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dvdquant.deploy.cancel import CancelSignal
-from dvdquant.deploy.pipelines.request_state import OnStep, RequestTable
+from dvdquant.deploy.pipelines.request_state import RequestTable
 from dvdquant.deploy.sessions.base import EngineSession
-from dvdquant.deploy.switching.controller import StepController, StepRecord
+from dvdquant.deploy.switching.controller import OnStep, StepController, StepRecord
 
 __all__ = ["RunnerView"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dvdquant.hardware.weights import WeightPolicy
-from dvdquant.ops.attention.libraries import refuse_library_in_16_bit
+from dvdquant.ops.attention.libraries import library_for, refuse_library_in_16_bit
 from dvdquant.recipe import Attention, Recipe
 
 __all__ = [
@@ -84,6 +84,19 @@ class SessionSettings(EngineSettings):
     """
 
     device: str = "auto"
+
+    def check_for(self, recipe: Recipe) -> None:
+        """See :meth:`EngineSettings.check_for`; refuse a library that a CPU has none of, too, where that is the device.
+
+        Args:
+            recipe: The recipe of the export.
+
+        Raises:
+            UnsupportedError: See above, or the library of attention needs a GPU.
+        """
+        super().check_for(recipe)
+        if self.attention_backend is not None and self.device in ("cpu", "cpu:0"):
+            library_for(self.attention or recipe.attention, None, self.attention_backend)
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of :func:`.open_generator` and :func:`.open_session` by their names."""

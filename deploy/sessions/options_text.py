@@ -48,6 +48,7 @@ def attention_text(
     # PyTorch: what the session will try.
     from dvdquant.deploy.sessions.pytorch import wanted_attention
     from dvdquant.ops.attention.ladder import MIN_TOKENS
+    from dvdquant.ops.attention.libraries import cards_text
 
     chosen = wanted_attention(wanted, library, device, artifact.components[0])
     if chosen is None:
@@ -58,9 +59,10 @@ def attention_text(
     reasons = {each.name: each.refused(chosen.sm) for each in chosen.rungs}
     tried = [name for name, reason in reasons.items() if reason is None]
     missing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
+    if chosen.sm is None and not reasons:
+        return f"attention: 16 bit, not {wanted}: no library has it on a CPU; on a GPU {'; '.join(cards_text(wanted))}"
     if not tried:
-        place = "a CPU" if chosen.sm is None else f"SM {chosen.sm / 10}"
-        return f"attention: 16 bit, not {wanted}: {missing or f'no library has it on {place}'}"
+        return f"attention: 16 bit, not {wanted}: {missing or f'no library has it on SM {(chosen.sm or 0) / 10}'}"
     right = "right and faster than 16 bit" if chosen.must_be_faster else "right"
     how = f"the first of {', '.join(tried)} that is {right}" if len(tried) > 1 else f"{tried[0]}, if it is {right}"
     left_out = f"; not {missing}" if missing else ""

@@ -26,6 +26,7 @@ __all__ = [
     "BranchPolicy",
     "Decision",
     "Mode",
+    "OnStep",
     "StepController",
     "StepInfo",
     "StepRecord",
@@ -111,6 +112,10 @@ class StepRecord:
         """
         data = dataclasses.asdict(self)
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()}
+
+
+OnStep = Callable[[StepRecord], None]
+"""What gets the record of every call of a transformer as soon as it has ended."""
 
 
 @dataclass

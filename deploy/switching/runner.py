@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from dvdquant.deploy.cancel import CancelSignal, check_cancelled
-from dvdquant.deploy.switching.controller import PUBLISHED_COST, Decision, StepController, StepRecord, relative_cost
+from dvdquant.deploy.switching.controller import (
+    PUBLISHED_COST,
+    Decision,
+    OnStep,
+    StepController,
+    StepRecord,
+    relative_cost,
+)
 from dvdquant.deploy.switching.forecasts import Growth, Moved, moved_since
 from dvdquant.deploy.switching.gbs import change_from_sums, change_sums
 from dvdquant.deploy.switching.position import LoopPosition
@@ -170,7 +177,7 @@ class StepRunner:
             )
         self.session, self.controller = session, controller
         self.trace: list[StepRecord] = []
-        self.on_step: Callable[[StepRecord], None] | None = None
+        self.on_step: OnStep | None = None
         self.cancel: CancelSignal | None = None
         self.controller_seconds = 0.0
         self._parts: dict[tuple[str, int], _Part] = {}

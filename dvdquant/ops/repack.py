@@ -38,6 +38,7 @@ import numpy.typing as npt
 import torch
 
 from dvdquant.errors import ShapeError, UnsupportedError
+from dvdquant.numerics.array_types import F32, F64, I8, U8
 from dvdquant.numerics.dtypes import E4M3_MAX
 from dvdquant.numerics.packing import expand_zero, pack_int4, unpack_int4
 
@@ -55,10 +56,6 @@ __all__ = [
     "to_bytes",
 ]
 
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
-I8 = npt.NDArray[np.int8]
-U8 = npt.NDArray[np.uint8]
 
 # In the order of dvdq_path in kernels/include/dvdquant/kernels.h.
 PATHS = ("s4_token", "s4_group", "s8_token", "s8_group", "s8_wgmma", "e4m3_group")

@@ -24,18 +24,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dvdquant.errors import CheckpointError, RecipeError, ShapeError
+from dvdquant.numerics.array_types import F32, F64
 from dvdquant.numerics.packing import expand_zero
 from dvdquant.recipe import SOLVERS, ZERO_POINTS, WeightSpec
 
 __all__ = ["Grid", "QuantizedWeight", "quantize_weight", "refine_grid", "relative_mse"]
 
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
 
 _FLOAT = 3
 _MODES = {"midrise": 0, "symmetric": 1, "paper": 2, "float": _FLOAT}

@@ -12,19 +12,16 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dvdquant.errors import ShapeError
+from dvdquant.numerics.array_types import F32, I8
 from dvdquant.numerics.packing import expand_zero
 from dvdquant.quantize.bgr import QuantizedWeight
 
 __all__ = ["ErrorFeedback", "gptq_round", "output_energy", "round_by_loops", "round_by_tensors"]
 
-F32 = npt.NDArray[np.float32]
-I8 = npt.NDArray[np.int8]
 
 # Columns rounded before the rest of the row is brought up to date by one matrix product: by compiled loops, and by tensors.
 _LAZY, _LAZY_TENSORS = 256, 32

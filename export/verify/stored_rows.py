@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from dvdquant.numerics.array_types import F32, F64, I8, U8
 from dvdquant.quantize.backends.jit import jit
 
 __all__ = ["SUMS", "judge_rows"]
 
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
-I8 = npt.NDArray[np.int8]
-U8 = npt.NDArray[np.uint8]
 
 # The columns of the result of judge_rows.
 SUMS = ("energy", "error", "nearest", "astray")

@@ -201,6 +201,8 @@ def test_a_library_of_attention_that_a_recipe_in_16_bit_excludes_is_refused_befo
     where = ("--data", tmp_path / "data", "--port", 0)
     for words in (where, ("--triton-repository", tmp_path / "triton"), ("--dynamo",)):
         refused(_run(out, *words, *LIBRARY), session.value.what, session.value.fix or "", "int8, fp8")
+        on_a_cpu = ("--attention", "int8", "--attention-backend", "cudnn", "--device", "cpu")
+        refused(_run(out, *words, *on_a_cpu), "attention by cudnn is not possible: it needs a CUDA device", "reference")
     assert not list(tmp_path.iterdir())
 
 

@@ -11,13 +11,13 @@ from typing import Any
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.cancel import CancelSignal
 from dvdquant.deploy.generation.generate import open_generator
-from dvdquant.deploy.generation.request import OnStep
 from dvdquant.deploy.generation.video import write_mp4
 from dvdquant.deploy.serve.request.checks import CheckedRequest, ServedModel
 from dvdquant.deploy.serve.request.decoding import decode_picture
 from dvdquant.deploy.serve.request.pictures import take_pictures
 from dvdquant.deploy.serve.request.requests import generate_request, read_request
 from dvdquant.deploy.serve.settings import Limits, ModelSource, SessionSettings
+from dvdquant.deploy.switching.controller import OnStep
 
 __all__ = ["DirectModel", "DrawnClip"]
 

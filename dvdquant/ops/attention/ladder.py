@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dvdquant.errors import ChoiceError, UnsupportedError
-from dvdquant.ops.attention.libraries import LIBRARIES, REFERENCE, Library, check_library, ladder
+from dvdquant.errors import ChoiceError
+from dvdquant.ops.attention.libraries import Library, ladder, library_for
 from dvdquant.system.devices import wait_for
 from dvdquant.system.out_of_memory import is_out_of_memory
 
@@ -309,23 +309,14 @@ def rungs_for(wanted: str, sm: int | None, backend: str | None) -> tuple[Library
     Args:
         wanted: ``int8`` or ``fp8``.
         sm: The compute capability times 10, or None for a CPU.
-        backend: The name of one of :data:`LIBRARIES`, or ``reference``; None tries those of the SM.
+        backend: The name of one of :data:`.libraries.LIBRARIES`, or ``reference``; None tries those of the SM.
 
     Raises:
         UnsupportedError: There is no such library, or it cannot serve the device.
     """
     if backend is None:
         return ladder(wanted, sm)
-    check_library(backend)
-    known = {**LIBRARIES, "reference": REFERENCE[wanted]}
-    reason = known[backend].refused(sm)
-    if reason is not None:
-        raise UnsupportedError(
-            f"attention by {backend} is not possible: {reason}",
-            available=[name for name, library in known.items() if library.refused(sm) is None],
-            fix="leave the library out, so that what is there is tried",
-        )
-    return (known[backend],)
+    return (library_for(wanted, sm, backend),)
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

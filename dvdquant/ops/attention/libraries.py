@@ -28,10 +28,12 @@ __all__ = [
     "LIBRARIES",
     "REFERENCE",
     "Library",
+    "cards_text",
     "check_library",
     "ladder",
     "ladder_rows",
     "ladders_text",
+    "library_for",
     "refuse_library_in_16_bit",
 ]
 
@@ -239,6 +241,29 @@ def check_library(name: str) -> None:
         )
 
 
+def library_for(wanted: str, sm: int | None, name: str) -> Library:
+    """Return a library that was asked for by name. It is not imported.
+
+    Args:
+        wanted: ``int8`` or ``fp8``.
+        sm: The compute capability times 10, or None for a CPU.
+        name: The name of one of :data:`LIBRARIES`, or ``reference``.
+
+    Raises:
+        UnsupportedError: There is no such library, or it cannot serve the device.
+    """
+    check_library(name)
+    known = {**LIBRARIES, "reference": REFERENCE[wanted]}
+    reason = known[name].refused(sm)
+    if reason is not None:
+        raise UnsupportedError(
+            f"attention by {name} is not possible: {reason}",
+            available=[each for each, library in known.items() if library.refused(sm) is None],
+            fix="leave the library out, so that what is there is tried",
+        )
+    return known[name]
+
+
 def refuse_library_in_16_bit(wanted: str, library: str | None) -> None:
     """Refuse a library for attention in 16 bit, which none of them computes.
 
@@ -286,6 +311,19 @@ def ladder_rows() -> list[tuple[list[str], dict[str, tuple[Library, ...]]]]:
     return rows
 
 
+def cards_text(wanted: str) -> list[str]:
+    """Return in words which libraries are tried on which cards: a text for each group of SMs.
+
+    Args:
+        wanted: ``int8`` or ``fp8``.
+    """
+    found = []
+    for sms, formats in ladder_rows():
+        cards = ", ".join(f"{sm} ({CAPABILITIES[sm].cards})" for sm in sms)
+        found.append(f"SM {cards}: {', '.join(library.name for library in formats[wanted]) or 'none, so 16 bit'}")
+    return found
+
+
 def ladders_text(wanted: str) -> list[str]:
     """Return in words what PyTorch sessions try on each card, for people who ask before one runs.
 
@@ -301,8 +339,6 @@ def ladders_text(wanted: str) -> list[str]:
         f"attention of long sequences in PyTorch sessions: {wanted}, by the first library that is right and faster than 16 "
         "bit on the first layer, else 16 bit"
     ]
-    for sms, formats in ladder_rows():
-        cards = ", ".join(f"{sm} ({CAPABILITIES[sm].cards})" for sm in sms)
-        lines.append(f"  SM {cards}: {', '.join(library.name for library in formats[wanted]) or 'none, so 16 bit'}")
+    lines += [f"  {words}" for words in cards_text(wanted)]
     there = [library.name for library in LIBRARIES.values() if library.installed() is None]
     return [*lines, f"  installed here: {', '.join(there) or 'none'}"]

@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 
+from dvdquant.numerics.array_types import F32, F64, I8, U8
 from dvdquant.quantize.backends.jit import jit, jit_part
 
 __all__ = ["quantize_rows", "solve_rows"]
@@ -23,10 +23,6 @@ __all__ = ["quantize_rows", "solve_rows"]
 MINMAX, PAPER, SEARCH = 0, 1, 2
 SCALE_FLOOR = 2.0**-118
 
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
-U8 = npt.NDArray[np.uint8]
-I8 = npt.NDArray[np.int8]
 Real = np.float32
 
 _f = np.float32

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from dvdquant.numerics.array_types import F32, I8
 from dvdquant.quantize.backends.jit import jit
 
 __all__ = ["round_columns"]
 
-F32 = npt.NDArray[np.float32]
-I8 = npt.NDArray[np.int8]
 
 # Rows that share each value of the factor that is loaded.
 _ROWS = 4

@@ -8,17 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from dvdquant.numerics.array_types import F32, F64, I8, U8
 from dvdquant.quantize.backends.jit import jit
 
 __all__ = ["for_row_parts", "hadamard_rows", "pack_rows", "squared_errors"]
 
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
-I8 = npt.NDArray[np.int8]
-U8 = npt.NDArray[np.uint8]
 
 # Rows transformed together: one per SIMD lane, so that every butterfly is a vector operation whatever its stride.
 _LANES = 16

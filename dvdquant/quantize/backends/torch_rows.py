@@ -10,12 +10,10 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from dvdquant.numerics.array_types import F32, F64
 from dvdquant.quantize.backends.jit import jit, jit_part
 
 __all__ = ["load_rows"]
-
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
 
 
 @jit_part

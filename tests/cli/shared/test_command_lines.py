@@ -94,10 +94,13 @@ def test_no_command_line_of_all_ends_in_a_traceback(server: CommandServer) -> No
     _judge(server, list(command_lines()))
 
 
-def test_the_choices_of_precision_are_those_there_are() -> None:
+def test_the_choices_of_the_export_are_those_there_are() -> None:
+    """The command writes them down, because what they come from takes seconds to import."""
     from dvdquant.cli import export
+    from dvdquant.export.options import BUILD_PLACES
 
     assert export.PRECISIONS == PRECISIONS
+    assert export.BUILD_PLACES == BUILD_PLACES
 
 
 # ------------------------------------------------------------------------------------------------------------- streams

@@ -77,7 +77,11 @@ def test_what_leaves_attention_in_16_bit(artifact: Artifact, monkeypatch: pytest
     assert attention_text(artifact, "pytorch", CUDA, "int8", None) == (
         "attention: 16 bit, not int8: cudnn: it is not installed"
     )
-    assert str(attention_text(artifact, "pytorch", CPU, "int8", None)).endswith("no library has it on a CPU")
+    said = str(attention_text(artifact, "pytorch", CPU, "int8", None))
+    assert said.startswith(
+        "attention: 16 bit, not int8: no library has it on a CPU; on a GPU SM 8.0 (A100, A30), 8.6 ("
+    )
+    assert "; SM 8.9 (RTX 40, RTX Ada, L4, L40S): sageattention-2, comfy-kitchen, sageattention-1; SM 9.0" in said
     said = attention_text(artifact, "onnxruntime", CPU, "int8", None)
     assert said == "attention: 16 bit, not int8: only PyTorch sessions have it"
     with pytest.raises(UnsupportedError, match="cudnn is not possible: it is not installed"):

@@ -321,7 +321,7 @@ def test_an_engine_says_what_it_does_instead(tmp_path: Path) -> None:
     )
     words = " ".join(in_process(*line).split())
     assert "INT8 attention would write its scores to memory" in words
-    assert "SM 9.0: sageattention-2, fa3-fwd, cudnn, comfy-kitchen" in words
+    assert "SM 9.0 (H100, H200, GH200): sageattention-2, fa3-fwd, cudnn, comfy-kitchen" in words
     data = json.loads(in_process(*line, "--log-format", "json"))
     assert data["recipe"]["attention"] == "int8"
     assert "self-attention in FP8" in data["engines"][0]["executes"]
@@ -336,5 +336,5 @@ def test_inspect_says_what_is_tried() -> None:
     assert "attention of long sequences" not in summary_text(artifact.root, manifest, False)
     chosen = dataclasses.replace(manifest, recipe={**manifest.recipe, "attention": "fp8"})
     words = summary_text(artifact.root, chosen, False)
-    assert "SM 9.0: fa3-fwd, cudnn, sageattention-2, comfy-kitchen" in words
+    assert "SM 9.0 (H100, H200, GH200): fa3-fwd, cudnn, sageattention-2, comfy-kitchen" in words
     assert "installed here" in words
