@@ -56,7 +56,7 @@ class HeldFile:
         metadata: The texts of the file's header, by their keys.
         headers: SHA-256 of the header, by the name of the file.
         files: What the file was when its header was read, by its name.
-        layout: The layout, as :class:`.source_format.SourceFormat` has it.
+        layout: The layout, as :class:`.translate.SourceFormat` has it.
     """
 
     tensors: dict[str, ShardTensor]
