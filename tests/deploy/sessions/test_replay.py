@@ -11,15 +11,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dvdquant.deploy.artifact import Artifact
 from dvdquant.deploy.pipelines.transformer import DvdqTransformer
 from dvdquant.deploy.sessions import open_session, replay
+from dvdquant.deploy.sessions.attention import install_attention
 from dvdquant.deploy.sessions.pytorch import PyTorchSession
 from dvdquant.deploy.sessions.replay import GraphReplay, why_not
+from dvdquant.model.families import Sizes
+from dvdquant.model.loading import GraphWrapper
+from dvdquant.model.plan import build_skeleton, plan_model
 from dvdquant.ops.cuda.errors import KernelError
+from dvdquant.recipe import get_recipe
 from dvdquant.system.torch_hooks import close_capture_pool
 from tests.support import session_exports as made
+from tests.support import tiny_models
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -279,3 +287,51 @@ def test_a_session_repeats_its_steps(
         for bits in (8, 4, 8, 4, 8, 4):
             assert torch.equal(session.run(inputs, bits), wanted[bits])
     assert len(captured) == 2
+
+
+class _Crossings(TorchDispatchMode):
+    """Operations that read or write tensors of two devices; one number from the host is no tensor for CUDA either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor) and x.ndim]
+        if len({x.device for x in tensors}) > 1:
+            self.found.append(str(func))
+        return out
+
+
+def crossings(step: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor]) -> list[str]:
+    """What a step copies between the devices, where tensors without data are those of a GPU. To read a value raises there."""
+    on_gpu = {name: torch.empty_like(x, device="meta") for name, x in inputs.items()}
+    with torch.inference_mode(), _Crossings() as seen:
+        step(on_gpu)
+    return seen.found
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        *((config, tiny_models.FIXED) for config in tiny_models.CONFIGS.values()),
+        (tiny_models.COGVIDEOX_15, tiny_models.EVEN),
+    ],
+    ids=[*tiny_models.CONFIGS, "cogvideox-1.5"],
+)
+def test_a_step_copies_nothing_from_the_host_and_reads_nothing(config: dict[str, Any], sizes: Sizes) -> None:
+    """Neither can be captured. What diffusers does between the layers is the same for all weights."""
+    plan = plan_model(config, get_recipe("w4a4"), torch.bfloat16)
+    model = build_skeleton(plan.family.config, torch.bfloat16)
+    install_attention(model, None)
+    step = GraphWrapper(model, plan.family).to("meta")
+    assert crossings(step, plan.family.sample(sizes, torch.bfloat16)) == []
+
+
+def test_a_copy_from_the_host_would_be_seen() -> None:
+    x = {"x": torch.ones(3)}
+    (copy,) = crossings(lambda inputs: inputs["x"] * torch.arange(3).to(inputs["x"].device), x)
+    assert copy.startswith("aten.to.")
+    with pytest.raises(RuntimeError, match="meta"):
+        crossings(lambda inputs: inputs["x"] * float(inputs["x"].sum()), x)
