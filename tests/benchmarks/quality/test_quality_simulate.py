@@ -31,7 +31,7 @@ from tests.support.bounds import LAMBDA, UNIT, assert_layer
 from tests.support.exporting import OpInputs, judge
 from tests.support.quality_scripts import QUALITY, script
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MODEL = ROOT / "examples" / "tiny-wan"
 
 
