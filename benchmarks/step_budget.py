@@ -76,6 +76,15 @@ RATES = {
         90,
         "NVIDIA H100 80GB HBM3",
     ),
+    "H200": Rates(
+        {16: 705, 8: 1440, 4: 1440},
+        {"16": 585, "int8": 900, "fp8": 900},
+        3.91,
+        "those of the H100, which has the same chip, with its bandwidth times 4.8 / 3.35, the ratio of the memories by their "
+        "data sheets, from memory, unverified",
+        90,
+        "NVIDIA H200",
+    ),
     "RTX 4090": Rates(
         {16: 150, 8: 520, 4: 900},
         {"16": 160, "int8": 480, "fp8": 480},

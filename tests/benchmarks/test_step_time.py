@@ -316,7 +316,9 @@ def test_libraries_are_compared_in_one_run() -> None:
 
 def test_only_the_card_itself_has_its_rates() -> None:
     assert budget.rates_for("NVIDIA H100 80GB HBM3") == ("H100", budget.RATES["H100"])
+    assert budget.rates_for("NVIDIA H200") == ("H200", budget.RATES["H200"])
     for kin in (
+        "NVIDIA H200 NVL",
         "NVIDIA H100 PCIe",
         "NVIDIA H100 NVL",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
