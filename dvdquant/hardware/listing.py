@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from dvdquant.hardware.advice import choose_recipe, choose_target
 from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
@@ -17,13 +18,38 @@ SHORT_HEADER = ("GPU", "SM", "`--target`", "`--recipe auto`", "4-bit arithmetic"
 
 
 def short_rows() -> Iterator[tuple[str, ...]]:
-    """Return a row for every compute capability that something is offered for, for the first screen of the README."""
+    """Return a row for every kind of export that something is offered for, for the first screen of the README.
+
+    Compute capabilities share a row that have one target and the same 4-bit arithmetic; those that build on the device share
+    one in any case. Where they differ in a column, it names the ones that each of its words is for.
+    """
+    groups: dict[tuple[object, ...], list[str]] = {}
     for sm, found in CAPABILITIES.items():
         if not found.refused:
             target, _ = choose_target([sm])
-            recipe = choose_recipe([sm], [target]).recipe
-            ran = "kernels and PyTorch sessions, on one H100" if found.measured else "nothing yet"
-            yield found.cards, sm, f"`{target}`", f"`{recipe}`", runs_text(sm), ran
+            kind = () if target == "tensorrt" else (found.rtx_a4, found.kernels_a4)
+            groups.setdefault((target, *kind), []).append(sm)
+    for sms in groups.values():
+        cards = ", ".join(CAPABILITIES[sm].cards for sm in sms)
+        yield cards, ", ".join(sms), *map(_shared, zip(*(_short_cells(sm) for sm in sms), strict=True), repeat(sms))
+
+
+def _short_cells(sm: str) -> tuple[str, ...]:
+    """Return the last columns of :data:`SHORT_HEADER` for one compute capability."""
+    target, _ = choose_target([sm])
+    recipe = choose_recipe([sm], [target]).recipe
+    ran = "kernels and PyTorch sessions, on one H100" if CAPABILITIES[sm].measured else "nothing yet"
+    return f"`{target}`", f"`{recipe}`", runs_text(sm), ran
+
+
+def _shared(words: Sequence[str], sms: Sequence[str]) -> str:
+    """Return the words of a column that some compute capabilities share; where they differ, each with those it is for."""
+    told: dict[str, list[str]] = {}
+    for word, sm in zip(words, sms, strict=True):
+        told.setdefault(word, []).append(sm)
+    if len(told) == 1:
+        return words[0]
+    return "; ".join(f"{word} ({', '.join(which)})" for word, which in told.items())
 
 
 @dataclass(frozen=True)
