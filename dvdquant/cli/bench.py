@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,14 +134,13 @@ def _text(result: BenchResult) -> str:
     header = ("transformer", "", "median, ms", "middle half", "least", "calls", "first", "times as fast")
     held = {name: sum(sizes.values()) for name, sizes in result.resident_bytes.items()}
     executes = dict.fromkeys(f"{each.name}: {each.executes}" for each in result.timings)
-    against = {name: result.baseline(name).name for name in result.resident_bytes}
     shapes = ", ".join(f"{name} {'×'.join(map(str, shape)) or 'scalar'}" for name, shape in result.sizes.items())
     return "\n".join(
         [
             table(header, rows, right=(2, 3, 4, 5, 6, 7)),
             *executes,
             *(f"{name} not timed: {reason}" for name, reason in result.not_timed.items()),
-            "times as fast as " + ", ".join(f"{base} ({name})" for name, base in against.items()),
+            *(f"{name}: times as fast as {result.baseline(name).name}" for name in _compared(result)),
             f"inputs: {shapes}",
             f"held between calls: {', '.join(f'{name} {amount(size)}' for name, size in held.items())}; "
             f"weights {result.weights}",
@@ -148,6 +148,12 @@ def _text(result: BenchResult) -> str:
             f"measured here: {result.backend} on {result.device}; {result.machine}",
         ]
     )
+
+
+def _compared(result: BenchResult) -> list[str]:
+    """Return the transformers that have more than one row, one of which the others are held against."""
+    rows = Counter(each.component for each in result.timings)
+    return [name for name, count in rows.items() if count > 1]
 
 
 def _switched_text(result: BenchResult, name: str) -> str:

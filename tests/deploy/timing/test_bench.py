@@ -106,6 +106,7 @@ def test_what_ran_of_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (ran["library"], ran["format"], ran["wanted"]) == ("reference", "int8", "int8")
     told = run(deep_export("wan"), *asked, "--backend", "pytorch")
     assert "attention 16, not int8; fused: no" in told.output
+    assert "transformer: times" not in told.output, "one row is held against nothing"
 
 
 def test_the_original_is_timed_beside_the_widths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_the_original_is_timed_beside_the_widths(monkeypatch: pytest.MonkeyPatch
     ]
     assert written["not_timed"] == {}
     faster = min(("float32 eager", "float32 compiled"), key=lambda name: float(rows[name]["milliseconds"]["median"]))
-    assert f"times as fast as {faster} (transformer)" in told.output
+    assert f"transformer: times as fast as {faster}\n" in told.output
     assert "original model" in rows["float32 eager"]["executes"]
 
 
@@ -137,7 +138,7 @@ def test_an_original_that_fails_does_not_end_the_others(monkeypatch: pytest.Monk
     assert told.exit_code == 0, (told.output, told.exception)
     assert "transformer, float32 compiled not timed: " in told.output
     assert "no compiler is here" in told.output
-    assert "times as fast as float32 eager (transformer)" in told.output
+    assert "transformer: times as fast as float32 eager\n" in told.output
 
 
 @pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
