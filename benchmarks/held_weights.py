@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -105,12 +105,7 @@ def rows(name: str, recipe: str, bits: Sequence[int], library: KernelLibrary | N
     Raises:
         SystemExit: The library counts otherwise.
     """
-    plan = plan_of(name, recipe)
-    lines = []
-    for number, group in enumerate(_groups(name, plan, bits, library)):
-        head = f"{name} | {2 * plan.all_weights / GIB:.2f}" if number == 0 else " | "
-        lines.append(f"| {head} | {_sms([sm for sm, _ in group])} | {_cells([held for _, held in group])} |")
-    return lines
+    return _lines(name, recipe, bits, _cells, library)
 
 
 def before_rows(name: str, recipe: str, bits: Sequence[int]) -> list[str]:
@@ -121,21 +116,18 @@ def before_rows(name: str, recipe: str, bits: Sequence[int]) -> list[str]:
         recipe: The name of the recipe.
         bits: The activation bits.
     """
+    return _lines(name, recipe, bits, _before_cells)
+
+
+def _lines(
+    name: str,
+    recipe: str,
+    bits: Sequence[int],
+    cells: Callable[[Sequence[HeldWeights]], str],
+    library: KernelLibrary | None = None,
+) -> list[str]:
+    """Return a line for each group of GPUs that hold the same. SystemExit where the library counts otherwise."""
     plan = plan_of(name, recipe)
-    lines = []
-    for number, group in enumerate(_groups(name, plan, bits, None)):
-        head = f"{name} | {2 * plan.all_weights / GIB:.2f}" if number == 0 else " | "
-        held = group[0][1]
-        sizes = (both_kept(held), held.nbytes("packed", plugin=True), held.nbytes("expanded", plugin=True))
-        cells = " | ".join(f"{size / GIB:.2f}" for size in sizes)
-        lines.append(f"| {head} | {_sms([sm for sm, _ in group])} | {cells} |")
-    return lines
-
-
-def _groups(
-    name: str, plan: ModelPlan, bits: Sequence[int], library: KernelLibrary | None
-) -> list[list[tuple[str, HeldWeights]]]:
-    """Return the SMs and what they hold, in groups of those that hold the same. SystemExit where the library counts otherwise."""
     sizes = sizes_of(plan)
     found: dict[tuple[int, int], list[tuple[str, HeldWeights]]] = {}
     for sm, facts in CAPABILITIES.items():
@@ -145,7 +137,11 @@ def _groups(
         if library is not None and asked(plan, library, sm_number(sm), bits) != (held.packed, held.expanded):
             raise SystemExit(f"{name} on SM {sm}: the kernels' library counts otherwise")
         found.setdefault((held.expanded, held.packed), []).append((sm, held))
-    return list(found.values())
+    lines = []
+    for number, group in enumerate(found.values()):
+        head = f"{name} | {2 * plan.all_weights / GIB:.2f}" if number == 0 else " | "
+        lines.append(f"| {head} | {_sms([sm for sm, _ in group])} | {cells([held for _, held in group])} |")
+    return lines
 
 
 def auto_rows(name: str, recipe: str, bits: Sequence[int]) -> list[str]:
@@ -200,6 +196,12 @@ def _cells(group: Sequence[HeldWeights]) -> str:
         first.kept + first.stored, first.kept,
     )  # fmt: skip
     return " | ".join([*(f"{size / GIB:.2f}" for size in sizes), f"{first.scratch / 2**20:.0f}", cost])
+
+
+def _before_cells(group: Sequence[HeldWeights]) -> str:
+    held = group[0]
+    sizes = (both_kept(held), held.nbytes("packed", plugin=True), held.nbytes("expanded", plugin=True))
+    return " | ".join(f"{size / GIB:.2f}" for size in sizes)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

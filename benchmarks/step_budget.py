@@ -18,7 +18,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -76,15 +76,6 @@ RATES = {
         90,
         "NVIDIA H100 80GB HBM3",
     ),
-    "H200": Rates(
-        {16: 705, 8: 1440, 4: 1440},
-        {"16": 585, "int8": 900, "fp8": 900},
-        3.91,
-        "those of the H100, which has the same chip, with its bandwidth times 4.8 / 3.35, the ratio of the memories by their "
-        "data sheets, from memory, unverified",
-        90,
-        "NVIDIA H200",
-    ),
     "RTX 4090": Rates(
         {16: 150, 8: 520, 4: 900},
         {"16": 160, "int8": 480, "fp8": 480},
@@ -102,6 +93,13 @@ RATES = {
         "NVIDIA GeForce RTX 5090",
     ),
 }
+RATES["H200"] = replace(
+    RATES["H100"],
+    bandwidth=3.91,
+    source="those of the H100, which has the same chip, with its bandwidth times 4.8 / 3.35, the ratio of the memories by their "
+    "data sheets, from memory, unverified",
+    device="NVIDIA H200",
+)
 # Bytes that a compiled Wan block moves between its opaque operations: 40.6 a token and channel, 4 a token and channel of the
 # feed-forward network. Both are fitted to inductor's counts of two widths (compiled_launches.py).
 COMPILED_WAN = (40.6, 4.0)

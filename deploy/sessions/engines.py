@@ -30,13 +30,14 @@ from dvdquant.deploy.sessions.engine_binding import (
 )
 from dvdquant.deploy.sessions.engine_choice import build_target, device_sm, find_engines, select_engine
 from dvdquant.deploy.sessions.lora_inputs import LoraInputs
-from dvdquant.deploy.sessions.replay import capture_step, failure_text
+from dvdquant.deploy.sessions.replay import failure_text
 from dvdquant.deploy.sessions.weight_form import choose_form, claim
 from dvdquant.deploy.sessions.weights import WeightFiles
 from dvdquant.errors import EngineError, OutputError, UnsupportedError
 from dvdquant.hardware.capabilities import sm_number
 from dvdquant.hardware.weights import WeightPolicy, check_policy
 from dvdquant.plugin_library import load_plugin, require_no_plugins
+from dvdquant.system.capture import capture_step
 from dvdquant.system.devices import current_device
 
 __all__ = ["TensorRTSession", "deserialize", "device_sm", "find_engines", "load_plugins", "select_engine"]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dvdquant.system.capture import Step, capture_step
 
-__all__ = ["MOST_CAPTURES", "MOST_TOKENS", "GraphReplay", "capture_step", "failure_text", "why_not"]
+__all__ = ["MOST_CAPTURES", "MOST_TOKENS", "GraphReplay", "failure_text", "why_not"]
 
 log = logging.getLogger(__name__)
 

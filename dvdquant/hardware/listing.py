@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 from dvdquant.hardware.advice import choose_recipe, choose_target
 from dvdquant.hardware.capabilities import CAPABILITIES, sm_number
@@ -23,23 +22,23 @@ def short_rows() -> Iterator[tuple[str, ...]]:
     Compute capabilities share a row that have one target and the same 4-bit arithmetic; those that build on the device share
     one in any case. Where they differ in a column, it names the ones that each of its words is for.
     """
-    groups: dict[tuple[object, ...], list[str]] = {}
+    groups: dict[tuple[object, ...], dict[str, tuple[str, ...]]] = {}
     for sm, found in CAPABILITIES.items():
         if not found.refused:
-            target, _ = choose_target([sm])
+            target, recipe = _choice(sm)
             kind = () if target == "tensorrt" else (found.rtx_a4, found.kernels_a4)
-            groups.setdefault((target, *kind), []).append(sm)
-    for sms in groups.values():
+            ran = "kernels and PyTorch sessions, on one H100" if found.measured else "nothing yet"
+            groups.setdefault((target, *kind), {})[sm] = (f"`{target}`", f"`{recipe}`", runs_text(sm), ran)
+    for cells in groups.values():
+        sms = list(cells)
         cards = ", ".join(CAPABILITIES[sm].cards for sm in sms)
-        yield cards, ", ".join(sms), *map(_shared, zip(*(_short_cells(sm) for sm in sms), strict=True), repeat(sms))
+        yield cards, ", ".join(sms), *(_shared(column, sms) for column in zip(*cells.values(), strict=True))
 
 
-def _short_cells(sm: str) -> tuple[str, ...]:
-    """Return the last columns of :data:`SHORT_HEADER` for one compute capability."""
+def _choice(sm: str) -> tuple[str, str]:
+    """Return the target and the recipe that ``auto`` takes for one compute capability."""
     target, _ = choose_target([sm])
-    recipe = choose_recipe([sm], [target]).recipe
-    ran = "kernels and PyTorch sessions, on one H100" if CAPABILITIES[sm].measured else "nothing yet"
-    return f"`{target}`", f"`{recipe}`", runs_text(sm), ran
+    return target, choose_recipe([sm], [target]).recipe
 
 
 def _shared(words: Sequence[str], sms: Sequence[str]) -> str:
@@ -99,8 +98,7 @@ def _row(title: str, sm: str, gpus: list[Gpu]) -> GpuRow:
     found = CAPABILITIES[sm]
     if found.refused:
         return GpuRow(names, sm, memory, "none", "none", found.refused, "refused", refused=True)
-    target, _ = choose_target([sm])
-    recipe = choose_recipe([sm], [target]).recipe
+    target, recipe = _choice(sm)
     ran = "one H100" if found.measured else "nothing yet"
     return GpuRow(names, sm, memory, target, recipe, runs_text(sm), ran)
 
